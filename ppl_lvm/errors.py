@@ -1,0 +1,25 @@
+"""The errors this library raises. Each message says what was asked, what was found, and what to do."""
+
+
+class PplLvmError(ValueError):
+    """Base class of every error that ppl_lvm raises on purpose."""
+
+
+class RecipeError(PplLvmError):
+    """A recipe, an objective, an estimator or one of their options is unknown or out of range."""
+
+
+class ProgramError(PplLvmError):
+    """A program cannot be loaded, or its model and guide do not fit together."""
+
+
+class DataError(PplLvmError):
+    """The data do not fit the program: wrong shapes, types, or values outside a site's support."""
+
+
+class LegalityError(PplLvmError):
+    """An objective, an estimator and a site do not go together; raised before training starts."""
+
+
+class BackendError(PplLvmError):
+    """A backend is missing, or cannot do what was asked of it."""
