@@ -122,11 +122,124 @@ def _plain(value: object) -> object:
 
 
 class Objective(Algorithm):
-    """What is optimised, an expectation over draws of the guide: `draws` per row, `outer` of the globals."""
+    """What is optimised, as expectations over draws of the guide: `draws` K per row, `outer` M of the globals.
+
+    A subclass defines `__call__(self, d: Draws) -> Loss` with the verbs of `d`, and declares what it relies on; the
+    declarations are what legality is computed from, and a verb that was not declared is refused when it is called.
+    """
+
+    verbs: ClassVar[frozenset[str]]
+    """The verbs it calls on rows: of "mean", "joint", "log_mean_exp", "weights", "variance"."""
+    detached: ClassVar[bool] = False
+    """Draws must carry no gradient (objectives that differentiate densities at fixed values)."""
+    separate: ClassVar[bool] = False
+    """The model's and the guide's losses differ, so no parameter may be in both."""
+    user_scale: ClassVar[bool] = False
+    """Site weights given by `poutine.scale` or `handlers.scale` have a meaning for it."""
 
     draws: int = Field(default=1, ge=1)
     outer: int = Field(default=1, ge=1)
 
+    def requests(self) -> frozenset[str]:
+        """Arrays that the backend must put into `Site.extra`, decided before the run: of {"kl"}."""
+        return frozenset()
+
+    def __call__(self, d: "Draws") -> "Loss":
+        raise NotImplementedError(f"Objective {type(self).__name__} defines no __call__(d).")
+
+
+@dataclass(frozen=True)
+class Signal:
+    """What one site's score is multiplied by, carrying no gradient: the input of a baseline."""
+
+    h: "Array"
+    """`[M, K, B]`: the cost of each draw, or the log weights when `f` reduces them jointly."""
+    value: "Array"
+    """What multiplies the score before the baseline is taken off: h itself, or `f(h)` as `[M, 1, B]`."""
+    f: "Callable[[Array, int], Array] | None"
+    batch: "Array | None"
+    """The rows, for baselines that look at them."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One program value of a site among V for the same draw, with how its cost h enters `E h`.
+
+    weight w   the value is `sum_v w_v h_v`; its own gradient counts (None: the site's density, for whole supports)
+    credit s   adds `s_v sg(h_v)`: value zero, live in the guide's parameters
+    through r  adds `r_v (h_v - sg(h_v))`: gradient through the value only, value zero
+    """
+
+    value: "Array"
+    weight: "Array | None" = None
+    credit: "Array | None" = None
+    through: "Array | None" = None
+
+
+class SiteDistribution(Protocol):
+    """A guide site's distribution as an estimator sees it; the backend owns noise and injected values."""
+
+    def sample(self) -> "Array":
+        """A draw that carries no gradient."""
+
+    def rsample(self) -> "Array":
+        """A reparameterised draw: gradient flows into the distribution's parameters."""
+
+    def log_prob(self, value: "Array") -> "Array":
+        """Log density over the site's batch shape."""
+
+    def select(self, index: "Array") -> "Array":
+        """Element `index` of the enumerated support, broadcast to the site's batch shape."""
+
 
 class Estimator(Algorithm):
-    """How the draw of a site carries gradient to the guide's parameters."""
+    """How the draw of a guide site carries gradient to the guide's parameters.
+
+    A subclass defines `sample`, or `variants` together with `count`, and declares what follows.
+    """
+
+    scored: ClassVar[bool] = False
+    """The verbs add this site's score terms."""
+    frozen: ClassVar[bool] = False
+    """The guide's loss uses the density replayed under stopped parameters."""
+    exhaustive: ClassVar[bool] = False
+    """The variants are the whole support, weighted by the site's density."""
+    site: ClassVar[Literal["any", "reparameterised", "finite"]] = "any"
+    """The kind of distribution it needs."""
+    least_draws: ClassVar[int] = 1
+    """Draws it needs at the site's level (K for local sites, M for global ones)."""
+    refuses: ClassVar[Mapping[str, str]] = {}
+    """Verbs it must not serve, each with the reason and the remedy in one sentence."""
+
+    def sample(self, dist: SiteDistribution) -> "Array":
+        """The value of one draw."""
+        raise NotImplementedError(f"Estimator {type(self).__name__} defines neither sample nor variants.")
+
+    def count(self, support: int) -> int:
+        """Variants per draw, static; `support` is the number of values of a finite site, otherwise 0."""
+        return 1
+
+    def variants(self, dist: SiteDistribution, index: "Array") -> Variant:
+        """The variant number `index` of each draw; `index` is an integer array that broadcasts over batch shapes.
+
+        `dist.sample()` here returns one draw shared by all variants of a draw.
+        """
+        return Variant(self.sample(dist))
+
+    def baseline_for(
+        self, signal: Signal, own: "Mapping[str, Array]", state: "Array | None"
+    ) -> "Array | float":
+        """What is taken off the signal of a draw's score; must not depend on that draw's value of the site."""
+        return 0.0
+
+    def initial_state(self) -> float | None:
+        """A number threaded through the steps and updated once a step, or None."""
+        return None
+
+    def update(self, state: "Array", signal: Signal) -> "Array":
+        """The next state; baselines read the state as it was before this step's signal."""
+        return state
+
+    def initial_own(self, features: int) -> dict[str, list[float]]:
+        """Parameters of the estimator itself, trained to predict the signal; `features` numbers make a row."""
+        return {}
