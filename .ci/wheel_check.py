@@ -1,7 +1,7 @@
 """Is the wheel complete? Run by the Python of an environment that holds nothing but the wheel and NumPyro.
 
-Compares the programs and recipes of the wheel with those of the checkout, then fits one of them, from a folder
-that has nothing to do with the checkout and from the environment's own.
+Compares the programs and recipes of the wheel with those of the checkout, then fits one of them, from a
+folder that has nothing to do with the checkout and from the environment's own.
 
     empty-environment/bin/python -I .ci/wheel_check.py CHECKOUT
 """
@@ -36,9 +36,9 @@ def check_shipped(
     assert not outside, f"{folder}: found outside the wheel: {outside}"
     expected = {path.name: path.read_bytes() for path in (checkout / folder).rglob(pattern)}
     assert expected, f"{folder}: the checkout at {checkout} has no {pattern}"
-    contents = {path.name: path.read_bytes() for path in shipped}
-    assert contents == expected, f"{folder}: {sorted(contents)} in the wheel, {sorted(expected)} in the checkout"
-    print(f"{folder}: {', '.join(sorted(contents))}")
+    found_here = {path.name: path.read_bytes() for path in shipped}
+    assert found_here == expected, f"{folder}: wheel has {sorted(found_here)}, checkout {sorted(expected)}"
+    print(f"{folder}: {', '.join(sorted(found_here))}")
 
 
 def fit(environment: Path, cwd: Path, out: Path) -> None:

@@ -15,7 +15,7 @@ FRAMEWORKS = {"torch", "pyro", "jax", "jaxlib", "numpyro", "flax", "optax", "equ
 SLOW = {"matplotlib", "sklearn", "scipy", "pandas", "xarray", "arviz_base", "arviz_stats", "h5netcdf"}
 
 # Each part of ppl_lvm, and the parts it may import when it is imported or called. `ops` finds a backend's
-# functions and `catalogue` an algorithm by name at run time: no arrow. A new module is entered here on purpose.
+# functions and `catalogue` an algorithm by name at run time: no arrow. A new module is entered here.
 ARROWS = {
     "errors": set[str](),
     "lookup": {"errors"},
@@ -118,7 +118,7 @@ def wrong_arrows(source: str, path: Path) -> list[str]:
 def test_only_backends_import_a_framework(path: Path) -> None:
     if path.is_relative_to(PACKAGE / "backends"):
         return
-    assert frameworks_in(path.read_text()) == set(), f"only ppl_lvm/backends/ imports a framework: {name(path)}"
+    assert frameworks_in(path.read_text()) == set(), f"{name(path)}: only ppl_lvm/backends/ may"
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=name)
