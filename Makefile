@@ -62,6 +62,7 @@ wheel-check: venv  ## build the wheel, install it alone with NumPyro only, fit f
 	$(PYTHON) -m venv $(CHECK)/venv
 	$(CHECK)/venv/bin/$(INSTALL) "$$(ls $(CHECK)/dist/*.whl)[numpyro]"
 	$(CHECK)/venv/bin/python -I .ci/wheel_check.py .
+	rm -rf $(CHECK)/venv
 
 clean:  ## remove everything that make made
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

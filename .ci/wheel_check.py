@@ -19,21 +19,20 @@ from ppl_lvm.program import programs
 from ppl_lvm.recipe import recipes
 
 
-def check_environment(environment: Path) -> None:
+def check_environment(environment: Path, package: Path) -> None:
     """The package comes from the environment, and the other backend is absent."""
-    package = Path(ppl_lvm.__file__).resolve()
     assert package.is_relative_to(environment), f"ppl_lvm was imported from {package}, not from {environment}"
     for module in ("torch", "pyro"):
         assert importlib.util.find_spec(module) is None, f"{module} is installed, and must not be here"
 
 
 def check_shipped(
-    environment: Path, checkout: Path, folder: str, pattern: str, found: Callable[[], Mapping[str, Path]]
+    package: Path, checkout: Path, folder: str, pattern: str, found: Callable[[], Mapping[str, Path]]
 ) -> None:
-    """All files of one folder of the checkout are found by name, in the environment, with the same bytes."""
+    """All files of one folder of the checkout are found by name, inside the package, with the same bytes."""
     shipped = {path.resolve() for path in found().values()}
-    outside = sorted(str(path) for path in shipped if not path.is_relative_to(environment))
-    assert not outside, f"{folder}: found outside the wheel: {outside}"
+    outside = sorted(str(path) for path in shipped if not path.is_relative_to(package))
+    assert not outside, f"{folder}: found outside the package: {outside}"
     expected = {path.name: path.read_bytes() for path in (checkout / folder).rglob(pattern)}
     assert expected, f"{folder}: the checkout at {checkout} has no {pattern}"
     found_here = {path.name: path.read_bytes() for path in shipped}
@@ -56,9 +55,10 @@ def fit(environment: Path, cwd: Path, out: Path) -> None:
 def main(checkout: Path) -> None:
     """All checks; the first that fails raises."""
     environment = Path(sys.prefix).resolve()
-    check_environment(environment)
-    check_shipped(environment, checkout, "models", "*.py", programs)
-    check_shipped(environment, checkout, "inference", "*.toml", recipes)
+    package = Path(ppl_lvm.__file__).resolve().parent
+    check_environment(environment, package)
+    check_shipped(package, checkout, "models", "*.py", programs)
+    check_shipped(package, checkout, "inference", "*.toml", recipes)
     with tempfile.TemporaryDirectory() as scratch:
         fit(environment, Path(scratch), Path(scratch) / "unrelated")
         fit(environment, environment, Path(scratch) / "environment")
