@@ -29,14 +29,15 @@ ARROWS = {
     "structured": {"draws", "errors", "ops"},
     "catalogue": {"algorithm", "errors", "lookup"},
     "recipe": {"algorithm", "catalogue", "errors", "lookup"},
-    "program": {"errors", "lookup", "nets", "ops"},
+    "backend_of": {"errors"},
+    "program": {"algorithm", "backend_of", "errors", "lookup", "nets", "ops"},
     "backends": {"algorithm", "draws", "errors", "nets", "ops", "program"},
-    "legality": {"algorithm", "backends", "draws", "errors"},
+    "legality": {"algorithm", "backends", "draws", "errors", "estimators"},  # "auto" prefers some by name
     "to_arviz": {"errors"},
     "posterior": {"algorithm", "backends", "draws", "errors", "ops", "program", "to_arviz"},
     "fit": {
-        *("algorithm", "backends", "draws", "errors", "legality", "lookup", "ops", "posterior", "program"),
-        *("recipe", "to_arviz"),
+        *("algorithm", "backend_of", "backends", "draws", "errors", "legality", "lookup", "ops", "posterior"),
+        *("program", "recipe", "to_arviz"),
     },
     "pictures": {"datasets", "errors", "to_arviz"},
     "report": {
