@@ -74,9 +74,8 @@ def test_labels_stay_with_their_rows(tmp_path: Path) -> None:
     np.savez(tmp_path / "own.npz", x=np.stack([labels, -labels], axis=1), labels=labels)
     data = load(tmp_path / "own.npz")
     np.testing.assert_array_equal(data.train[:, 0], data.train_labels)
-    np.testing.assert_array_equal(
-        data.test[:, 1], -data.test_labels if data.test_labels is not None else None
-    )
+    assert data.test_labels is not None
+    np.testing.assert_array_equal(data.test[:, 1], -data.test_labels)
 
 
 def test_a_split_that_the_file_brings_is_kept(tmp_path: Path) -> None:
@@ -132,7 +131,7 @@ def test_files_that_are_no_arrays_of_numbers_are_refused(tmp_path: Path) -> None
     np.save(tmp_path / "objects.npy", np.array([{"a": 1}], dtype=object), allow_pickle=True)
     with pytest.raises(DataError, match="cannot be read as a NumPy file"):
         load(tmp_path / "objects.npy")
-    (tmp_path / "text.npz").write_text("no zip")
+    (tmp_path / "text.npz").write_bytes(b"PK\x03\x04 and no more")
     with pytest.raises(DataError, match="cannot be read as a NumPy file"):
         load(tmp_path / "text.npz")
     np.savez(tmp_path / "two.npz", a=np.ones((3, 2)), b=np.ones((3, 2)))
