@@ -40,11 +40,13 @@ def load(name: str | Path, seed: int = 0) -> Dataset:
     holds one array of rows and perhaps `labels`, or `train` and `test` (kept as they are) and perhaps
     `train_labels` and `test_labels`.
 
-    Raises DataError for an unknown name, a missing file, values that are no finite numbers, and arrays
-    without at least two rows and two axes.
+    Raises:
+        DataError: an unknown name, a missing file, values that are no finite numbers, arrays without at
+            least two rows and two axes, labels that do not fit.
 
-    >>> load("digits").train.shape
-    (1437, 64)
+    Example:
+        >>> load("digits").train.shape
+        (1437, 64)
     """
     if str(name).lower().endswith(SUFFIXES):
         return _load_file(Path(name), seed)
@@ -61,8 +63,9 @@ def load(name: str | Path, seed: int = 0) -> Dataset:
 def datasets() -> dict[str, str]:
     """Names that `load` takes, each with one line about the data.
 
-    >>> list(datasets())
-    ['digits', 'linear_gaussian']
+    Example:
+        >>> list(datasets())
+        ['digits', 'linear_gaussian']
     """
     return {name: (loader.__doc__ or "").partition("\n")[0] for name, loader in _LOADERS.items()}
 
@@ -70,7 +73,7 @@ def datasets() -> dict[str, str]:
 def _digits(seed: int) -> Dataset:
     """1,797 handwritten digits, 8 x 8 grey levels 0 to 16, flattened to 64 (ships with scikit-learn)."""
     try:
-        from sklearn.datasets import load_digits
+        from sklearn.datasets import load_digits  # type: ignore[import-untyped]
     except ModuleNotFoundError as error:
         raise DataError(
             "the data set 'digits' comes with scikit-learn, which is not installed; "
@@ -166,8 +169,9 @@ def _load_file(path: Path, seed: int) -> Dataset:
 def _read_numpy(path: Path) -> dict[str, np.ndarray]:
     # Unpickling runs code from the file, so arrays of Python objects are refused.
     try:
-        loaded = np.load(path, allow_pickle=False)
-        return {"rows": loaded} if isinstance(loaded, np.ndarray) else dict(loaded)
+        with path.open("rb") as file:
+            loaded = np.load(file, allow_pickle=False)
+            return {"rows": loaded} if isinstance(loaded, np.ndarray) else dict(loaded)
     except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
         raise DataError(
             f"{path} cannot be read as a NumPy file of numbers ({error}); write it with numpy.save or "

@@ -52,7 +52,17 @@ def to_arviz(
     `arviz_stats.loo` is of use for global latents; where each row has a latent of its own, leaving the row
     out turns that latent's posterior into its prior, Pareto k is high, and a held-out log-likelihood serves.
 
-    Raises DataError when `log_p`, `log_q` or two sites' names do not fit together.
+    Raises:
+        DataError: `log_p` and `log_q` differ in shape, or two sites would be stored under one name.
+
+    Example:
+        >>> from types import SimpleNamespace
+        >>> log = np.zeros((3, 5))
+        >>> draws = SimpleNamespace(
+        ...     values={"z": np.zeros((3, 5, 2))}, dims={"z": ("data",)}, log_p=log, log_q=log, log_likelihood={}
+        ... )
+        >>> to_arviz(draws, {}, {"objective": "iwae"}).posterior["z"].dims
+        ('chain', 'draw', 'data', 'z_dim_0')
     """
     from arviz_base import from_dict
 
