@@ -1,11 +1,16 @@
 """What objectives and estimators share: frozen, validated options, some of which may be schedules."""
 
 import math
-from collections.abc import Mapping
-from typing import Annotated, Any, Literal, Self, get_args
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Protocol, Self, get_args
 
 import numpy as np
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+
+if TYPE_CHECKING:
+    from ppl_lvm.draws import Draws, Loss
+    from ppl_lvm.ops import Array
 
 
 class Schedule(BaseModel):

@@ -116,6 +116,8 @@ class Draws:
     states: Mapping[str, Array] = field(default_factory=dict)
     own: Mapping[str, Mapping[str, Array]] = field(default_factory=dict)
     ledger: Ledger = field(default_factory=Ledger)
+    allowed: frozenset[str] | None = None
+    """The verbs that the objective declared; None allows all."""
 
     def view(self, side: Literal["model", "guide"]) -> Draws:
         """The same run as the model's loss or the guide's loss sees it (frozen densities are the guide's)."""
@@ -180,6 +182,7 @@ class Draws:
         `cost` splits h by the site whose density each part is; every score term is then multiplied only by the parts
         downstream of its site (Rao-Blackwellised). With `cost` alone, h is their sum.
         """
+        self._declared("mean")
         if h is None:
             if not cost:
                 raise ValueError("mean needs h, or the costs that h is the sum of.")
@@ -188,6 +191,7 @@ class Draws:
 
     def joint(self, f: Reduction, log_w: Array) -> Array:
         """`E f(log_w_1..K)` per row, `[M, K, B] -> [M, B]`, for a symmetric f of all draws at once."""
+        self._declared("joint")
         level = self._level(local=True)
         self._refuse_exhaustive(level, "joint")
         log_w = self._spread(log_w)
@@ -216,6 +220,7 @@ class Draws:
 
     def log_mean_exp(self, h: Array) -> Array:
         """`log E_q exp h` per row, `[M, K, B] -> [M, B]`, with the self-normalised gradient."""
+        self._declared("log_mean_exp")
         level = self._level(local=True)
         h = self._spread(h) + self._log_weight(level)
         for site in self._scored(level):
@@ -224,10 +229,12 @@ class Draws:
 
     def weights(self, log_w: Array) -> Array:
         """Self-normalised importance weights `[M, K, B]`; they sum to one over draws."""
+        self._declared("weights")
         return ops.softmax(self._spread(log_w) + self._log_weight(self._level(local=True)), 1)
 
     def variance(self, h: Array) -> Array:
         """Variance of h over draws that carry no gradient, `[M, K, B] -> [M, B]`; unbiased for sampled draws."""
+        self._declared("variance")
         level = self._level(local=True)
         xp = ops.xp(h)
         h = self._spread(h)
@@ -245,6 +252,13 @@ class Draws:
         return self._expect(self._level(local=False), t[None, :, None], None)[0, 0]
 
     # What the verbs are made of.
+
+    def _declared(self, verb: str) -> None:
+        if self.allowed is not None and verb not in self.allowed:
+            raise LegalityError(
+                f"The objective calls `{verb}` but declares verbs = {sorted(self.allowed)}, from which legality was "
+                f"computed; add {verb!r} to its `verbs`."
+            )
 
     def _local(self) -> list[Site]:
         return [s for s in self.sites.values() if s.local]

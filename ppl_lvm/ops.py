@@ -15,14 +15,14 @@ Array = Any
 """A torch tensor or a jax array (or a tracer of either)."""
 
 
-def _of(x: Array) -> Any:  # noqa: ANN401 - the backend's module of array functions
+def _of(x: Array) -> Any:
     root = type(x).__module__.partition(".")[0]
     # Pyro's provenance tensors are torch tensors that live in a pyro module.
     name = "_torch_ops" if root in ("torch", "pyro") else "_jax_ops"
     return importlib.import_module(f"ppl_lvm.backends.{name}")
 
 
-def xp(x: Array) -> Any:  # noqa: ANN401 - an array namespace
+def xp(x: Array) -> Any:
     """The array namespace of `x`."""
     return _of(x).xp
 
