@@ -73,7 +73,7 @@ def datasets() -> dict[str, str]:
 def _digits(seed: int) -> Dataset:
     """1,797 handwritten digits, 8 x 8 grey levels 0 to 16, flattened to 64 (ships with scikit-learn)."""
     try:
-        from sklearn.datasets import load_digits  # type: ignore[import-untyped]
+        from sklearn.datasets import load_digits
     except ModuleNotFoundError as error:
         raise DataError(
             "the data set 'digits' comes with scikit-learn, which is not installed; "

@@ -59,7 +59,8 @@ def to_arviz(
         >>> from types import SimpleNamespace
         >>> log = np.zeros((3, 5))
         >>> draws = SimpleNamespace(
-        ...     values={"z": np.zeros((3, 5, 2))}, dims={"z": ("data",)}, log_p=log, log_q=log, log_likelihood={}
+        ...     values={"z": np.zeros((3, 5, 2))}, dims={"z": ("data",)},
+        ...     log_p=log, log_q=log, log_likelihood={},
         ... )
         >>> to_arviz(draws, {}, {"objective": "iwae"}).posterior["z"].dims
         ('chain', 'draw', 'data', 'z_dim_0')

@@ -26,7 +26,7 @@ def test_digits_are_integer_grey_levels_with_their_labels() -> None:
     rows = np.concatenate([data.train, data.test])
     assert set(np.unique(rows)) == set(range(17))
     assert data.train_labels is not None and data.test_labels is not None
-    from sklearn.datasets import load_digits  # type: ignore[import-untyped]
+    from sklearn.datasets import load_digits
 
     wanted = {row.tobytes(): label for row, label in zip(*load_digits(return_X_y=True), strict=True)}
     labels = np.concatenate([data.train_labels, data.test_labels])
