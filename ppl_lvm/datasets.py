@@ -1,7 +1,6 @@
 """Data to fit: what ships with a dependency, what is generated, the user's own files; all split in two."""
 
 import csv
-import difflib
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ppl_lvm import lookup
 from ppl_lvm.errors import DataError
 
 TEST_FRACTION = 0.2
@@ -52,10 +52,9 @@ def load(name: str | Path, seed: int = 0) -> Dataset:
         return _load_file(Path(name), seed)
     loader = _LOADERS.get(str(name))
     if loader is None:
-        close = difflib.get_close_matches(str(name), _LOADERS, n=1)
         raise DataError(
-            f"there is no data set named {str(name)!r}{f'; did you mean {close[0]!r}?' if close else '.'} "
-            f"Give one of {', '.join(_LOADERS)}, or the path of a {', '.join(SUFFIXES)} file."
+            f"Unknown data set {str(name)!r}. {lookup.valid(str(name), _LOADERS, 'Data sets')} "
+            f"Data of your own are given by the path of a {', '.join(SUFFIXES)} file."
         )
     return loader(seed)
 
@@ -76,7 +75,7 @@ def _digits(seed: int) -> Dataset:
         from sklearn.datasets import load_digits
     except ModuleNotFoundError as error:
         raise DataError(
-            "the data set 'digits' comes with scikit-learn, which is not installed; "
+            "The data set 'digits' comes with scikit-learn, which is not installed; "
             "run `pip install scikit-learn`."
         ) from error
     bunch = load_digits()
@@ -140,14 +139,14 @@ def _split(
 
 def _load_file(path: Path, seed: int) -> Dataset:
     if not path.is_file():
-        raise DataError(f"there is no file {str(path)!r} to load data from; check the path.")
+        raise DataError(f"There is no file {str(path)!r} to load data from; check the path.")
     arrays = _read_csv(path) if path.suffix.lower() == ".csv" else _read_numpy(path)
     description, licence = f"Rows of the file {path.name}.", "as the file's owner gave it"
     if {"train", "test"} <= arrays.keys():
         train, test = (_checked(arrays[part], f"{part!r} in {path}", 1) for part in ("train", "test"))
         if train.shape[1:] != test.shape[1:]:
             raise DataError(
-                f"rows of 'train' and 'test' in {path} differ in shape: {train.shape[1:]} and "
+                f"Rows of 'train' and 'test' in {path} differ in shape: {train.shape[1:]} and "
                 f"{test.shape[1:]}; save rows of one shape in both."
             )
         train_labels, test_labels = (
@@ -190,11 +189,11 @@ def _read_csv(path: Path) -> dict[str, np.ndarray]:
     width = len(lines[0][1]) if lines else 0
     for number, cells in lines:
         if len(cells) != width:
-            raise DataError(f"line {number} of {path} has {len(cells)} columns, the first row has {width}.")
+            raise DataError(f"Line {number} of {path} has {len(cells)} columns, the first row has {width}.")
         for column, cell in enumerate(cells, start=1):
             if not _is_number(cell):
                 raise DataError(
-                    f"line {number}, column {column} of {path} is {cell!r}, which is no number; rows must "
+                    f"Line {number}, column {column} of {path} is {cell!r}, which is no number; rows must "
                     "hold numbers only, after at most one line of column names."
                 )
     rows = np.array([[float(cell) for cell in cells] for _, cells in lines])

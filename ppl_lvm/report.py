@@ -35,9 +35,19 @@ SHOWN, PREDICTIVE_DRAWS = 16, 200
 PACKAGES = ("ppl_lvm", "numpy", "torch", "pyro-ppl", "jax", "numpyro", "arviz-base")
 
 
-class Named(Protocol):
+class Program(Protocol):
     @property
     def name(self) -> str: ...
+    @property
+    def options(self) -> tuple[tuple[str, Any], ...]: ...
+    @property
+    def source_hash(self) -> str: ...
+
+
+class Recipe(Protocol):
+    @property
+    def name(self) -> str: ...
+    def to_dict(self) -> dict[str, Any]: ...
 
 
 class LogLikelihood(Protocol):
@@ -53,9 +63,9 @@ class Run(Protocol):
     """What is read of a fit."""
 
     @property
-    def program(self) -> Named: ...
+    def program(self) -> Program: ...
     @property
-    def recipe(self) -> Named: ...
+    def recipe(self) -> Recipe: ...
     @property
     def backend(self) -> str: ...
     @property
@@ -135,7 +145,7 @@ def difference(first: Metrics, second: Metrics) -> Difference:
     sizes = len(first.row_log_likelihood), len(second.row_log_likelihood)
     if first.data != second.data or sizes[0] != sizes[1]:
         raise DataError(
-            f"a paired difference needs the same held-out rows, found {sizes[0]} rows of {first.data!r} and "
+            f"A paired difference needs the same held-out rows, found {sizes[0]} rows of {first.data!r} and "
             f"{sizes[1]} of {second.data!r}."
         )
     rows = second.row_log_likelihood - first.row_log_likelihood
@@ -201,11 +211,11 @@ def check_folder(out: Path) -> None:
     if not out.exists():
         return
     if not out.is_dir():
-        raise PplLvmError(f"a run is a folder, but {str(out)!r} is a file; give another name.")
+        raise PplLvmError(f"A run is a folder, but {str(out)!r} is a file; give another name.")
     foreign = sorted({entry.name for entry in out.iterdir()} - {*FILES})
     if foreign:
         raise PplLvmError(
-            f"the folder {str(out)!r} holds {foreign[0]!r}, which no run wrote, and a run replaces the "
+            f"The folder {str(out)!r} holds {foreign[0]!r}, which no run wrote, and a run replaces the "
             "whole folder; give another name, or move your files out of it."
         )
     metrics = out / "metrics.json"
@@ -213,7 +223,7 @@ def check_folder(out: Path) -> None:
         metrics.is_file() and f'"{FORMAT}"' in metrics.read_text(errors="replace")
     ):
         raise PplLvmError(
-            f"the folder {str(out)!r} is no run folder: it has no metrics.json of format {FORMAT!r}; give "
+            f"The folder {str(out)!r} is no run folder: it has no metrics.json of format {FORMAT!r}; give "
             "another name."
         )
 
@@ -270,20 +280,12 @@ def versions() -> dict[str, str]:
 
 
 def plain(value: object) -> Any:
-    """A recipe, or any part of one, as numbers, text, lists and dicts; algorithms carry their `name`.
+    """A value as JSON can say it: tuples and arrays become lists, numbers that are not finite null.
 
     Example:
-        >>> from ppl_lvm.objectives.iwae import iwae
-        >>> plain({"objective": iwae(draws=50)})
-        {'objective': {'name': 'iwae', 'draws': 50, 'outer': 1}}
+        >>> plain({"rows": np.arange(2), "loss": float("nan"), "data": Path("a.csv")})
+        {'rows': [0, 1], 'loss': None, 'data': 'a.csv'}
     """
-    from pydantic import BaseModel
-
-    from ppl_lvm.algorithm import Algorithm
-
-    if isinstance(value, BaseModel):
-        fields = {name: plain(getattr(value, name)) for name in type(value).model_fields}
-        return {"name": type(value).__name__, **fields} if isinstance(value, Algorithm) else fields
     if isinstance(value, Mapping):
         return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, np.generic | np.ndarray):
@@ -291,7 +293,7 @@ def plain(value: object) -> Any:
     if isinstance(value, Sequence) and not isinstance(value, str):
         return [plain(item) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
-        return None  # JSON has no word for it
+        return None
     return value if value is None or isinstance(value, str | int | float) else str(value)
 
 
@@ -313,9 +315,9 @@ def _fill(folder: Path, run: Run, dataset: Dataset, metrics: Metrics, posterior_
         "format": FORMAT,
         **figures,
         "rows": len(dataset.test),
-        "program_options": dict(getattr(run.program, "options", ())),
-        "program_hash": getattr(run.program, "source_hash", None),
-        "resolved_recipe": run.recipe,
+        "program_options": dict(run.program.options),
+        "program_hash": run.program.source_hash,
+        "resolved_recipe": run.recipe.to_dict(),
         "versions": versions(),
     }
     to_arviz(posterior, observed, plain(about)).to_netcdf(folder / "posterior.nc", engine="h5netcdf")

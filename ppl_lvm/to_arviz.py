@@ -98,7 +98,7 @@ def _storable(values: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     renamed = {_stored_name(name): value for name, value in values.items()}
     if len(renamed) < len(values):
         raise DataError(
-            f"the sites {', '.join(values)} are not distinct once '/' is written as '.'; rename one."
+            f"The sites {', '.join(values)} are not distinct once '/' is written as '.'; rename one."
         )
     return renamed
 

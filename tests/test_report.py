@@ -12,10 +12,9 @@ from rich.console import Console
 from rich.table import Table
 
 from ppl_lvm import pictures
-from ppl_lvm.algorithm import Schedule
 from ppl_lvm.datasets import Dataset, load
 from ppl_lvm.errors import DataError, PplLvmError
-from ppl_lvm.objectives.iwae import iwae
+from ppl_lvm.recipe import Recipe, recipe
 from ppl_lvm.report import (
     FILES,
     Metrics,
@@ -50,7 +49,7 @@ class FakeRun:
     program: SimpleNamespace = field(
         default_factory=lambda: SimpleNamespace(name="vae", options=(("latent", 3),), source_hash="abc")
     )
-    recipe: SimpleNamespace = field(default_factory=lambda: SimpleNamespace(name="iwae"))
+    recipe: Recipe = field(default_factory=lambda: recipe("iwae", draws=7))
     backend: str = "numpyro"
     seconds: float = 12.34
     history: dict[str, np.ndarray] = field(
@@ -110,6 +109,7 @@ def test_a_run_folder_holds_draws_figures_and_pictures(tmp_path: Path, images: D
     assert metrics["log_likelihood"] == pytest.approx(-(ROWS - 1) / 2) and metrics["standard_error"] == 0.5
     assert (metrics["draws"], metrics["seed"], metrics["rows"], metrics["seconds"]) == (77, 3, ROWS, 12.34)
     assert metrics["active_units"] == {"z": 2} and metrics["program_options"] == {"latent": 3}
+    assert recipe(metrics["resolved_recipe"]) == run.recipe
     assert metrics["versions"]["numpy"] == np.__version__
 
     with (out / "history.csv").open() as file:
@@ -211,25 +211,29 @@ def test_the_difference_is_paired_by_row() -> None:
 
 
 def test_tables_show_every_figure() -> None:
-    elbo, iwae_ = _metrics("elbo", [-10.0, -11.0]), _metrics("iwae", [-9.0, -9.5], {"z": 7, "y": 2})
-    text = _text(table([elbo, iwae_]))
+    elbo, iwae = _metrics("elbo", [-10.0, -11.0]), _metrics("iwae", [-9.0, -9.5], {"z": 7, "y": 2})
+    text = _text(table([elbo, iwae]))
     assert "vae on digits" in text and "5,000 importance draws" in text
     line = next(line for line in text.splitlines() if " elbo " in line)
     cells = [cell.strip() for cell in line.split("│")[1:-1]]
     assert cells == ["pyro", "elbo", "1", "-10.500", "0.250", "7", "9.9"]
     assert "z 7, y 2" in text
-    text = _text(difference_table([difference(elbo, iwae_)]))
+    text = _text(difference_table([difference(elbo, iwae)]))
     assert "iwae - elbo" in text and "+1.250" in text and "0.250" in text and "+5.0" in text
 
 
-def test_recipes_become_plain_json_with_the_fields_of_their_algorithms() -> None:
-    warm = Schedule(schedule="linear", start=0.0, end=1.0, steps=10)
-    recipe = {"objective": iwae(draws=5), "estimator": {"z*": None}, "rate": warm, "bad": np.float32(np.nan)}
-    assert plain(recipe) == {
-        "objective": {"name": "iwae", "draws": 5, "outer": 1},
-        "estimator": {"z*": None},
-        "rate": {"schedule": "linear", "start": 0.0, "end": 1.0, "steps": 10},
-        "bad": None,
+def test_values_become_plain_json() -> None:
+    given = {
+        "options": (1, "a", None),
+        "array": np.eye(2),
+        "bad": [np.float32(np.nan), np.inf],
+        "path": Path("a"),
+    }
+    assert plain(given) == {
+        "options": [1, "a", None],
+        "array": [[1, 0], [0, 1]],
+        "bad": [None, None],
+        "path": "a",
     }
 
 
