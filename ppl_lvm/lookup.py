@@ -13,6 +13,8 @@ from ppl_lvm.errors import PplLvmError
 PACKAGE = Path(__file__).resolve().parent
 PREFIX = "_ppl_lvm_file_"
 """How the names of modules begin that were loaded from a path."""
+SOURCE_HASH = "__ppl_lvm_source_hash__"
+"""Where such a module keeps the digest of the source that was executed."""
 
 
 def folder(name: str) -> Path:
@@ -50,9 +52,8 @@ def valid(asked: str, names: Iterable[str], what: str) -> str:
     return (f"Did you mean {close[0]!r}? " if close else "") + listed
 
 
-def source_hash(source: bytes) -> str:
-    """A short digest of a file's content."""
-    return hashlib.sha256(source).hexdigest()[:16]
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:16]
 
 
 def load(path: Path, error: type[PplLvmError]) -> ModuleType:
@@ -69,11 +70,12 @@ def load(path: Path, error: type[PplLvmError]) -> ModuleType:
         source = path.read_bytes()
     except OSError as cause:
         raise error(f"Cannot read {path}: {cause.strerror or cause}.") from cause
-    name = f"{PREFIX}{path.stem}_{source_hash(str(path).encode() + source)}"
+    name = f"{PREFIX}{path.stem}_{_digest(str(path).encode() + source)}"
     if name in sys.modules:
         return sys.modules[name]
     module = ModuleType(name)
     module.__file__ = str(path)
+    module.__dict__[SOURCE_HASH] = _digest(source)
     sys.modules[name] = module  # classes with annotations look their module up there
     try:
         exec(compile(source, str(path), "exec"), module.__dict__)
