@@ -163,7 +163,7 @@ def table(rows: Iterable[Metrics]) -> "Table":
     )
     result = Table(title=f"Held-out log-likelihood: {about}" if rows else None)
     for heading in ("backend", "recipe"):
-        result.add_column(heading)
+        result.add_column(heading, no_wrap=True)
     for heading in ("seed", "nats per row", "standard error", "active units", "seconds"):
         result.add_column(heading, justify="right")
     for row in rows:
@@ -186,18 +186,17 @@ def difference_table(rows: Iterable[Difference]) -> "Table":
 
     result = Table(title="Paired differences of held-out log-likelihood")
     for heading in ("backend", "recipes"):
-        result.add_column(heading)
+        result.add_column(heading, no_wrap=True)
     for heading in ("seed", "nats per row", "standard error", "in standard errors"):
         result.add_column(heading, justify="right")
     for row in rows:
-        ratio = row.mean / row.standard_error if row.standard_error > 0 else math.nan
         result.add_row(
             row.backend,
             f"{row.second} - {row.first}",
             str(row.seed),
             f"{row.mean:+.3f}",
             f"{row.standard_error:.3f}",
-            f"{ratio:+.1f}",
+            f"{row.mean / row.standard_error:+.1f}" if row.standard_error > 0 else "-",
         )
     return result
 
