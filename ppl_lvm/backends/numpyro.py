@@ -14,6 +14,7 @@ import numpy as np
 import numpyro
 import numpyro.distributions as dist
 from numpyro import handlers
+from numpyro.distributions import constraints
 from numpyro.distributions.kl import kl_divergence
 from numpyro.distributions.transforms import biject_to
 from numpyro.ops.provenance import eval_provenance
@@ -94,9 +95,10 @@ class _Handler(Messenger):
         key: Array,
         latent: Callable[[Message], Any] | None = None,
         subsamples: Mapping[str, Array] | None = None,
+        observed: Callable[[Message], Any] | None = None,
     ) -> None:
         super().__init__()
-        self.params, self.key, self.latent = params, key, latent
+        self.params, self.key, self.latent, self.observed = params, key, latent, observed
         self.subsamples = subsamples or {}
         self.found: dict[str, tuple[Any, Any]] = {}
         self._anonymous = 0
@@ -115,10 +117,12 @@ class _Handler(Messenger):
             msg["kwargs"]["rng_key"] = jax.random.fold_in(self.key, self._anonymous)
         elif kind == "sample" and not msg["is_observed"] and msg["value"] is None and self.latent is not None:
             msg["value"] = self.latent(msg)
+        elif kind == "sample" and msg["is_observed"] and self.observed is not None:
+            msg["value"] = self.observed(msg)
 
     def postprocess_message(self, msg: Message) -> None:
         if msg["type"] == "param":
-            self.found[msg["name"]] = (msg["value"], msg["kwargs"].get("constraint", dist.constraints.real))
+            self.found[msg["name"]] = (msg["value"], msg["kwargs"].get("constraint", constraints.real))
 
 
 def site_key(key: Array, name: str) -> Array:
@@ -129,11 +133,16 @@ def site_key(key: Array, name: str) -> Array:
 class _SiteDistribution:
     """A guide site as an estimator sees it (see `algorithm.SiteDistribution`)."""
 
-    def __init__(self, fn: Any, key: Array, injected: Array | None, support: np.ndarray | None) -> None:
+    def __init__(
+        self, fn: Any, key: Array, injected: Array | None, support: np.ndarray | None, as_float: bool
+    ) -> None:
         self._fn, self._key, self._injected, self._support = fn, key, injected, support
+        self._as_float = as_float
 
     def sample(self) -> Array:
-        value = self._fn.sample(self._key) if self._injected is None else self._injected
+        value = self._injected
+        if value is None:
+            value = _draw(self._fn, self._key, self._as_float)
         return jax.lax.stop_gradient(value)
 
     def rsample(self) -> Array:
@@ -146,7 +155,22 @@ class _SiteDistribution:
 
     def select(self, index: Array) -> Array:
         value = jnp.asarray(self._support)[index]
+        if self._as_float and _boolean(self._fn):
+            value = value.astype(jnp.zeros(()).dtype)
         return jnp.broadcast_to(value, self._fn.batch_shape + self._fn.event_shape)
+
+
+def _boolean(fn: Any) -> bool:
+    support = fn.support
+    while hasattr(support, "base_constraint"):
+        support = support.base_constraint
+    return support is constraints.boolean
+
+
+def _draw(fn: Any, key: Array, as_float: bool) -> Array:
+    """A draw; zeros and ones are floats in portable programs, as Pyro has them, and integers in native ones."""
+    value = fn.sample(key)
+    return value.astype(jnp.zeros(()).dtype) if as_float and _boolean(fn) else value
 
 
 def _solve(lower: Array, b: Array) -> Array:
@@ -197,8 +221,8 @@ class NumPyroBound:
         with precision(dtype):
             if program.portable:
                 ppl = Namespace(seed, dtype)
-                self._model = lambda *a, **k: program.model(ppl, *a, **k, **program.options_of("model"))
-                self._guide = lambda *a, **k: program.guide(ppl, *a, **k, **program.options_of("guide"))
+                self._model = lambda *a, **k: program.model(ppl, *a, **k)
+                self._guide = lambda *a, **k: program.guide(ppl, *a, **k)
             else:
                 self._model, self._guide = program.model, program.guide
             self._probe(self.batch(example), jax.random.key(seed), data_plate)
@@ -221,7 +245,7 @@ class NumPyroBound:
 
     def _probe(self, batch: Call, key: Array, asked: str | None) -> None:
         def prior(msg: Message) -> Array:
-            return msg["fn"](rng_key=site_key(key, msg["name"]))
+            return _draw(msg["fn"], site_key(key, msg["name"]), self.program.portable)
 
         guide_handler = _Handler({}, key, prior)
         guide = self._trace(self._guide, guide_handler, batch)
@@ -384,7 +408,11 @@ class NumPyroBound:
                     (local_layout, k, draw_key) if info.local else (outer_layout, m, outer_key)
                 )
                 site = _SiteDistribution(
-                    msg["fn"], site_key(own_key, info.name), self._to_site(injected.get(info.name), info), info.support
+                    msg["fn"],
+                    site_key(own_key, info.name),
+                    self._to_site(injected.get(info.name), info),
+                    info.support,
+                    self.program.portable,
                 )
                 estimator = plan.estimators[info.name]
                 count, stride = layout[info.name]
@@ -469,7 +497,9 @@ class NumPyroBound:
                     row[label] = self._only(self._full(value, info), info)
         if "kl" in plan.requests and in_guide is not None and in_model is not None:
             row["kl"] = self._rows(self._full(_kl(in_guide["fn"], in_model["fn"]), info), info)
-        row["user_scale"] = self._user_scale(in_model or in_guide, self.structure.data_plate, sizes)
+        row["user_scale"] = 1.0
+        if info.user_scaled:
+            row["user_scale"] = self._user_scale(in_model or in_guide, self.structure.data_plate, sizes)
         return row
 
     def _site(
@@ -489,7 +519,9 @@ class NumPyroBound:
             downstream=self.structure.downstream(info.name),
             variants=layout.get(info.name, (1, 1))[0],
             extra=extra,
-            user_scale=row["user_scale"] if info.user_scaled else 1.0,
+            user_scale=(row["user_scale"][..., None] if info.local else row["user_scale"])
+            if info.user_scaled
+            else 1.0,
             **{label: row.get(label) for label in optional},
         )
 
@@ -530,6 +562,32 @@ class NumPyroBound:
         if self.structure.plate_dim is None:
             return value[0]
         return jnp.moveaxis(value, 0, self.structure.nesting + self.structure.plate_dim)
+
+    def simulate(
+        self, params: Params, batch: Call, key: Array, draws: int, *, prior: bool = False
+    ) -> dict[str, Array]:
+        """Values `[draws, ...]` of every site of the model with its observed sites drawn anew.
+
+        Latent sites are drawn from the guide, or from the model where `prior` says so.
+        """
+        constrained = self.constrain(params)
+
+        def run(draw_key: Array) -> dict[str, Array]:
+            def draw(msg: Message) -> Array:
+                return _draw(msg["fn"], site_key(draw_key, msg["name"]), self.program.portable)
+
+            guide: dict[str, Message] = {}
+            if not prior:
+                guide = self._trace(self._guide, _Handler(constrained, key, draw), batch)
+
+            def latent(msg: Message) -> Array:
+                return guide[msg["name"]]["value"] if msg["name"] in guide else draw(msg)
+
+            plates = {n: s["value"] for n, s in guide.items() if s["type"] == "plate"}
+            model = self._trace(self._model, _Handler(constrained, key, latent, plates, draw), batch)
+            return {n: s["value"] for n, s in model.items() if s["type"] == "sample"}
+
+        return jax.vmap(run)(jax.random.split(key, draws))
 
     # Gradients.
 

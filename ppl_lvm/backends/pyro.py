@@ -119,9 +119,10 @@ class _Handler(Messenger):
         params: Params,
         latent: Callable[[Message], None],
         subsamples: Mapping[str, Tensor] | None = None,
+        observed: Callable[[Message], None] | None = None,
     ) -> None:
         super().__init__()
-        self.params, self.latent = params, latent
+        self.params, self.latent, self.observed = params, latent, observed
         self.subsamples = dict(subsamples or {})
         self.constraints: dict[str, Any] = {}
         self.offered: dict[str, torch.nn.Parameter] = {}
@@ -155,6 +156,8 @@ class _Handler(Messenger):
         elif not msg["is_observed"] and not msg["infer"].get("_deterministic"):
             self.latent(msg)
             msg["done"] = True
+        elif msg["is_observed"] and self.observed is not None:
+            self.observed(msg)
 
     def _pyro_post_sample(self, msg: Message) -> None:
         if site_is_subsample(msg):
@@ -262,8 +265,8 @@ class PyroBound:
         self.program, self.dtype = program, dtype
         if program.portable:
             ppl = Namespace(seed, dtype)
-            self._model = lambda *a, **k: program.model(ppl, *a, **k, **program.options_of("model"))
-            self._guide = lambda *a, **k: program.guide(ppl, *a, **k, **program.options_of("guide"))
+            self._model = lambda *a, **k: program.model(ppl, *a, **k)
+            self._guide = lambda *a, **k: program.guide(ppl, *a, **k)
         else:
             self._model, self._guide = program.model, program.guide
         self._holder = _Holder()
@@ -661,6 +664,37 @@ class PyroBound:
         if M > 1:
             return value
         return value[0] if K > 1 else value[0, 0]
+
+    def simulate(
+        self, params: Params, batch: Call, key: int, draws: int, *, prior: bool = False
+    ) -> dict[str, Tensor]:
+        """Values `[draws, ...]` of every site of the model with its observed sites drawn anew.
+
+        Latent sites are drawn from the guide, or from the model where `prior` says so.
+        """
+        constrained = self.constrain(params)
+
+        def draw(msg: Message) -> None:
+            msg["value"] = _sample(msg["fn"])
+
+        values: list[dict[str, Tensor]] = []
+        with sealed(self.dtype), seeded(key), torch.no_grad():
+            for _ in range(draws):
+                guide: dict[str, Message] = {}
+                handler = _Handler(constrained, draw)
+                if not prior:
+                    guide = self._trace(self._guide, handler, batch, params)
+
+                def latent(msg: Message, guide: dict[str, Message] = guide) -> None:
+                    if msg["name"] in guide:
+                        msg["value"] = guide[msg["name"]]["value"]
+                    else:
+                        draw(msg)
+
+                model_handler = _Handler(constrained, latent, handler.subsamples, draw)
+                model = self._trace(self._model, model_handler, batch, params)
+                values.append({n: s["value"] for n, s in model.items()})
+        return {n: torch.stack([v[n] for v in values]) for n in values[0]} if values else {}
 
     # Gradients.
 
