@@ -63,6 +63,7 @@ class FakeRun:
 
     def posterior(self, draws: int, data: np.ndarray | None = None, seed: int = 0) -> Draws:
         assert data is not None
+        self.asked["posterior"] = (len(data), draws, seed)
         log = np.zeros((draws, len(data)))
         values = np.random.default_rng(seed).normal(size=(draws, len(data), self.latent))
         return Draws(
@@ -70,12 +71,14 @@ class FakeRun:
         )
 
     def predictive(self, draws: int, data: np.ndarray | None = None, seed: int = 0) -> dict[str, np.ndarray]:
+        self.asked["predictive"] = (seed,)
         if self.fail:
             raise RuntimeError("out of luck")
         assert data is not None
         return {"x": np.full((draws, len(data), data.shape[1]), 8.0)}
 
     def prior_predictive(self, rows: int, seed: int = 0) -> dict[str, np.ndarray]:
+        self.asked["prior_predictive"] = (seed,)
         return {"z": np.zeros((rows, self.latent)), "x": np.full((rows, 64), 4.0)}
 
     def active_units(self, threshold: float = 0.01) -> dict[str, int]:
@@ -102,7 +105,12 @@ def test_a_run_folder_holds_draws_figures_and_pictures(tmp_path: Path, images: D
     assert out == (tmp_path / "runs" / "a").resolve()
     assert sorted(entry.name for entry in out.iterdir()) == sorted(FILES)
     assert [entry.name for entry in out.parent.iterdir()] == ["a"]
-    assert run.asked["log_likelihood"] == (ROWS, 77, 3)
+    assert run.asked == {
+        "log_likelihood": (ROWS, 77, 3),
+        "posterior": (ROWS, 5, 3),
+        "predictive": (3,),
+        "prior_predictive": (3,),
+    }
 
     metrics = json.loads((out / "metrics.json").read_text())
     assert (metrics["recipe"], metrics["backend"], metrics["program"]) == ("iwae", "numpyro", "vae")
@@ -132,9 +140,9 @@ def test_rows_that_are_no_images_have_no_image_pictures(tmp_path: Path) -> None:
 def test_metrics_that_are_at_hand_are_not_measured_again(tmp_path: Path, rows: Dataset) -> None:
     run = FakeRun()
     metrics = replace(measure(run, rows, draws=9), seconds=1.0)
-    run.asked.clear()
+    del run.asked["log_likelihood"]
     out = write(run, rows, tmp_path / "a", posterior_draws=2, metrics=metrics)
-    assert not run.asked
+    assert "log_likelihood" not in run.asked
     assert json.loads((out / "metrics.json").read_text())["seconds"] == 1.0
 
 
@@ -171,6 +179,24 @@ def test_a_failure_leaves_the_earlier_run_and_no_rubbish(tmp_path: Path, images:
     write(FakeRun(), images, tmp_path / "a", posterior_draws=2)
     with pytest.raises(RuntimeError, match="out of luck"):
         write(FakeRun(backend="pyro", fail=True), images, tmp_path / "a", posterior_draws=2)
+    assert json.loads((tmp_path / "a" / "metrics.json").read_text())["backend"] == "numpyro"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["a"]
+
+
+def test_the_earlier_run_comes_back_when_the_new_one_cannot_be_moved_in(
+    tmp_path: Path, rows: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(FakeRun(), rows, tmp_path / "a", posterior_draws=2)
+    move = Path.rename
+
+    def rename(self: Path, target: Path) -> Path:
+        if self.name.endswith(".new"):
+            raise OSError("no space left")
+        return move(self, target)
+
+    monkeypatch.setattr(Path, "rename", rename)
+    with pytest.raises(OSError, match="no space left"):
+        write(FakeRun(backend="pyro"), rows, tmp_path / "a", posterior_draws=2)
     assert json.loads((tmp_path / "a" / "metrics.json").read_text())["backend"] == "numpyro"
     assert [entry.name for entry in tmp_path.iterdir()] == ["a"]
 
