@@ -235,7 +235,8 @@ class NumPyroBound:
             a = np.asarray(a) if not isinstance(a, jax.Array) else a
             return jnp.asarray(a, self.dtype) if a.dtype.kind == "f" else jnp.asarray(a)
 
-        return call.map(convert)
+        with precision(self.dtype):
+            return call.map(convert)
 
     # Structure and parameters, from probe runs on one draw.
 
@@ -370,7 +371,8 @@ class NumPyroBound:
 
     def constrain(self, params: Params) -> dict[str, Any]:
         """Constrained values of unconstrained parameters."""
-        return {n: v if _is_tree(v) else self._transforms[n](v) for n, v in params.items()}
+        with precision(self.dtype):
+            return {n: v if _is_tree(v) else self._transforms[n](v) for n, v in params.items()}
 
     # One run.
 
