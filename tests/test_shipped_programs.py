@@ -31,7 +31,7 @@ ESTIMATORS = {"discrete_vae": "score"}
 class Fitted:
     """A shipped program bound to data; every number comes back as a NumPy array."""
 
-    def __init__(self, name: str, backend: str, data: np.ndarray, **options: Any) -> None:  # noqa: ANN401
+    def __init__(self, name: str, backend: str, data: np.ndarray, **options: Any) -> None:
         self.jax = backend == "numpyro"
         self.estimator = resolve("estimator", ESTIMATORS.get(name, "pathwise"), Path(), "the test")()
         kind: Callable[..., Any] = NumPyroBound if self.jax else PyroBound
@@ -46,7 +46,7 @@ class Fitted:
     def table(self, M: int, K: int) -> Arrays:
         plan = Plan(K=K, M=M, estimators={"z": self.estimator})  # type: ignore[dict-item]
 
-        def table(params: Any, key: Any) -> dict[str, Any]:  # noqa: ANN401
+        def table(params: Any, key: Any) -> dict[str, Any]:
             draws = self.bound.draws(params, self.batch, key, plan)
             sites = {name: site.value for name, site in draws.sites.items()}
             return sites | {f"log_p({n})": s.log_p for n, s in draws.sites.items()} | {"log_w": draws.log_w}
