@@ -43,7 +43,7 @@ class State:
         from safetensors.numpy import save_file
 
         described = {"backend": self.backend, "seed": str(self.seed), "step": str(self.step), "mode": self.mode}
-        save_file({n: np.ascontiguousarray(a) for n, a in self.arrays.items()}, str(path), metadata=described)
+        save_file({n: np.array(a, order="C") for n, a in self.arrays.items()}, str(path), metadata=described)
 
     @staticmethod
     def load(path: str | Path) -> State:

@@ -11,8 +11,8 @@ import numpy as np
 import optax
 
 from ppl_lvm.algorithm import Algorithm, Objective
-from ppl_lvm.backends.base import Call, Plan, Steps, initial_extras, static_key, with_numbers
-from ppl_lvm.backends.numpyro import NumPyroBound, precision
+from ppl_lvm.backends.base import Call, Plan, Steps, check_state, initial_extras, static_key, with_numbers
+from ppl_lvm.backends.numpyro import NumPyroBound, owned, precision
 from ppl_lvm.errors import BackendError
 
 Bound = NumPyroBound
@@ -124,7 +124,7 @@ class Trainer:
         with precision(self._bound.dtype):
             scalars = {name: jnp.asarray(v, float) for name, v in numbers.items()}
             rows = None if self._rows is None else jnp.asarray(self._rows, float)
-            where = None if index is None else jnp.asarray(index)
+            where = None if index is None else owned(index)
             tree, losses = self._chunk(
                 tree, data.args, dict(data.kwargs), where, scalars, start, n, self._key, rows
             )
@@ -141,13 +141,9 @@ class Trainer:
         template = self.initial()
         leaves, structure = jax.tree_util.tree_flatten_with_path(template)
         names = [jax.tree_util.keystr(path) for path, _ in leaves]
-        if set(names) != set(arrays):
-            raise BackendError(
-                f"The state holds {sorted(arrays)}, this fit needs {sorted(names)}; continue with the same program, "
-                f"recipe and backend."
-            )
+        check_state(arrays, self.pack(template))
         with precision(self._bound.dtype):
-            return jax.tree_util.tree_unflatten(structure, [jnp.asarray(arrays[n]) for n in names])
+            return jax.tree_util.tree_unflatten(structure, [owned(arrays[n]) for n in names])
 
 
 def _step(body: Callable[..., Any], i: Any, tree: Tree, inputs: tuple[Any, ...]) -> tuple[Tree, Any]:

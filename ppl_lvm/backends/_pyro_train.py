@@ -19,7 +19,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
 from ppl_lvm.algorithm import Algorithm, Objective
-from ppl_lvm.backends.base import Call, Plan, Steps, initial_extras, static_key, with_numbers
+from ppl_lvm.backends.base import Call, Plan, Steps, check_state, initial_extras, static_key, with_numbers
 from ppl_lvm.backends.pyro import PyroBound, sealed
 from ppl_lvm.errors import BackendError
 
@@ -241,13 +241,7 @@ class Trainer:
 
     def unpack(self, arrays: Mapping[str, np.ndarray]) -> Tree:
         tree = self.initial()
-        expected = {n for n in self.pack(tree) if not n.startswith("optimizer/")}
-        found = {n for n in arrays if not n.startswith("optimizer/")}
-        if expected != found:
-            raise BackendError(
-                f"The state holds {sorted(found)}, this fit needs {sorted(expected)}; continue with the same program, "
-                f"recipe and backend."
-            )
+        check_state({n: a for n, a in arrays.items() if not n.startswith("optimizer/")}, self.pack(tree))
         held = {n: torch.from_numpy(np.array(v)) for n, v in arrays.items()}
         params = {n: held[f"params/{n}"] for n in tree["params"]}
         own = {s: {n: held[f"own/{s}/{n}"] for n in ps} for s, ps in tree["own"].items()}

@@ -370,6 +370,20 @@ class Trainer(Protocol):
     def unpack(self, arrays: Mapping[str, np.ndarray]) -> Any: ...
 
 
+def check_state(found: Mapping[str, np.ndarray], needed: Mapping[str, np.ndarray]) -> None:
+    """Refuses a saved state whose arrays are not those of this fit."""
+    wrong = sorted(
+        n
+        for n in {*found, *needed}
+        if n not in found or n not in needed or np.shape(found[n]) != np.shape(needed[n])
+    )
+    if wrong:
+        raise BackendError(
+            f"The state does not fit: missing, unknown or of another shape are {wrong[:5]}; continue with the same "
+            f"program, recipe and backend."
+        )
+
+
 def initial_extras(
     plan: Plan, batch: Call
 ) -> tuple[dict[str, float], dict[str, dict[str, list[float]]]]:

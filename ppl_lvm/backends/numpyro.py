@@ -56,6 +56,11 @@ def precision(dtype: str) -> Iterator[None]:
         yield
 
 
+def owned(a: Any, dtype: str | None = None) -> Array:
+    """A copy: `asarray` may borrow NumPy's memory, which the caller can change under a running fit."""
+    return jnp.array(a, dtype=dtype, copy=True)
+
+
 class Namespace:
     """What a portable program calls, spoken by NumPyro; one object per fit, holding the networks it built."""
 
@@ -234,7 +239,7 @@ class NumPyroBound:
 
         def convert(a: Any) -> Array:
             a = np.asarray(a) if not isinstance(a, jax.Array) else a
-            return jnp.asarray(a, self.dtype) if a.dtype.kind == "f" else jnp.asarray(a)
+            return owned(a, self.dtype if a.dtype.kind == "f" else None)
 
         with precision(self.dtype):
             return call.map(convert)

@@ -1,0 +1,265 @@
+"""The loop: the same numbers compiled and eager, continued and unbroken; nothing traced twice, nothing left behind."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pyro
+import pytest
+import torch
+
+from ppl_lvm import Fit, State, fit, program, programs, recipe
+from ppl_lvm.backends import _numpyro_train, _pyro_train
+from ppl_lvm.errors import BackendError, DataError, LegalityError, PplLvmError, ProgramError
+
+BACKENDS = ("pyro", "numpyro")
+on_both = pytest.mark.parametrize("backend", BACKENDS)
+
+
+def counts(rows: int = 48, features: int = 5) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 17, size=(rows, features)).astype(float)
+
+
+def short(name: str, backend: str, **options: Any) -> Fit:
+    settings: dict[str, Any] = {"steps": 4, "batch_size": 16, "dtype": "float64", "seed": 3, "compile": "eager"}
+    return fit(program(name), data=counts(), backend=backend, **(settings | options))
+
+
+def assert_close(a: Fit, b: Fit, tolerance: float) -> None:
+    np.testing.assert_allclose(a.history["loss"], b.history["loss"], rtol=tolerance, atol=tolerance)
+    assert a.params.keys() == b.params.keys()
+    for name, value in a.params.items():
+        np.testing.assert_allclose(value, b.params[name], rtol=tolerance, atol=tolerance, err_msg=name)
+
+
+def assert_same_bits(a: Fit, b: Fit) -> None:
+    for name, value in a.state.arrays.items():
+        np.testing.assert_array_equal(value, b.state.arrays[name], err_msg=name)
+
+
+@on_both
+@pytest.mark.parametrize("name", sorted(programs()))
+def test_compiled_equals_eager(name: str, backend: str) -> None:
+    assert_close(short(name, backend, compile="compiled"), short(name, backend), 1e-10)
+
+
+@pytest.mark.slow
+@on_both
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("vae", {"recipe": "iwae", "draws": 3, "estimator": "dreg"}),
+        ("vae", {"recipe": "elbo_closed_kl"}),
+        ("vae", {"recipe": "beta_vae", "estimator": "score"}),
+        ("discrete_vae", {"recipe": "iwae", "draws": 3, "estimator": "vimco"}),
+        ("discrete_vae", {"draws": 3, "estimator": "rloo"}),
+        ("discrete_vae", {"estimator": {"name": "score", "baseline": "linear"}}),
+        ("probabilistic_pca", {"recipe": "iwae", "draws": 2}),
+    ],
+)
+def test_compiled_equals_eager_under_other_recipes(name: str, options: dict[str, Any], backend: str) -> None:
+    compiled = short(name, backend, compile="compiled", **options)
+    assert compiled.state.mode == "compiled"
+    assert_close(compiled, short(name, backend, **options), 1e-10)
+
+
+def test_traced_graph_equals_eager() -> None:
+    graph = short("discrete_vae", "pyro", compile="graph", estimator={"name": "score", "baseline": "moving_average"})
+    eager = short("discrete_vae", "pyro", estimator={"name": "score", "baseline": "moving_average"})
+    assert graph.state.mode == "graph"
+    assert_close(graph, eager, 1e-12)
+
+
+@pytest.mark.parametrize(
+    ("backend", "mode"), [("pyro", "eager"), ("pyro", "graph"), ("numpyro", "compiled"), ("numpyro", "eager")]
+)
+@pytest.mark.parametrize("estimator", ["score", {"name": "score", "baseline": "linear"}])
+def test_a_continued_run_ends_with_the_same_bits(
+    backend: str, mode: str, estimator: object, tmp_path: Path
+) -> None:
+    """Seven steps of three batches an epoch, stopped after four: inside an epoch, optimiser and baseline on their way."""
+    whole = short("discrete_vae", backend, steps=7, compile=mode, estimator=estimator)
+    first = short("discrete_vae", backend, steps=4, compile=mode, estimator=estimator)
+    first.state.save(tmp_path / "state.safetensors")
+    held = State.load(tmp_path / "state.safetensors")
+    rest = short("discrete_vae", backend, steps=7, compile=mode, estimator=estimator, state=held)
+    assert rest.history["step"].tolist() == [4, 5, 6]
+    np.testing.assert_array_equal(rest.history["loss"], whole.history["loss"][4:])
+    assert_same_bits(rest, whole)
+    assert any(not np.array_equal(v, whole.state.arrays[n]) for n, v in first.state.arrays.items())
+
+
+@on_both
+def test_a_state_of_another_fit_is_refused(backend: str, tmp_path: Path) -> None:
+    state = short("vae", backend).state
+    with pytest.raises(DataError, match="seed 3"):
+        short("vae", backend, seed=4, state=state)
+    with pytest.raises(DataError, match="step 4 already"):
+        short("vae", backend, steps=3, state=state)
+    with pytest.raises(BackendError, match="same program"):
+        short("probabilistic_pca", backend, steps=9, state=state)
+    (tmp_path / "no").write_bytes(b"not a state")
+    with pytest.raises(DataError, match="not a saved state"):
+        State.load(tmp_path / "no")
+
+
+@on_both
+def test_same_seed_same_bits_and_another_seed_others(backend: str) -> None:
+    a, b, other = short("vae", backend), short("vae", backend), short("vae", backend, seed=4)
+    assert_same_bits(a, b)
+    assert not np.array_equal(a.history["loss"], other.history["loss"])
+
+
+@pytest.mark.parametrize(("backend", "mode"), [("pyro", "graph"), ("numpyro", "compiled")])
+def test_a_second_fit_with_the_same_shapes_traces_nothing(backend: str, mode: str) -> None:
+    steps = {"pyro": _pyro_train.STEPS, "numpyro": _numpyro_train.STEPS}[backend]
+    options: dict[str, Any] = {"compile": mode, "steps": 5, "recipe": "beta_vae"}
+    short("vae", backend, **options)
+    before = steps.traces
+    for change in ({"seed": 8}, {"beta": 2.0}, {"learning_rate": 0.1}, {"steps": 9}):
+        short("vae", backend, **(options | change))
+    schedule = {"schedule": "linear", "start": 0.0, "end": 1.0, "steps": 3}
+    short("vae", backend, **options, **{"objective.beta": schedule})
+    assert steps.traces == before
+    short("vae", backend, **options, draws=2)
+    assert steps.traces == before + 1
+
+
+@pytest.mark.parametrize(("backend", "mode"), [("pyro", "graph"), ("numpyro", "compiled")])
+def test_a_schedule_moves_its_number_in_the_compiled_step(backend: str, mode: str) -> None:
+    schedule = {"schedule": "linear", "start": 0.0, "end": 4.0, "steps": 4}
+    moving = short("vae", backend, compile=mode, learning_rate=0.0, **{"objective.beta": schedule})
+    fixed = [
+        short("vae", backend, compile=mode, learning_rate=0.0, beta=float(beta)).history["loss"][step]
+        for step, beta in enumerate([0.0, 1.0, 2.0, 3.0])
+    ]
+    np.testing.assert_allclose(moving.history["loss"], fixed, rtol=1e-12)
+    assert len(set(fixed)) == 4
+
+
+@on_both
+def test_every_row_is_seen_once_an_epoch(backend: str) -> None:
+    from ppl_lvm.fit import _index
+
+    index = _index(rows=10, size=3, seed=5, first=0, steps=7)
+    for epoch in (index[:3], index[3:6]):
+        assert len(set(epoch.ravel().tolist())) == 9
+    assert not np.array_equal(index[:3], index[3:6])
+    np.testing.assert_array_equal(index[2:5], _index(rows=10, size=3, seed=5, first=2, steps=3))
+
+
+@on_both
+def test_nothing_global_survives(backend: str) -> None:
+    pyro.clear_param_store()
+    pyro.param("mine", torch.tensor(1.5))
+    before = (torch.get_default_dtype(), torch.get_rng_state(), jax.config.jax_enable_x64, np.random.get_state()[1])
+    validation = torch.distributions.Distribution._validate_args
+    short("vae", backend)
+    with pytest.raises(LegalityError):
+        short("discrete_vae", backend, estimator="pathwise")
+    with pytest.raises(PplLvmError, match="loss at step"):
+        short("vae", backend, steps=30, learning_rate=1e6)
+    assert torch.get_default_dtype() == before[0]
+    assert torch.equal(torch.get_rng_state(), before[1])
+    assert jax.config.jax_enable_x64 == before[2]
+    assert np.array_equal(np.random.get_state()[1], before[3])
+    assert torch.distributions.Distribution._validate_args == validation
+    store = pyro.get_param_store()
+    assert set(store.keys()) == {"mine"}
+    assert store["mine"].item() == 1.5
+    pyro.clear_param_store()
+
+
+def test_without_a_compiler_the_graph_runs_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_pyro_train, "_compiler", lambda: False)
+    run = short("vae", "pyro", compile="compiled", recipe="elbo_closed_kl")
+    assert run.state.mode == "graph"
+    assert any("no C++ compiler" in message for message in run.messages)
+
+
+def test_auto_compiles_only_where_it_pays(monkeypatch: pytest.MonkeyPatch) -> None:
+    few = short("vae", "pyro", compile="auto")
+    assert few.state.mode == "eager"
+    assert any("4 steps" in message for message in few.messages)
+    monkeypatch.setattr(_pyro_train, "FEWEST_TRACED", 2)
+    some = short("vae", "pyro", compile="auto")
+    assert some.state.mode == "graph"
+    assert any("less than" in message for message in some.messages)
+    assert_close(few, some, 1e-12)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_loss_that_is_not_finite_stops_and_names_the_site(backend: str) -> None:
+    with pytest.raises(PplLvmError, match=r"loss at step \d+ is (nan|inf).*z"):
+        short("vae", backend, steps=50, learning_rate=1e6)
+
+
+@on_both
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (np.zeros((0, 5)), "first axis"),
+        ((np.zeros((4, 5)), np.zeros(3)), "first axis"),
+        (np.array([["a", "b"]]), "numbers"),
+        (np.array([[1.0, np.nan]]), "NaN"),
+        (np.float64(3.0), "first axis"),
+    ],
+)
+def test_bad_data_are_refused(backend: str, data: object, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        fit(program("vae"), data=data, backend=backend, steps=1)
+
+
+def test_what_is_asked_wrongly_is_refused() -> None:
+    x = counts()
+    with pytest.raises(BackendError, match="pyro"):
+        fit(program("vae"), data=x, backend="stan")
+    with pytest.raises(DataError, match="float64"):
+        fit(program("vae"), data=x, dtype="float16")
+    with pytest.raises(BackendError, match="eager"):
+        fit(program("vae"), data=x, backend="numpyro", compile="graph")
+    with pytest.raises(ProgramError, match="brings its guide"):
+        fit(program("vae"), lambda x: None, data=x)
+
+
+@on_both
+def test_what_a_fit_gives(backend: str) -> None:
+    run = fit(program("vae", latent=2), data=counts(), recipe="iwae", backend=backend, draws=5, steps=3, seed=0)
+    assert run.recipe == recipe("iwae", draws=5, steps=3)
+    assert run.history["loss"].shape == (3,)
+    x = counts(7)
+    held_out = run.log_likelihood(x, draws=30)
+    assert held_out.values.shape == (7,)
+    assert held_out.mean == pytest.approx(held_out.values.mean())
+    assert held_out.se == pytest.approx(held_out.values.std(ddof=1) / 7**0.5)
+    posterior = run.posterior(11, data=x)
+    assert posterior.values["z"].shape == (11, 7, 2)
+    assert posterior.dims["z"][0] == "data"
+    assert posterior.log_p.shape == posterior.log_q.shape == posterior.log_likelihood["x"].shape == (11, 7)
+    assert run.predictive(3, data=x)["x"].shape == (3, 7, 5)
+    prior = run.prior_predictive(9)
+    assert prior["z"].shape == (9, 2)
+    assert prior["x"].shape == (9, 5)
+    assert prior["x"].max() <= 16
+    assert set(run.active_units()) == {"z"}
+    tree = run.to_arviz(13)
+    assert tree["posterior"]["z"].shape == (1, 13, 48, 2)
+    assert tree["observed_data"]["x"].shape == (48, 5)
+    with pytest.raises(DataError, match="shape"):
+        run.log_likelihood(np.zeros((4, 6)))
+
+
+@on_both
+def test_log_likelihood_in_blocks_is_the_same_sum(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the exact posterior as guide every weight is p(x), however rows and draws are cut."""
+    x = np.random.default_rng(1).normal(size=(12, 3))
+    run = fit(program("probabilistic_pca", latent=1), data=x, backend=backend, steps=1, dtype="float64")
+    whole = run.log_likelihood(x, draws=1000)
+    monkeypatch.setattr("ppl_lvm.posterior.ENTRIES", 16 * 3 * 5)
+    cut = run.log_likelihood(x, draws=1000)
+    spread = np.sqrt(2.0) * 0.2
+    assert np.abs(whole.values - cut.values).max() < spread
+    assert not np.array_equal(whole.values, cut.values)
