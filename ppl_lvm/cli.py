@@ -237,7 +237,7 @@ def _fit(
     from ppl_lvm import report
     from ppl_lvm.fit import fit as fit_
 
-    run = fit_(program, data=dataset.train, recipe=recipe, backend=backend, seed=seed, progress=True)
+    run = fit_(program, data=dataset.train, recipe=recipe, backend=backend, seed=seed)
     for message in run.messages:
         typer.echo(message, err=True)
     metrics = report.measure(run, dataset, draws=draws, seed=seed)

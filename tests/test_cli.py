@@ -68,7 +68,6 @@ class Engine:
     def fit(self, program: Program, *, data: np.ndarray, recipe: Recipe, **how: Any) -> FakeRun:
         if self.error is not None:
             raise self.error
-        assert how.pop("progress") is True
         run = FakeRun(program, recipe, how.pop("backend") or "numpyro", how.pop("seed"), data)
         assert not how
         self.fitted.append(run)
