@@ -91,7 +91,7 @@ class Algorithm(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _take_plain_values(cls, options: Any) -> Any:  # noqa: ANN401 - whatever the caller gave
+    def _take_plain_values(cls, options: Any) -> Any:
         return (
             {name: plain(value) for name, value in options.items()} if isinstance(options, dict) else options
         )

@@ -83,7 +83,7 @@ def programs() -> dict[str, Path]:
     return lookup.find(lookup.folder("models"), ".py", ProgramError)
 
 
-def program(asked: str | Path | Program, /, **options: Any) -> Program:  # noqa: ANN401 - options of every type
+def program(asked: str | Path | Program, /, **options: Any) -> Program:
     """The program of this name or file, with options for its model and guide.
 
     Args:

@@ -94,7 +94,7 @@ def recipes() -> dict[str, Path]:
 
 def recipe(
     asked: "str | Path | Mapping[str, Any] | Recipe | Objective | type[Objective]",
-    **overrides: Any,  # noqa: ANN401 - options of every type
+    **overrides: Any,
 ) -> Recipe:
     """The recipe of this name, file or mapping, with some options replaced.
 

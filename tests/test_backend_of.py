@@ -24,25 +24,25 @@ from ppl_lvm.errors import ProgramError
 from ppl_lvm.program import backend_of, program, programs
 
 
-def pyro_model(x: Any) -> None:  # noqa: ANN401
+def pyro_model(x: Any) -> None:
     pyro.sample("z", pd.Normal(0.0, 1.0))
 
 
-def numpyro_model(x: Any) -> None:  # noqa: ANN401
+def numpyro_model(x: Any) -> None:
     numpyro.sample("z", npd.Normal(0.0, 1.0))
 
 
-def distribution_only(x: Any) -> Any:  # noqa: ANN401
+def distribution_only(x: Any) -> Any:
     return [npd.Normal(0.0, k) for k in range(3)]
 
 
-def imported_inside(x: Any) -> None:  # noqa: ANN401
+def imported_inside(x: Any) -> None:
     import numpyro.handlers as h
 
     h.seed(lambda: None, 0)
 
 
-def calls_a_helper(x: Any) -> None:  # noqa: ANN401
+def calls_a_helper(x: Any) -> None:
     def inner() -> None:
         for _ in range(3):
             pyro_model(x)
@@ -50,21 +50,21 @@ def calls_a_helper(x: Any) -> None:  # noqa: ANN401
     inner()
 
 
-def arrays_only(x: Any) -> Any:  # noqa: ANN401
+def arrays_only(x: Any) -> Any:
     return torch.zeros(3)
 
 
-def both(x: Any) -> None:  # noqa: ANN401
+def both(x: Any) -> None:
     library = pyro if isinstance(x, torch.Tensor) else numpyro
     library.sample("z", None)
 
 
-def near_numpyro_far_pyro(x: Any) -> None:  # noqa: ANN401
+def near_numpyro_far_pyro(x: Any) -> None:
     numpyro.sample("z", None)
     calls_a_helper(x)
 
 
-def numpy_only(x: Any, name: str = "pyro") -> Any:  # noqa: ANN401
+def numpy_only(x: Any, name: str = "pyro") -> Any:
     return np.linalg.norm(x)
 
 
@@ -72,18 +72,18 @@ class Holder:
     def __init__(self, net: Callable[..., Any] | None = None) -> None:
         self.net = net
 
-    def model(self, x: Any) -> None:  # noqa: ANN401
+    def model(self, x: Any) -> None:
         self.helper(x)
 
-    def helper(self, x: Any) -> None:  # noqa: ANN401
+    def helper(self, x: Any) -> None:
         numpyro.sample("z", npd.Normal(0.0, 1.0))
 
-    def __call__(self, x: Any) -> None:  # noqa: ANN401
+    def __call__(self, x: Any) -> None:
         self.model(x)
 
 
 class TorchNet(torch.nn.Module):
-    def forward(self, x: Any) -> Any:  # noqa: ANN401
+    def forward(self, x: Any) -> Any:
         return x
 
 
@@ -91,19 +91,19 @@ TORCH_NET = TorchNet()
 
 
 class PyroNet(PyroModule):
-    def forward(self, x: Any) -> Any:  # noqa: ANN401
+    def forward(self, x: Any) -> Any:
         return x
 
 
 def closure_over(library: ModuleType) -> Callable[..., Any]:
-    def model(x: Any) -> None:  # noqa: ANN401
+    def model(x: Any) -> None:
         library.sample("z", None)
 
     return model
 
 
 @functools.wraps(pyro_model)
-def wrapper(*args: Any) -> None:  # noqa: ANN401
+def wrapper(*args: Any) -> None:
     raise NotImplementedError
 
 

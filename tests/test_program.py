@@ -40,7 +40,7 @@ def dropped(tmp_path: Path) -> Path:
     return path
 
 
-def message(asked: Any, **options: Any) -> str:  # noqa: ANN401 - wrong values of every type
+def message(asked: Any, **options: Any) -> str:
     with pytest.raises(ProgramError) as caught:
         program(asked, **options)
     return str(caught.value)

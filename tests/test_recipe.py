@@ -37,7 +37,7 @@ def own(tmp_path: Path) -> Path:
     return path
 
 
-def message(asked: Any, **overrides: Any) -> str:  # noqa: ANN401 - wrong values of every type
+def message(asked: Any, **overrides: Any) -> str:
     with pytest.raises(RecipeError) as caught:
         recipe(asked, **overrides)
     return str(caught.value)
@@ -53,7 +53,7 @@ def test_every_shipped_recipe_is_valid_and_says_what_it_is(name: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["objective", "estimator"])
-def test_every_file_defines_the_class_of_its_name(kind: Any) -> None:  # noqa: ANN401
+def test_every_file_defines_the_class_of_its_name(kind: Any) -> None:
     for name, path in (objectives() if kind == "objective" else estimators()).items():
         found = resolve(kind, name, Path(), "the test")
         assert found.__name__ == path.stem == name

@@ -33,7 +33,7 @@ class OneHotCategorical(dist.Distribution):
         ()
     """
 
-    arg_constraints = {"logits": constraints.real_vector}  # noqa: RUF012 - the host library's protocol
+    arg_constraints = {"logits": constraints.real_vector}
     support = _OneHot()
     has_enumerate_support = True
 

@@ -217,7 +217,8 @@ class NumPyroBound:
     def __init__(
         self, program: Program, example: Call, *, seed: int, dtype: str, data_plate: str | None = None
     ) -> None:
-        self.program, self.dtype = program, dtype
+        self.program, self.dtype, self.asked_plate = program, dtype, data_plate
+        self._evaluations: dict[Any, Any] = {}
         with precision(dtype):
             if program.portable:
                 ppl = Namespace(seed, dtype)
@@ -563,6 +564,17 @@ class NumPyroBound:
             return value[0]
         return jnp.moveaxis(value, 0, self.structure.nesting + self.structure.plate_dim)
 
+    def evaluate(self, params: Params, batch: Call, key: Array, plan: Plan) -> dict[str, dict[str, Any]]:
+        """Values and densities of every site of one run, without gradients; compiled once per shape."""
+
+        def run(params: Params, args: Any, kwargs: Any, key: Array) -> dict[str, dict[str, Any]]:
+            sites = self.draws(params, Call(args, kwargs), key, plan).sites
+            return {n: {"value": s.value, "log_p": s.log_p, "log_q": s.log_q} for n, s in sites.items()}
+
+        with precision(self.dtype):
+            compiled = self._evaluations.setdefault((plan.K, plan.M), jax.jit(run))
+            return compiled(dict(params), batch.args, dict(batch.kwargs), key)
+
     def simulate(
         self, params: Params, batch: Call, key: Array, draws: int, *, prior: bool = False
     ) -> dict[str, Array]:
@@ -570,6 +582,10 @@ class NumPyroBound:
 
         Latent sites are drawn from the guide, or from the model where `prior` says so.
         """
+        with precision(self.dtype):
+            return self._simulate(params, batch, key, draws, prior)
+
+    def _simulate(self, params: Params, batch: Call, key: Array, draws: int, prior: bool) -> dict[str, Array]:
         constrained = self.constrain(params)
 
         def run(draw_key: Array) -> dict[str, Array]:

@@ -262,7 +262,7 @@ class PyroBound:
     def __init__(
         self, program: Program, example: Call, *, seed: int, dtype: str, data_plate: str | None = None
     ) -> None:
-        self.program, self.dtype = program, dtype
+        self.program, self.dtype, self.asked_plate = program, dtype, data_plate
         if program.portable:
             ppl = Namespace(seed, dtype)
             self._model = lambda *a, **k: program.model(ppl, *a, **k)
@@ -664,6 +664,12 @@ class PyroBound:
         if M > 1:
             return value
         return value[0] if K > 1 else value[0, 0]
+
+    def evaluate(self, params: Params, batch: Call, key: int, plan: Plan) -> dict[str, dict[str, Any]]:
+        """Values and densities of every site of one run, without gradients."""
+        with torch.no_grad():
+            sites = self.draws(params, batch, key, plan).sites
+        return {n: {"value": s.value, "log_p": s.log_p, "log_q": s.log_q} for n, s in sites.items()}
 
     def simulate(
         self, params: Params, batch: Call, key: int, draws: int, *, prior: bool = False
