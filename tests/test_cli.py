@@ -248,6 +248,28 @@ def test_values_are_read_as_toml_or_text(text: str, value: object) -> None:
     assert cli._pairs([f"key={text}"], "--set") == {"key": value}
 
 
+# The wheel check in .ci fits on NumPyro by the command line, so only Pyro (which compiles less) runs every time.
+@pytest.mark.parametrize("backend", ["pyro", pytest.param("numpyro", marks=pytest.mark.slow)])
+def test_the_engine_itself_fits_and_fills_a_run_folder(
+    backend: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    np.save("rows.npy", np.random.default_rng(0).integers(0, 17, size=(15, 5)))
+    output = done(
+        *("fit", "vae", "--recipe", "iwae", "--data", "rows.npy", "--backend", backend, "--draws", "20"),
+        *("--set", "steps=3", "--set", "draws=2", "--option", "latent=2", "--option", "hidden=3", "--out", "a"),
+    )
+    (line,) = cells(output)
+    assert line[:3] == [backend, "iwae", "0"] and float(line[3]) < 0
+    metrics = json.loads(Path("a/metrics.json").read_text())
+    assert metrics["log_likelihood"] == pytest.approx(float(line[3]), abs=1e-3)
+    assert len(Path("a/history.csv").read_text().splitlines()) == 4
+    assert len(Path("a/held_out.csv").read_text().splitlines()) == 4
+    assert sorted(path.name for path in Path("a").iterdir()) == sorted(
+        {*report.FILES} - {"reconstructions.png", "samples.png"}
+    )
+
+
 @pytest.mark.parametrize(
     ("kind", "names"),
     [
