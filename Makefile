@@ -7,7 +7,8 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 # Named apart because it goes first: a bare or ranged `torch` can bring a newer release with several GB of CUDA packages.
 TORCH := $(shell grep '^torch==' constraints.txt)
-# pip compiles on one core, and that takes longer than the rest of its work: `venv` compiles on all of them instead.
+# pip compiles on one core, which takes longer than the rest of its work: `venv` compiles on all of them instead.
+# (Some packages ship files that are not meant to compile.)
 INSTALL := pip install --no-compile --progress-bar off -c constraints.txt
 CHECK := build/wheel-check
 
@@ -27,7 +28,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/$(INSTALL) $(TORCH)
 	$(BIN)/$(INSTALL) -e '.[all,dev]'
-	-$(BIN)/python -m compileall -q -j 0 $(VENV)/lib > $(VENV)/compileall.log 2>&1
+	$(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true
 	touch $@
 
 demo: venv  ## fit a VAE to handwritten digits, two recipes on two backends, and compare them

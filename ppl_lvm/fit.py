@@ -132,9 +132,9 @@ def _program(model: Program | str | Callable[..., Any], guide: Callable[..., Any
             raise ProgramError(f"Program {model!r} brings its guide; pass a guide only beside a native model.")
         found = load_program(model)
     else:
+        if guide is None:
+            raise ProgramError(f"Model {model!r} came without a guide; pass one, or an autoguide of its library.")
         found = Program.from_callables(model, guide)
-    if found.guide is None:
-        raise ProgramError(f"Program {found.name!r} has no guide; pass one, or an autoguide of its library.")
     return found
 
 
@@ -148,7 +148,9 @@ def _backend(chosen: Program, asked: str | None) -> str:
         return available[-1]
     found = backend_of(chosen.model, chosen.guide)
     if found is None:
-        raise ProgramError(f"Cannot tell which library {chosen.name!r} is written for; pass backend='pyro' or 'numpyro'.")
+        raise ProgramError(
+            f"Cannot tell which library {chosen.name!r} is written for; pass backend='pyro' or 'numpyro'."
+        )
     return found
 
 
@@ -214,8 +216,8 @@ def _check_rows(bound: Any, rows: int | None) -> None:
         return
     if structure.rows != rows:
         raise ProgramError(
-            f"Data plate {structure.data_plate!r} has {structure.rows} rows where the program was given {rows}; size it by "
-            f"its data (len(x)), subsample inside the program, or name another data_plate."
+            f"Data plate {structure.data_plate!r} has {structure.rows} rows where the program was given {rows}; size it "
+            f"by its data (len(x)), subsample inside the program, or name another data_plate."
         )
 
 
@@ -229,8 +231,8 @@ def _start(trainer: Any, state: State | None, backend: str, seed: int, steps: in
         return trainer.initial(), 0
     if (state.backend, state.seed) != (backend, seed):
         raise DataError(
-            f"The state is of backend {state.backend!r} and seed {state.seed}, the fit of {backend!r} and {seed}; go on "
-            f"with the same."
+            f"The state is of backend {state.backend!r} and seed {state.seed}, the fit of {backend!r} and {seed}; go "
+            f"on with the same."
         )
     if state.step > steps:
         raise DataError(f"The state is at step {state.step} already and steps = {steps}; ask for more.")

@@ -200,8 +200,8 @@ def _whole_program(objective: Objective, structure: Structure) -> Iterator[str]:
         )
     if objective.draws > 1 and objective.verbs != {"mean"} and not structure.drawn(local=True):
         yield (
-            f"draws = {objective.draws}, but no latent site is inside data plate {structure.data_plate!r}, so all draws "
-            f"of a row are equal; raise outer, or pass data_plate='none' to take the whole program as one row."
+            f"draws = {objective.draws}, but no latent site is inside data plate {structure.data_plate!r}, so all "
+            f"draws of a row are equal; raise outer, or pass data_plate='none' to take the whole program as one row."
         )
     shared = sorted(n for n, used in structure.groups.items() if len(used) == 2)
     if objective.separate and shared:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,7 +29,7 @@ class State:
     """Everything that a run goes on from: optimiser step, parameters, optimiser, estimators; plain arrays.
 
     The order of the rows and the noise of a step are functions of (seed, step), so they need no state of their own.
-    `fit(..., state=run.state)` continues to the same bits as a run that never stopped, on the same machine and versions.
+    `fit(..., state=run.state)` continues to the same bits as a run that never stopped, on one machine and its versions.
     """
 
     backend: str
@@ -118,7 +119,7 @@ class Fit:
     def log_likelihood(self, data: object = None, draws: int = 5000, seed: int = 0) -> LogLikelihood:
         """`log (1/K) sum_k w_k` per row with `w = p(x, z) / q(z | x)` and K = `draws`, in nats.
 
-        With global latents, `E_q(g)` is inside the logarithm: one draw of the row's latents for every draw of the globals.
+        With global latents, `E_q(g)` is inside the logarithm: one draw of the row's latents for each of the globals.
         `data = None` takes the rows of the fit.
 
         Raises:
@@ -193,7 +194,7 @@ class Fit:
         }
 
     def to_arviz(self, draws: int = 1000, data: object = None, seed: int = 0) -> DataTree:
-        """Posterior, log likelihood, densities and observed data as an ArviZ DataTree with chain = 1, draw = `draws`."""
+        """Posterior, log likelihood, densities and observed data as an ArviZ DataTree: chain = 1, draw = `draws`."""
         from ppl_lvm.to_arviz import to_arviz
 
         call = self._call(data)
@@ -229,8 +230,8 @@ class Fit:
         """Blocks of rows small enough that one draw of each fits, with a bound for the block's shape."""
         if self._bound.structure.plate_size is not None:
             raise ProgramError(
-                f"The program subsamples plate {self._bound.structure.data_plate!r} itself, so rows cannot be asked for; "
-                f"size the plate by its data (len(x)) and let batch_size choose the rows."
+                f"The program subsamples plate {self._bound.structure.data_plate!r} itself, so rows cannot be asked "
+                f"for; size the plate by its data (len(x)) and let batch_size choose the rows."
             )
         if self._bound.structure.data_plate is None or not call.leaves:
             yield call, self._bound_for(call)
@@ -240,7 +241,7 @@ class Fit:
             raise DataError("There are no rows.")
         block = max(1, min(rows, ENTRIES // (16 * self._width(call))))
         for first in range(0, rows, block):
-            part = call.map(lambda a, first=first: a[first : first + block])
+            part = call.map(operator.itemgetter(slice(first, first + block)))
             yield part, self._bound_for(part)
 
     def _width(self, call: Call) -> int:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MethodType, ModuleType
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -27,7 +27,7 @@ class Program:
     Args:
         name: the stem of the file, or the name of the model.
         model: `model(ppl, *data)` if portable, `model(*data)` if native.
-        guide: called like the model; None for a native model that brings none.
+        guide: called like the model.
         options: all keyword-only options of model and guide with their values, sorted by name.
         portable: whether it is written against `ppl` and runs on both backends.
         path: the file, or None.
@@ -40,7 +40,7 @@ class Program:
 
     name: str
     model: Callable[..., Any]
-    guide: Callable[..., Any] | None
+    guide: Callable[..., Any]
     options: tuple[tuple[str, Any], ...] = ()
     portable: bool = False
     path: str | None = None
@@ -52,7 +52,7 @@ class Program:
 
     @classmethod
     def from_callables(
-        cls, model: Callable[..., Any], guide: Callable[..., Any] | None = None, recipe: str = "elbo"
+        cls, model: Callable[..., Any], guide: Callable[..., Any], recipe: str = "elbo"
     ) -> Self:
         """A native program: any Pyro or NumPyro callables, autoguides included.
 
@@ -60,11 +60,16 @@ class Program:
             ProgramError: one of them cannot be called.
         """
         for role, call in (("model", model), ("guide", guide)):
-            if not callable(call) and call is not None:
+            if not callable(call):
                 raise ProgramError(f"The {role} is {call!r}, which cannot be called.")
         return cls(
             _name(model), model, guide, recipe=recipe, arguments=_positional(getattr(model, "forward", model))
         )
+
+    def options_of(self, role: Literal["model", "guide"]) -> dict[str, Any]:
+        """The options that the model, or the guide, takes; they are bound already."""
+        call = self.model if role == "model" else self.guide
+        return dict(call.keywords) if self.path and isinstance(call, functools.partial) else {}
 
     def _key(self) -> tuple[object, ...]:
         if self.path is None:

@@ -43,9 +43,10 @@ ARROWS = {
     "report": {
         *("algorithm", "datasets", "errors", "fit", "pictures", "posterior", "program", "recipe", "to_arviz"),
     },
+    "listing": {"catalogue", "datasets", "errors", "lookup", "program", "recipe"},
     "cli": {
-        *("algorithm", "catalogue", "datasets", "errors", "fit", "lookup", "posterior", "program", "recipe"),
-        *("report", "to_arviz"),
+        *("algorithm", "catalogue", "datasets", "errors", "fit", "listing", "lookup", "posterior", "program"),
+        *("recipe", "report", "to_arviz"),
     },
     "": {"algorithm", "catalogue", "draws", "errors", "fit", "nets", "posterior", "program", "recipe"},
 }

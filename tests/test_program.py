@@ -86,8 +86,8 @@ def test_a_program_is_one_dropped_file(
     assert found.arguments == ("x", "y")
     assert found.summary == "A point and its noise."
     assert found.model(None, None) == ("model", 5, 1.0, (3, 4), "a", None)
-    assert found.guide is not None
     assert found.guide(None, None) == ("guide", 5, 4)
+    assert found.options_of("guide") == {"latent": 5, "steps": 4}
     assert dict(found.options) == {
         "extra": None, "kind": "a", "latent": 5, "scale": 1.0, "sizes": (3, 4), "steps": 4
     }  # fmt: skip
@@ -178,7 +178,7 @@ def test_unknown_programs_list_the_known_ones() -> None:
     assert message("vea").startswith("Unknown program 'vea'. Did you mean 'vae'? Programs: ")
     assert "no program file" in message("nowhere.py")
     with pytest.raises(ProgramError, match="The model is 3, which cannot be called"):
-        Program.from_callables(3)  # type: ignore[arg-type]
+        Program.from_callables(3, print)  # type: ignore[arg-type]
 
 
 def test_native_callables_are_equal_if_they_are_the_same() -> None:
@@ -193,10 +193,10 @@ def test_native_callables_are_equal_if_they_are_the_same() -> None:
     assert hash(first) == hash(Program.from_callables(net.model, net.guide))
     assert first != Program.from_callables(other.model, other.guide)
     assert (first.name, first.arguments, first.portable, first.path) == ("model", ("x",), False, None)
-    by_options = [Program.from_callables(functools.partial(net.model, x=k)) for k in (1, 1, 2)]
+    by_options = [Program.from_callables(functools.partial(net.model, x=k), net.guide) for k in (1, 1, 2)]
     assert by_options[0] == by_options[1] != by_options[2]
     unhashable: list[int] = []
-    assert Program.from_callables(functools.partial(net.model, x=unhashable)).name == "model"
+    assert Program.from_callables(functools.partial(net.model, x=unhashable), net.guide).name == "model"
     assert program(first) is first
     assert "has no options, but was given latent" in message(first, latent=3)
 

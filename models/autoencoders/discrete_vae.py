@@ -47,7 +47,7 @@ def guide(
 ):
     encoder = ppl.module("encoder", ppl.nets.MLP(x.shape[-1], variables * categories, hidden=(hidden,)))
     with ppl.plate("data", len(x)):
-        code = encoder(x if likelihood == "bernoulli" else x / total_count)
+        code = encoder(x / (1 if likelihood == "bernoulli" else total_count))
         logits = ppl.xp.reshape(code, (*code.shape[:-1], variables, categories))
         ppl.sample("z", ppl.dist.OneHotCategorical(logits=logits).to_event(1))
 

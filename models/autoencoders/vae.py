@@ -39,7 +39,7 @@ def model(ppl, x, *, latent=8, hidden=128, total_count=16, likelihood: Likelihoo
 def guide(ppl, x, *, latent=8, hidden=128, total_count=16, likelihood: Likelihood = "binomial"):
     encoder = ppl.module("encoder", ppl.nets.MLP(x.shape[-1], 2 * latent, hidden=(hidden,)))
     with ppl.plate("data", len(x)):
-        code = encoder(x if likelihood == "bernoulli" else x / total_count)
+        code = encoder(x / (1 if likelihood == "bernoulli" else total_count))
         loc, log_scale = code[..., :latent], code[..., latent:]
         ppl.sample("z", ppl.dist.Normal(loc, ppl.xp.exp(log_scale)).to_event(1))
 

@@ -46,7 +46,7 @@ class OneHotCategorical(dist.Distribution):
     ) -> None:
         if (probs is None) == (logits is None):
             raise ValueError("OneHotCategorical needs one of probs and logits.")
-        self.logits = jax.nn.log_softmax(jnp.log(probs) if logits is None else jnp.asarray(logits), -1)
+        self.logits = jax.nn.log_softmax(jnp.log(jnp.asarray(probs)) if logits is None else jnp.asarray(logits), -1)
         super().__init__(self.logits.shape[:-1], self.logits.shape[-1:], validate_args=validate_args)
 
     @property

@@ -59,11 +59,14 @@ class Trainer:
         self.notes = [] if mode != "auto" else ["compile: one jitted loop"]
         self._bound, self._plan, self._example = bound, plan, example
         self._rows, self._key = rows, jax.random.key(seed)
-        self._transform = _TRANSFORMS[optimizer.name]()  # type: ignore[attr-defined]
+        name: str = optimizer.name  # type: ignore[attr-defined]
+        self._transform = _TRANSFORMS[name]()
         shapes = tuple((np.shape(a), np.asarray(a).dtype.str) for a in example.leaves)
         names = (len(example.args), tuple(example.kwargs))
-        key = (bound.program, bound.dtype, bound.structure.data_plate, static_key(objective, plan))
-        key += (plan.K, plan.M, optimizer.name, shapes, names, rows is None)  # type: ignore[attr-defined]
+        key = (
+            *(bound.program, bound.dtype, bound.structure.data_plate, static_key(objective, plan)),
+            *(plan.K, plan.M, name, shapes, names, rows is None),
+        )
         body = self._body(bound, plan, objective)
         if self.mode == "compiled":
             self._chunk = STEPS.get(key, lambda: jax.jit(_chunk(body)))

@@ -1,15 +1,15 @@
 """Training on Pyro: the whole gradient traced through the handlers once, compiled where that pays.
 
-Modes. "eager": every step runs the program through Pyro's handlers. "graph": one such run is recorded by make_fx as a graph
-of torch operations, and replayed. "compiled": that graph goes through torch.compile. All three draw the same random
-numbers at one seed.
+Modes. "eager": every step runs the program through Pyro's handlers. "graph": one such run is recorded by make_fx as
+a graph of torch operations, and replayed. "compiled": that graph goes through torch.compile. All three draw the same
+random numbers at one seed.
 """
 
 from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from typing import Any
 
 import numpy as np
@@ -69,14 +69,17 @@ class Trainer:
             raise BackendError(
                 f"compile={mode!r} was asked for; the Pyro backend knows auto, compiled, graph and eager."
             )
-        self.mode, self.notes = mode, []
+        self.mode = mode
+        self.notes: list[str] = []
         self._bound, self._plan, self._objective = bound, plan, objective
         self._optimizer_name: str = optimizer.name  # type: ignore[attr-defined]
         self._example, self._seed, self._rows, self._steps = example, seed, rows, steps
         shapes = tuple((tuple(a.shape), str(a.dtype)) for a in example.leaves)
         names = (len(example.args), tuple(example.kwargs))
-        self._key = (bound.program, bound.dtype, bound.structure.data_plate, static_key(objective, plan))
-        self._key += (plan.K, plan.M, shapes, names, rows is None)
+        self._key: tuple[Hashable, ...] = (
+            *(bound.program, bound.dtype, bound.structure.data_plate, static_key(objective, plan)),
+            *(plan.K, plan.M, shapes, names, rows is None),
+        )
         self._step: Callable[..., list[Tensor]] | None = None
 
     # One step as a function of tensors alone: loss, gradients, gradients of own parameters, next states.

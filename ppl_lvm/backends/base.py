@@ -1,6 +1,6 @@
 """What a backend promises: the structure of a program, one run as a table of arrays, and a training step.
 
-`PyroBackend` and `NumPyroBackend` implement `Bound`. Everything here is free of frameworks; arrays are whatever the
+`PyroBound` and `NumPyroBound` implement `Bound`. Everything here is free of frameworks; arrays are whatever the
 backend's are, and `ops` tells them apart.
 """
 
@@ -24,12 +24,15 @@ LARGEST_SUPPORT = 4096
 """Values of a finite site that are enumerated at most."""
 
 
+Role = Literal["latent", "observed", "auxiliary"]
+
+
 @dataclass(frozen=True)
 class SiteInfo:
     """What does not change from run to run about one site."""
 
     name: str
-    role: Literal["latent", "observed", "auxiliary"]
+    role: Role
     local: bool
     reparameterised: bool = False
     support: np.ndarray | None = None
@@ -105,8 +108,8 @@ class Plan:
     def layout(self, structure: Structure, local: bool) -> tuple[int, dict[str, tuple[int, int]]]:
         """V of a level, and for each of its sites (variants, stride) on the draws axis.
 
-        Entry t holds variant `t // stride % variants` of a site. A site drawn before others with variants keeps one draw
-        for all of theirs: the entries `t // stride * stride` that differ only in later sites share it.
+        Entry t holds variant `t // stride % variants` of a site. A site drawn before others with variants keeps one
+        draw for all of theirs: the entries `t // stride * stride` that differ only in later sites share it.
         """
         strides: dict[str, tuple[int, int]] = {}
         stride = 1
@@ -288,8 +291,8 @@ def check_model_only(guide: Sequence[str], model: Sequence[str], auxiliary: Sequ
     missing = [name for name in model if name not in guide]
     if missing:
         raise ProgramError(
-            f"Latent site {missing[0]!r} is in the model but not in the guide (guide sites: {list(guide)}). Sample it in "
-            f"the guide, condition on it, or sum it out in the model."
+            f"Latent site {missing[0]!r} is in the model but not in the guide (guide sites: {list(guide)}). Sample it "
+            f"in the guide, condition on it, or sum it out in the model."
         )
     orphans = [name for name in guide if name not in model and name not in auxiliary]
     if orphans:

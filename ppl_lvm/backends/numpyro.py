@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 from zlib import crc32
 
@@ -28,6 +29,7 @@ from ppl_lvm.backends.base import (
     Call,
     Gradients,
     Plan,
+    Role,
     SiteInfo,
     Structure,
     check_model_only,
@@ -219,13 +221,12 @@ class NumPyroBound:
     ) -> None:
         self.program, self.dtype, self.asked_plate = program, dtype, data_plate
         self._evaluations: dict[Any, Any] = {}
+        self._model: Callable[..., Any] = program.model
+        self._guide: Callable[..., Any] = program.guide
         with precision(dtype):
             if program.portable:
                 ppl = Namespace(seed, dtype)
-                self._model = lambda *a, **k: program.model(ppl, *a, **k)
-                self._guide = lambda *a, **k: program.guide(ppl, *a, **k)
-            else:
-                self._model, self._guide = program.model, program.guide
+                self._model, self._guide = partial(program.model, ppl), partial(program.guide, ppl)
             self._probe(self.batch(example), jax.random.key(seed), data_plate)
 
     def batch(self, call: Call) -> Call:
@@ -235,7 +236,8 @@ class NumPyroBound:
             a = np.asarray(a) if not isinstance(a, jax.Array) else a
             return jnp.asarray(a, self.dtype) if a.dtype.kind == "f" else jnp.asarray(a)
 
-        return call.map(convert)
+        with precision(self.dtype):
+            return call.map(convert)
 
     # Structure and parameters, from probe runs on one draw.
 
@@ -297,7 +299,7 @@ class NumPyroBound:
 
         infos: dict[str, SiteInfo] = {}
         for name, site in {**guide_sites, **observed}.items():
-            role = "observed" if name in observed and name not in guide_sites else "latent"
+            role: Role = "observed" if name in observed and name not in guide_sites else "latent"
             if name in auxiliary:
                 role = "auxiliary"
             in_model = model_sites.get(name, site)
@@ -316,7 +318,7 @@ class NumPyroBound:
                 fixed=site["is_observed"] and role == "auxiliary",
             )
         frame = frames.get(data_plate) if data_plate else None
-        size = sizes[data_plate][0] if frame is not None else None
+        size = sizes[frame.name][0] if frame is not None else None
         return Structure(
             sites=infos,
             data_plate=data_plate,
@@ -370,7 +372,8 @@ class NumPyroBound:
 
     def constrain(self, params: Params) -> dict[str, Any]:
         """Constrained values of unconstrained parameters."""
-        return {n: v if _is_tree(v) else self._transforms[n](v) for n, v in params.items()}
+        with precision(self.dtype):
+            return {n: v if _is_tree(v) else self._transforms[n](v) for n, v in params.items()}
 
     # One run.
 
@@ -500,7 +503,8 @@ class NumPyroBound:
             row["kl"] = self._rows(self._full(_kl(in_guide["fn"], in_model["fn"]), info), info)
         row["user_scale"] = 1.0
         if info.user_scaled:
-            row["user_scale"] = self._user_scale(in_model or in_guide, self.structure.data_plate, sizes)
+            scaled = site if in_model is None else in_model
+            row["user_scale"] = self._user_scale(scaled, self.structure.data_plate, sizes)
         return row
 
     def _site(
