@@ -276,13 +276,13 @@ def test_an_edited_file_is_read_anew_and_an_unchanged_one_gives_the_same_class(o
     assert "sharpness" in resolve("objective", f"{own}:tempered", Path(), "").model_fields
 
 
-def test_listing_imports_nothing() -> None:
+def test_listing_imports_no_framework() -> None:
     code = """
 import sys
 from ppl_lvm.recipe import estimators, objectives, recipes
 assert {"elbo", "iwae"} <= set(objectives()) & set(recipes())
 assert {"pathwise", "score"} <= set(estimators())
-loaded = {"ppl_lvm.objectives", "ppl_lvm.estimators", "torch", "jax", "pyro", "numpyro"} & set(sys.modules)
+loaded = {"torch", "jax", "pyro", "numpyro"} & set(sys.modules)
 assert not loaded, loaded
 """
     subprocess.run([sys.executable, "-c", code], cwd=lookup.PACKAGE.parent, check=True)
