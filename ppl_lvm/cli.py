@@ -162,9 +162,15 @@ def compare(
     ] = None,
 ) -> None:
     """Fit a program with several recipes, backends and seeds, and compare held-out data row by row."""
+    from ppl_lvm import report
+
     chosen, hows = _choose(program, options, _names(recipes, "--recipes"), overrides)
     where = _installed() if backends is None else [_usable(name) for name in _names(backends, "--backends")]
-    _compare(chosen, hows, _load(data), where, range(seeds), draws, out)
+    found = _fit_all(chosen, hows, _load(data), where, range(seeds), draws, out)
+    if len(hows) > 1:
+        _print(report.difference_table(report.differences(found)))
+    if out is not None:
+        typer.echo(f"Wrote the runs to {out}")
 
 
 @app.command()
@@ -174,12 +180,21 @@ def demo(
     out: Annotated[Path, typer.Option(help="Folder to write run folders to.")] = Path("runs/demo"),
 ) -> None:
     """Fit a variational autoencoder to handwritten digits, with two recipes on every installed backend."""
+    from ppl_lvm import report
+
     began = time.perf_counter()
     chosen, hows = _choose("vae", None, DEMO_RECIPES, [f"steps={steps}"])
     where = _installed()
     for missing in sorted({*BACKENDS} - {*where}):
         typer.echo(f"The backend {missing} is not installed and left out.", err=True)
-    _compare(chosen, hows, _load("digits"), where, [0], draws, out)
+    found = _fit_all(chosen, hows, _load("digits"), where, [0], draws, out)
+    for gain in report.differences(found):
+        typer.echo(
+            f"On {gain.backend}, {gain.second} is {gain.mean:+.2f} nats per held-out row from {gain.first} "
+            f"(paired, standard error {gain.standard_error:.2f})."
+        )
+    for fitted in found:
+        typer.echo(f"Wrote {out / f'{fitted.backend}-{fitted.recipe}'}")
     typer.echo(f"Took {time.perf_counter() - began:.0f} seconds.")
 
 
@@ -237,7 +252,7 @@ def _fit(
     from ppl_lvm import report
     from ppl_lvm.fit import fit as fit_
 
-    run = fit_(program, data=dataset.train, recipe=recipe, backend=backend, seed=seed, progress=True)
+    run = fit_(program, data=dataset.train, recipe=recipe, backend=backend, seed=seed)
     for message in run.messages:
         typer.echo(message, err=True)
     metrics = report.measure(run, dataset, draws=draws, seed=seed)
@@ -246,7 +261,7 @@ def _fit(
     return metrics
 
 
-def _compare(
+def _fit_all(
     program: "Program",
     recipes: "Sequence[Recipe]",
     dataset: "Dataset",
@@ -254,7 +269,8 @@ def _compare(
     seeds: Sequence[int],
     draws: int,
     out: Path | None,
-) -> None:
+) -> "list[Metrics]":
+    """One fit per backend, seed and recipe, in this order, with run folders below `out`; prints their table."""
     from ppl_lvm import report
 
     names = [recipe.name for recipe in recipes]
@@ -265,29 +281,16 @@ def _compare(
     if out is not None:
         of_seed = [f"-{seed}" if len(seeds) > 1 else "" for _, seed, _ in cells]
         folders = [out / f"{cell[0]}-{cell[2].name}{end}" for cell, end in zip(cells, of_seed, strict=True)]
-    for folder in folders:
-        if folder is not None:
-            report.check_folder(folder)  # all of them before the first fit
-    found: dict[tuple[str, int, str], Metrics] = {}
-    for i, ((backend, seed, recipe), folder) in enumerate(zip(cells, folders, strict=True), start=1):
-        typer.echo(
-            f"[{i}/{len(cells)}] {program.name} on {dataset.name}: {recipe.name} on {backend}, seed {seed}",
-            err=True,
-        )
-        found[backend, seed, recipe.name] = _fit(program, recipe, dataset, backend, seed, draws, folder)
-    _print(report.table(found.values()))
-    if len(recipes) > 1:
-        _print(
-            report.difference_table(
-                report.difference(found[backend, seed, names[0]], found[backend, seed, other])
-                for backend in backends
-                for seed in seeds
-                for other in names[1:]
-            )
-        )
-    for folder in folders:
-        if folder is not None:
-            typer.echo(f"Wrote {folder}")
+    for wanted in filter(None, folders):
+        report.check_folder(wanted)  # all of them before the first fit
+    found: list[Metrics] = []
+    for (backend, seed, recipe), folder in zip(cells, folders, strict=True):
+        what = f"{program.name} on {dataset.name}: {recipe.name} on {backend}, seed {seed}"
+        typer.echo(f"[{len(found) + 1}/{len(cells)}] {what}", err=True)
+        found.append(_fit(program, recipe, dataset, backend, seed, draws, folder))
+        typer.echo(f"{found[-1].log_likelihood:.3f} nats per held-out row", err=True)
+    _print(report.table(found))
+    return found
 
 
 def _print(table: "Table") -> None:

@@ -153,6 +153,16 @@ def difference(first: Metrics, second: Metrics) -> Difference:
     return Difference(second.backend, second.seed, first.recipe, second.recipe, float(rows.mean()), spread)
 
 
+def differences(rows: Iterable[Metrics]) -> list[Difference]:
+    """The difference of every fit from the first one of the same backend and seed."""
+    first: dict[tuple[str, int], Metrics] = {}
+    return [
+        difference(base, row)
+        for row in rows
+        if (base := first.setdefault((row.backend, row.seed), row)) is not row
+    ]
+
+
 def table(rows: Iterable[Metrics]) -> "Table":
     """One line per fit, for rich to print."""
     from rich.table import Table

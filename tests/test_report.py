@@ -21,6 +21,7 @@ from ppl_lvm.report import (
     check_folder,
     difference,
     difference_table,
+    differences,
     measure,
     plain,
     table,
@@ -234,6 +235,18 @@ def test_the_difference_is_paired_by_row() -> None:
         difference(first, _metrics("iwae", [0.0]))
     with pytest.raises(DataError, match="'other'"):
         difference(first, replace(second, data="other"))
+
+
+def test_differences_are_taken_from_the_first_fit_of_a_backend_and_seed() -> None:
+    rows = [
+        replace(_metrics(recipe, [value, value]), backend=backend, seed=seed)
+        for backend in ("pyro", "numpyro")
+        for seed in (0, 1)
+        for recipe, value in (("elbo", -3.0 - seed), ("iwae", -2.0), ("vis", -5.0))
+    ]
+    found = [(d.backend, d.seed, d.second, d.mean) for d in differences(rows)]
+    assert found[:3] == [("pyro", 0, "iwae", 1.0), ("pyro", 0, "vis", -2.0), ("pyro", 1, "iwae", 2.0)]
+    assert len(found) == 8 and {d.first for d in differences(rows)} == {"elbo"}
 
 
 def test_tables_show_every_figure() -> None:
