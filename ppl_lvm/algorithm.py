@@ -1,0 +1,250 @@
+"""What objectives and estimators share: frozen, validated options, some of which may be schedules."""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Protocol, Self, get_args
+
+import numpy as np
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+
+if TYPE_CHECKING:
+    from ppl_lvm.draws import Draws, Loss
+    from ppl_lvm.ops import Array
+
+
+class Schedule(BaseModel):
+    """A number that moves from `start` to `end` over the first `steps` optimiser steps and then stays.
+
+    With t = min(step / steps, 1):
+    linear       start + (end - start) t
+    cosine       end + (start - end) (1 + cos(pi t)) / 2
+    exponential  start (end / start)^t, both of the same sign
+
+    Raises:
+        pydantic.ValidationError: unknown kind, steps < 1, or an exponential one that would touch zero.
+
+    Example:
+        >>> Schedule(schedule="linear", start=0.0, end=1.0, steps=10).at(5)
+        0.5
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+    schedule: Literal["linear", "cosine", "exponential"]
+    start: float
+    end: float
+    steps: int = Field(ge=1)
+
+    @model_validator(mode="after")
+    def _exponential_needs_one_sign(self) -> Self:
+        if self.schedule == "exponential" and not self.start * self.end > 0:
+            raise ValueError(
+                f"an exponential schedule needs start and end of the same sign and not zero, "
+                f"not {self.start} and {self.end}"
+            )
+        return self
+
+    def at(self, step: int) -> float:
+        """The value at an optimiser step, counted from 0."""
+        t = min(max(step / self.steps, 0.0), 1.0)
+        if self.schedule == "linear":
+            return self.start + (self.end - self.start) * t
+        if self.schedule == "cosine":
+            return self.end + (self.start - self.end) * (1.0 + math.cos(math.pi * t)) / 2.0
+        return float(self.start * (self.end / self.start) ** t)
+
+
+def _reach(number: float | Schedule) -> tuple[float, float]:
+    return (number.start, number.end) if isinstance(number, Schedule) else (number, number)
+
+
+def _check_positive(number: float | Schedule) -> float | Schedule:
+    if not min(_reach(number)) > 0:
+        raise ValueError("Input should be greater than 0")
+    return number
+
+
+def _check_not_negative(number: float | Schedule) -> float | Schedule:
+    if not min(_reach(number)) >= 0:
+        raise ValueError("Input should be greater than or equal to 0")
+    return number
+
+
+Number = float | Schedule
+"""Type of a numeric option that may be scheduled: an input of the compiled step, never a constant in it."""
+
+Positive = Annotated[Number, AfterValidator(_check_positive)]
+"""A `Number` above zero, at both ends if it is a schedule."""
+
+NonNegative = Annotated[Number, AfterValidator(_check_not_negative)]
+"""A `Number` of zero or more, at both ends if it is a schedule."""
+
+
+class Algorithm(BaseModel):
+    """Options of one algorithm; the class, its file and its name in a recipe are called the same.
+
+    Types are strict (no "3" or True for a number); lists become tuples and NumPy scalars Python's.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, arbitrary_types_allowed=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _take_plain_values(cls, options: Any) -> Any:  # noqa: ANN401 - whatever the caller gave
+        return (
+            {name: _plain(value) for name, value in options.items()} if isinstance(options, dict) else options
+        )
+
+    def numbers(self) -> dict[str, float | Schedule]:
+        """The options annotated `Number` (or `Positive`, `NonNegative`), by name.
+
+        Example:
+            >>> class tempered(Algorithm):
+            ...     temperature: Number = 1.0
+            ...     draws: int = 1
+            >>> tempered().numbers()
+            {'temperature': 1.0}
+        """
+        values = {
+            name: getattr(self, name)
+            for name, field in type(self).model_fields.items()
+            if Schedule in get_args(field.annotation)
+        }
+        return {name: value for name, value in values.items() if value is not None}
+
+    def with_numbers(self, values: Mapping[str, Any]) -> Self:
+        """A copy with these options; the values are not checked, so traced arrays pass."""
+        return self.model_copy(update=values)
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, list):
+        return tuple(_plain(item) for item in value)
+    return value
+
+
+class Objective(Algorithm):
+    """What is optimised, as expectations over draws of the guide: `draws` K per row, `outer` M of the globals.
+
+    A subclass defines `__call__(self, d: Draws) -> Loss` with the verbs of `d`, and declares what it relies on; the
+    declarations are what legality is computed from, and a verb that was not declared is refused when it is called.
+    """
+
+    verbs: ClassVar[frozenset[str]]
+    """The verbs it calls on rows: of "mean", "joint", "log_mean_exp", "weights", "variance"."""
+    detached: ClassVar[bool] = False
+    """Draws must carry no gradient (objectives that differentiate densities at fixed values)."""
+    separate: ClassVar[bool] = False
+    """The model's and the guide's losses differ, so no parameter may be in both."""
+    user_scale: ClassVar[bool] = False
+    """Site weights given by `poutine.scale` or `handlers.scale` have a meaning for it."""
+
+    draws: int = Field(default=1, ge=1)
+    outer: int = Field(default=1, ge=1)
+
+    def requests(self) -> frozenset[str]:
+        """Arrays that the backend must put into `Site.extra`, decided before the run: of {"kl"}."""
+        return frozenset()
+
+    def __call__(self, d: "Draws") -> "Loss":
+        raise NotImplementedError(f"Objective {type(self).__name__} defines no __call__(d).")
+
+
+@dataclass(frozen=True)
+class Signal:
+    """What one site's score is multiplied by, carrying no gradient: the input of a baseline."""
+
+    h: "Array"
+    """`[M, K, B]`: the cost of each draw, or the log weights when `f` reduces them jointly."""
+    value: "Array"
+    """What multiplies the score before the baseline is taken off: h itself, or `f(h)` as `[M, 1, B]`."""
+    f: "Callable[[Array, int], Array] | None"
+    batch: "Array | None"
+    """The rows, for baselines that look at them."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One program value of a site among V for the same draw, with how its cost h enters `E h`.
+
+    weight w   the value is `sum_v w_v h_v`; its own gradient counts (None: the site's density, for whole supports)
+    credit s   adds `s_v sg(h_v)`: value zero, live in the guide's parameters
+    through r  adds `r_v (h_v - sg(h_v))`: gradient through the value only, value zero
+    """
+
+    value: "Array"
+    weight: "Array | None" = None
+    credit: "Array | None" = None
+    through: "Array | None" = None
+
+
+class SiteDistribution(Protocol):
+    """A guide site's distribution as an estimator sees it; the backend owns noise and injected values."""
+
+    def sample(self) -> "Array":
+        """A draw that carries no gradient."""
+
+    def rsample(self) -> "Array":
+        """A reparameterised draw: gradient flows into the distribution's parameters."""
+
+    def log_prob(self, value: "Array") -> "Array":
+        """Log density over the site's batch shape."""
+
+    def select(self, index: "Array") -> "Array":
+        """Element `index` of the enumerated support, broadcast to the site's batch shape."""
+
+
+class Estimator(Algorithm):
+    """How the draw of a guide site carries gradient to the guide's parameters.
+
+    A subclass defines `sample`, or `variants` together with `count`, and declares what follows.
+    """
+
+    scored: ClassVar[bool] = False
+    """The verbs add this site's score terms."""
+    frozen: ClassVar[bool] = False
+    """The guide's loss uses the density replayed under stopped parameters."""
+    exhaustive: ClassVar[bool] = False
+    """The variants are the whole support, weighted by the site's density."""
+    site: ClassVar[Literal["any", "reparameterised", "finite"]] = "any"
+    """The kind of distribution it needs."""
+    least_draws: ClassVar[int] = 1
+    """Draws it needs at the site's level (K for local sites, M for global ones)."""
+    refuses: ClassVar[Mapping[str, str]] = {}
+    """Verbs it must not serve, each with the reason and the remedy in one sentence."""
+
+    def sample(self, dist: SiteDistribution) -> "Array":
+        """The value of one draw."""
+        raise NotImplementedError(f"Estimator {type(self).__name__} defines neither sample nor variants.")
+
+    def count(self, support: int) -> int:
+        """Variants per draw, static; `support` is the number of values of a finite site, otherwise 0."""
+        return 1
+
+    def variants(self, dist: SiteDistribution, index: "Array") -> Variant:
+        """The variant number `index` of each draw; `index` is an integer array that broadcasts over batch shapes.
+
+        `dist.sample()` here returns one draw shared by all variants of a draw.
+        """
+        return Variant(self.sample(dist))
+
+    def baseline_for(
+        self, signal: Signal, own: "Mapping[str, Array]", state: "Array | None"
+    ) -> "Array | float":
+        """What is taken off the signal of a draw's score; must not depend on that draw's value of the site."""
+        return 0.0
+
+    def initial_state(self) -> float | None:
+        """A number threaded through the steps and updated once a step, or None."""
+        return None
+
+    def update(self, state: "Array", signal: Signal) -> "Array":
+        """The next state; baselines read the state as it was before this step's signal."""
+        return state
+
+    def initial_own(self, features: int) -> dict[str, list[float]]:
+        """Parameters of the estimator itself, trained to predict the signal; `features` numbers make a row."""
+        return {}

@@ -1,0 +1,100 @@
+"""Builds `ppl_lvm.nets` specifications for torch: initial values by torch.nn, calls as pure functions."""
+
+from collections.abc import Callable, Mapping
+from functools import singledispatch
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ppl_lvm import nets
+from ppl_lvm.errors import BackendError
+
+Params = Mapping[str, Tensor]
+Apply = Callable[[Tensor], Tensor]
+Bind = Callable[[Params], Apply]
+
+
+def _softplus(x: Tensor) -> Tensor:
+    # torch's own threshold of 20 is off by 2e-9 in float64; beyond 40 both branches round to the same number.
+    return F.softplus(x, threshold=40.0)
+
+
+_ACTIVATIONS: dict[str, Apply] = {
+    "relu": torch.relu,
+    "tanh": torch.tanh,
+    "gelu": F.gelu,
+    "silu": F.silu,
+    "softplus": _softplus,
+    "sigmoid": torch.sigmoid,
+    "identity": lambda x: x,
+}
+
+
+def build(spec: nets.Network, seed: int, dtype: torch.dtype | str) -> tuple[dict[str, Tensor], Bind]:
+    """Initial parameters of `spec`, and `bind(params) -> apply(x)`, a pure function on [..., inputs].
+
+    The parameters are leaves on the CPU without `requires_grad`; names and layouts equal those of the JAX
+    backend (`layers.0.weight` [out, in], `layers.0.bias` [out]). The global random state is left as it was.
+
+    Raises:
+        BackendError: torch has no rule for this type of specification, or no such dtype.
+
+    Example:
+        >>> params, bind = build(nets.MLP(4, 2), seed=0, dtype="float64")
+        >>> bind(params)(torch.zeros(7, 5, 4, dtype=torch.float64)).shape
+        torch.Size([7, 5, 2])
+    """
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if not isinstance(found, torch.dtype):
+        raise BackendError(f"torch has no dtype {dtype!r}; use 'float32' or 'float64'.")
+    # Only the CPU generator is forked, so only it may be seeded: torch.manual_seed would reach every device.
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        return _build(spec, found)
+
+
+@singledispatch
+def _build(spec: nets.Network, dtype: torch.dtype) -> tuple[dict[str, Tensor], Bind]:
+    raise BackendError(f"The torch backend has no rule to build {spec}; use a network of ppl_lvm.nets.")
+
+
+def _initial_linear(spec: nets.Linear, prefix: str, dtype: torch.dtype) -> dict[str, Tensor]:
+    layer = torch.nn.Linear(spec.inputs, spec.outputs, bias=spec.bias, device="cpu", dtype=dtype)
+    return {prefix + name: value.detach() for name, value in layer.named_parameters()}
+
+
+@_build.register
+def _(spec: nets.Linear, dtype: torch.dtype) -> tuple[dict[str, Tensor], Bind]:
+    def bind(params: Params) -> Apply:
+        weight, bias = params["weight"], params.get("bias")
+
+        def apply(x: Tensor) -> Tensor:
+            spec.check_input(x.shape)
+            return F.linear(x, weight, bias)
+
+        return apply
+
+    return _initial_linear(spec, "", dtype), bind
+
+
+@_build.register
+def _(spec: nets.MLP, dtype: torch.dtype) -> tuple[dict[str, Tensor], Bind]:
+    layers, activation = spec.layers, _ACTIVATIONS[spec.activation]
+    params: dict[str, Tensor] = {}
+    for i, layer in enumerate(layers):
+        params |= _initial_linear(layer, f"layers.{i}.", dtype)
+    names = [(f"layers.{i}.weight", f"layers.{i}.bias") for i in range(len(layers))]
+
+    def bind(params: Params) -> Apply:
+        *first, last = [(params[weight], params[bias]) for weight, bias in names]
+
+        def apply(x: Tensor) -> Tensor:
+            spec.check_input(x.shape)
+            for weight, bias in first:
+                x = activation(F.linear(x, weight, bias))
+            return F.linear(x, *last)
+
+        return apply
+
+    return params, bind

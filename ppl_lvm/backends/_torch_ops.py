@@ -1,0 +1,56 @@
+"""`ppl_lvm.ops` for torch tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import array_api_compat.torch as xp
+import torch
+
+__all__ = ["derivatives", "eye", "log_softmax", "logsumexp", "one_hot", "softmax", "stop_gradient", "xp", "zeros"]
+
+Tensor = torch.Tensor
+
+
+def stop_gradient(x: Tensor) -> Tensor:
+    return x.detach()
+
+
+def logsumexp(x: Tensor, axis: int) -> Tensor:
+    return torch.logsumexp(x, axis)
+
+
+def softmax(x: Tensor, axis: int) -> Tensor:
+    return torch.softmax(x, axis)
+
+
+def log_softmax(x: Tensor, axis: int) -> Tensor:
+    return torch.log_softmax(x, axis)
+
+
+def one_hot(index: Tensor, classes: int) -> Tensor:
+    # torch.nn.functional.one_hot checks the range on the host, which stalls a GPU and cannot be traced.
+    return (index.unsqueeze(-1) == torch.arange(classes, device=index.device)).to(torch.get_default_dtype())
+
+
+def zeros(shape: tuple[int, ...], like: Tensor) -> Tensor:
+    return torch.zeros(shape, dtype=like.dtype, device=like.device)
+
+
+def eye(n: int, like: Tensor) -> Tensor:
+    return torch.eye(n, dtype=like.dtype, device=like.device)
+
+
+def derivatives(f: Callable[[Tensor, int], Tensor], x: Tensor, axis: int) -> tuple[Tensor, Tensor]:
+    with torch.enable_grad():
+        leaf = x.detach().requires_grad_(True)
+        (first,) = torch.autograd.grad(f(leaf, axis).sum(), leaf, create_graph=True)
+        second = []
+        for k in range(x.shape[axis]):
+            entry = first.select(axis, k).sum()
+            if entry.requires_grad:
+                (row,) = torch.autograd.grad(entry, leaf, retain_graph=True)
+                second.append(row.select(axis, k))
+            else:
+                second.append(torch.zeros_like(first.select(axis, k)))
+        return first.detach(), torch.stack(second, axis).detach()

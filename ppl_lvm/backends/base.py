@@ -1,0 +1,298 @@
+"""What a backend promises: the structure of a program, one run as a table of arrays, and a training step.
+
+`PyroBackend` and `NumPyroBackend` implement `Bound`. Everything here is free of frameworks; arrays are whatever the
+backend's are, and `ops` tells them apart.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+import numpy as np
+
+from ppl_lvm import ops
+from ppl_lvm.algorithm import Estimator, Objective
+from ppl_lvm.draws import Draws, Plate
+from ppl_lvm.errors import BackendError, ProgramError
+from ppl_lvm.ops import Array
+
+LARGEST_SUPPORT = 4096
+"""Values of a finite site that are enumerated at most."""
+
+
+@dataclass(frozen=True)
+class SiteInfo:
+    """What does not change from run to run about one site."""
+
+    name: str
+    role: Literal["latent", "observed", "auxiliary"]
+    local: bool
+    reparameterised: bool = False
+    support: np.ndarray | None = None
+    """All values `[V, *event]` of a finite guide site, or None."""
+    plates: tuple[Plate, ...] = ()
+    guide_parents: frozenset[str] = frozenset()
+    """Sites whose values the guide's density of this site looks at."""
+    model_parents: frozenset[str] = frozenset()
+    """Latent sites whose values the model's density of this site looks at."""
+    local_in_model: bool = True
+    user_scaled: bool = False
+    fixed: bool = False
+    """A guide site whose value is no draw (a factor): it has a density and needs no estimator."""
+
+
+@dataclass(frozen=True)
+class Structure:
+    """The static facts of a program on a batch, found by a probe run."""
+
+    sites: Mapping[str, SiteInfo]
+    """The guide's sites in the order in which they are drawn, then the observed ones."""
+    data_plate: str | None
+    plate_size: int | None
+    """The data plate's own size where the program subsamples it itself, otherwise None."""
+    rows: int
+    """B: rows in a run (1 without a data plate)."""
+    nesting: int
+    """Plate dimensions, counted from the right of every batch shape."""
+    plate_dim: int | None
+    groups: Mapping[str, frozenset[str]]
+    """Parameter name -> where it is used, of "model" and "guide"."""
+
+    def ancestors(self, name: str) -> frozenset[str]:
+        """Guide sites that this guide site's draw depends on, through any number of others."""
+        found: set[str] = set()
+        todo = list(self.sites[name].guide_parents)
+        while todo:
+            parent = todo.pop()
+            if parent not in found:
+                found.add(parent)
+                todo.extend(self.sites[parent].guide_parents)
+        return frozenset(found)
+
+    def downstream(self, name: str) -> frozenset[str]:
+        """Sites with a density that depends on this site's draw, itself included."""
+        moved = {name} | {s for s, i in self.sites.items() if i.role != "observed" and name in self.ancestors(s)}
+        return frozenset(
+            s for s, i in self.sites.items() if s in moved or moved & (i.model_parents | i.guide_parents)
+        )
+
+    def drawn(self, local: bool | None = None) -> list[SiteInfo]:
+        """Guide sites that need an estimator, in the guide's order."""
+        return [
+            i
+            for i in self.sites.values()
+            if i.role != "observed" and not i.fixed and (local is None or i.local == local)
+        ]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The static choices of a run: how many draws, carried how, and what else the table must hold."""
+
+    K: int = 1
+    M: int = 1
+    estimators: Mapping[str, Estimator] = field(default_factory=dict)
+    requests: frozenset[str] = frozenset()
+
+    @property
+    def frozen(self) -> bool:
+        return any(e.frozen for e in self.estimators.values())
+
+    def layout(self, structure: Structure, local: bool) -> tuple[int, dict[str, tuple[int, int]]]:
+        """V of a level, and for each of its sites (variants, stride) on the draws axis.
+
+        Entry t holds variant `t // stride % variants` of a site. A site drawn before others with variants keeps one draw
+        for all of theirs: the entries `t // stride * stride` that differ only in later sites share it.
+        """
+        strides: dict[str, tuple[int, int]] = {}
+        stride = 1
+        for info in reversed(structure.drawn(local)):
+            count = self.estimators[info.name].count(0 if info.support is None else len(info.support))
+            strides[info.name] = (count, stride)
+            stride *= count
+        return stride, strides
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """What one step computes: the loss in nats over all rows, and the gradient of every unconstrained parameter."""
+
+    loss: Array
+    params: dict[str, Array]
+    own: dict[str, dict[str, Array]]
+    states: dict[str, Array]
+
+
+class Bound(Protocol):
+    """A program bound to a backend, a batch shape, a dtype and initial parameters."""
+
+    structure: Structure
+    initial: dict[str, Array]
+    """Unconstrained initial parameters."""
+
+    def draws(
+        self,
+        params: Mapping[str, Array],
+        batch: Call,
+        key: Array | int,
+        plan: Plan,
+        *,
+        total_rows: int | None = None,
+        values: Mapping[str, Array] | None = None,
+        outer_weight: Array | None = None,
+    ) -> Draws: ...
+
+    def gradients(
+        self,
+        params: Mapping[str, Array],
+        batch: Call,
+        key: Array | int,
+        plan: Plan,
+        objective: Objective,
+        **options: Any,
+    ) -> Gradients: ...
+
+
+@dataclass(frozen=True)
+class Call:
+    """The arguments of a program: positional and named, arrays whose first axis is rows (or None)."""
+
+    args: tuple[Any, ...] = ()
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+
+    @staticmethod
+    def of(data: object) -> Call:
+        """An array, a tuple of arrays, a dict of named arrays, or None (a program without arguments)."""
+        if data is None:
+            return Call()
+        if isinstance(data, Call):
+            return data
+        if isinstance(data, Mapping):
+            return Call((), dict(data))
+        if isinstance(data, tuple):
+            return Call(data)
+        return Call((data,))
+
+    @property
+    def leaves(self) -> list[Any]:
+        return [a for a in (*self.args, *self.kwargs.values()) if a is not None]
+
+    def map(self, f: Callable[[Any], Any]) -> Call:
+        def each(a: Any) -> Any:
+            return None if a is None else f(a)
+
+        return Call(tuple(each(a) for a in self.args), {k: each(a) for k, a in self.kwargs.items()})
+
+
+def losses(
+    draws: Draws, objective: Objective, plan: Plan
+) -> tuple[Array, Array | None, Array | None, dict[str, Array]]:
+    """The objective on the views of one run: model loss, guide loss (None: the same), extra loss, next states."""
+    guide_view = draws.view("guide")
+    loss = objective(guide_view)
+    ledger = guide_view.ledger
+    apart = plan.frozen or any(s.through is not None for s in draws.sites.values())
+    model, guide = loss.model, loss.guide
+    if apart:
+        guide = loss.model if guide is None else guide
+        model = objective(draws.view("model")).model
+    extra = loss.extra
+    for term in ledger.extra:
+        extra = term if extra is None else extra + term
+    states = {
+        name: plan.estimators[name].update(state, ledger.signals[name]) if name in ledger.signals else state
+        for name, state in draws.states.items()
+    }
+    return model, guide, extra, states
+
+
+def rebuild(fn: Any, value: Array, solve: Callable[[Array, Array], Array]) -> Array:
+    """`T(sg(T^-1(value)), parameters)`: an injected value that carries the pathwise gradient of its distribution.
+
+    `solve(L, b)` solves a lower-triangular system. Location-scale families, multivariate normals and invertible
+    transforms of them are known; others raise BackendError.
+    """
+    kind = type(fn).__name__
+    stop = ops.stop_gradient
+    if kind == "TransformedDistribution" or getattr(fn, "transforms", None):
+        x = value
+        for transform in reversed(fn.transforms):
+            x = transform.inv(x) if hasattr(transform, "inv") else transform._inverse(x)
+        x = rebuild(fn.base_dist, x, solve)
+        for transform in fn.transforms:
+            x = transform(x)
+        return x
+    if hasattr(fn, "base_dist"):
+        return rebuild(fn.base_dist, value, solve)
+    if kind == "Delta":
+        return fn.v + stop(value - fn.v)
+    if kind == "MultivariateNormal":
+        noise = stop(solve(fn.scale_tril, value - fn.loc))
+        return fn.loc + ops.xp(value).matmul(fn.scale_tril, noise[..., None])[..., 0]
+    if kind in {"Normal", "Laplace", "Cauchy", "Gumbel", "Logistic", "StudentT"}:
+        return fn.loc + fn.scale * stop((value - fn.loc) / fn.scale)
+    raise BackendError(
+        f"A value was injected into a pathwise site with distribution {kind}, whose noise cannot be recovered; inject "
+        f"values into location-scale, multivariate normal or transformed sites, or use a score-type estimator."
+    )
+
+
+def product_support(atoms: np.ndarray, event_shape: Sequence[int]) -> np.ndarray | None:
+    """All values `[V, *event_shape]` of independent elements with the given atoms `[E, *atom_shape]`.
+
+    None where there would be more than LARGEST_SUPPORT.
+    """
+    atom_shape = atoms.shape[1:]
+    outer = tuple(event_shape)[: len(event_shape) - len(atom_shape)]
+    elements = int(np.prod(outer, dtype=int))
+    if len(atoms) ** elements > LARGEST_SUPPORT:
+        return None
+    rows = [atoms[list(choice)] for choice in itertools.product(range(len(atoms)), repeat=elements)]
+    return np.stack(rows).reshape(len(rows), *outer, *atom_shape)
+
+
+def find_data_plate(
+    observed: Mapping[str, Sequence[tuple[str, int]]], asked: str | None, known: Sequence[str]
+) -> str | None:
+    """The outermost plate common to the observed sites (`observed`: site -> its plates as (name, dim))."""
+    if asked == "none":
+        return None
+    if asked is not None:
+        if asked not in known:
+            raise ProgramError(
+                f"data_plate={asked!r} was asked for, but the program's plates are {list(known)}; name one of them, or "
+                f"'none' to take the whole program as one row."
+            )
+        return asked
+    if not observed:
+        return None
+    common = set.intersection(*({name for name, _ in plates} for plates in observed.values()))
+    if not common:
+        if any(plates for plates in observed.values()):
+            where = {site: [n for n, _ in plates] for site, plates in observed.items()}
+            raise ProgramError(
+                f"The observed sites share no plate ({where}), so which rows the data are is ambiguous; pass "
+                f"data_plate='<name>', or data_plate='none' to take the whole program as one row."
+            )
+        return None
+    dims = {name: dim for plates in observed.values() for name, dim in plates if name in common}
+    return min(dims, key=lambda name: dims[name])
+
+
+def check_model_only(guide: Sequence[str], model: Sequence[str], auxiliary: Sequence[str]) -> None:
+    """Refuse latent sites that only one of model and guide has."""
+    missing = [name for name in model if name not in guide]
+    if missing:
+        raise ProgramError(
+            f"Latent site {missing[0]!r} is in the model but not in the guide (guide sites: {list(guide)}). Sample it in "
+            f"the guide, condition on it, or sum it out in the model."
+        )
+    orphans = [name for name in guide if name not in model and name not in auxiliary]
+    if orphans:
+        raise ProgramError(
+            f"Guide site {orphans[0]!r} is not in the model (model sites: {list(model)}). Rename it, or mark it as "
+            f"auxiliary with infer={{'is_auxiliary': True}}."
+        )

@@ -1,0 +1,596 @@
+"""NumPyro: one run of a program as a table of arrays, under two `vmap`s (outer draws, draws)."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+from zlib import crc32
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+import numpyro.distributions as dist
+from numpyro import handlers
+from numpyro.distributions.kl import kl_divergence
+from numpyro.distributions.transforms import biject_to
+from numpyro.ops.provenance import eval_provenance
+from numpyro.primitives import Messenger
+
+from ppl_lvm import nets, ops
+from ppl_lvm.algorithm import Objective, Variant
+from ppl_lvm.backends import _jax_nets
+from ppl_lvm.backends._jax_dists import OneHotCategorical, namespace
+from ppl_lvm.backends.base import (
+    Call,
+    Gradients,
+    Plan,
+    SiteInfo,
+    Structure,
+    check_model_only,
+    find_data_plate,
+    losses,
+    product_support,
+    rebuild,
+)
+from ppl_lvm.draws import Draws, Plate, Site
+from ppl_lvm.errors import ProgramError
+
+if TYPE_CHECKING:
+    from ppl_lvm.program import Program
+
+Array = jax.Array
+Params = Mapping[str, Any]
+Message = dict[str, Any]
+
+
+@contextlib.contextmanager
+def precision(dtype: str) -> Iterator[None]:
+    """float64 inside this block only; JAX's process-wide setting stays."""
+    with jax.enable_x64(dtype == "float64"):
+        yield
+
+
+class Namespace:
+    """What a portable program calls, spoken by NumPyro; one object per fit, holding the networks it built."""
+
+    def __init__(self, seed: int, dtype: str) -> None:
+        self.dist = namespace()
+        self.nets, self.ops, self.xp = nets, ops, jnp
+        self.factor, self.deterministic = numpyro.factor, numpyro.deterministic
+        self._seed, self._dtype = seed, dtype
+        self._built: dict[str, tuple[nets.Network, Any, Any]] = {}
+
+    def sample(self, name: str, fn: Any, obs: Array | None = None, **options: Any) -> Array:
+        return numpyro.sample(name, fn, obs=obs, **options)
+
+    def plate(self, name: str, size: int, **options: Any) -> Any:
+        return numpyro.plate(name, size, **options)
+
+    def param(self, name: str, init: Any, constraint: Any = None) -> Array:
+        value = init() if callable(init) else init
+        kwargs = {} if constraint is None else {"constraint": constraint}
+        return numpyro.param(name, jnp.asarray(value, dtype=self._dtype), **kwargs)
+
+    def module(self, name: str, spec: nets.Network) -> Callable[[Array], Array]:
+        if name not in self._built:
+            with jax.ensure_compile_time_eval():
+                built = _jax_nets.build(spec, crc32(name.encode()) ^ self._seed, self._dtype)
+            self._built[name] = (spec, *built)
+        known, initial, bind = self._built[name]
+        if known != spec:
+            raise ProgramError(f"Module {name!r} is {known} and {spec} in one program; give them two names.")
+        return bind({leaf: numpyro.param(f"{name}.{leaf}", value) for leaf, value in initial.items()})
+
+
+class _Handler(Messenger):
+    """Outermost: answers parameters, noise, plates and latent sites; keeps what it saw of the first two."""
+
+    def __init__(
+        self,
+        params: Params,
+        key: Array,
+        latent: Callable[[Message], Any] | None = None,
+        subsamples: Mapping[str, Array] | None = None,
+    ) -> None:
+        super().__init__()
+        self.params, self.key, self.latent = params, key, latent
+        self.subsamples = subsamples or {}
+        self.found: dict[str, tuple[Any, Any]] = {}
+        self._anonymous = 0
+
+    def process_message(self, msg: Message) -> None:
+        kind = msg["type"]
+        if kind == "param" and msg["name"] in self.params:
+            msg["value"] = self.params[msg["name"]]
+        elif kind == "plate" and msg["value"] is None:
+            if msg["name"] in self.subsamples:
+                msg["value"] = self.subsamples[msg["name"]]
+            else:
+                msg["kwargs"]["rng_key"] = site_key(self.key, msg["name"])
+        elif kind in ("prng_key", "control_flow"):
+            self._anonymous += 1
+            msg["kwargs"]["rng_key"] = jax.random.fold_in(self.key, self._anonymous)
+        elif kind == "sample" and not msg["is_observed"] and msg["value"] is None and self.latent is not None:
+            msg["value"] = self.latent(msg)
+
+    def postprocess_message(self, msg: Message) -> None:
+        if msg["type"] == "param":
+            self.found[msg["name"]] = (msg["value"], msg["kwargs"].get("constraint", dist.constraints.real))
+
+
+def site_key(key: Array, name: str) -> Array:
+    """A site's own key: adding a site does not change the noise of the others."""
+    return jax.random.fold_in(key, crc32(name.encode()) & 0x7FFFFFFF)
+
+
+class _SiteDistribution:
+    """A guide site as an estimator sees it (see `algorithm.SiteDistribution`)."""
+
+    def __init__(self, fn: Any, key: Array, injected: Array | None, support: np.ndarray | None) -> None:
+        self._fn, self._key, self._injected, self._support = fn, key, injected, support
+
+    def sample(self) -> Array:
+        value = self._fn.sample(self._key) if self._injected is None else self._injected
+        return jax.lax.stop_gradient(value)
+
+    def rsample(self) -> Array:
+        if self._injected is None:
+            return self._fn.sample(self._key)
+        return rebuild(self._fn, self._injected, _solve)
+
+    def log_prob(self, value: Array) -> Array:
+        return self._fn.log_prob(value)
+
+    def select(self, index: Array) -> Array:
+        value = jnp.asarray(self._support)[index]
+        return jnp.broadcast_to(value, self._fn.batch_shape + self._fn.event_shape)
+
+
+def _solve(lower: Array, b: Array) -> Array:
+    return jax.scipy.linalg.solve_triangular(lower, b[..., None], lower=True)[..., 0]
+
+
+def _strip(fn: Any) -> Any:
+    while isinstance(fn, (dist.ExpandedDistribution, dist.MaskedDistribution)):
+        fn = fn.base_dist
+    return fn
+
+
+def _support(fn: Any) -> np.ndarray | None:
+    base = _strip(fn)
+    while isinstance(base, dist.Independent):
+        base = _strip(base.base_dist)
+    if not base.has_enumerate_support:
+        return None
+    atoms = np.asarray(base.enumerate_support(expand=False))
+    return product_support(atoms.reshape(len(atoms), *base.event_shape), fn.event_shape)
+
+
+def _kl(q: Any, p: Any) -> Array:
+    mask = q._mask if isinstance(q, dist.MaskedDistribution) else None
+    q, p = _strip(q), _strip(p)
+    if isinstance(q, dist.Independent) and isinstance(p, dist.Independent):
+        inner = _kl(q.base_dist, p.base_dist)
+        inner = jnp.broadcast_to(
+            inner, jnp.broadcast_shapes(inner.shape, q.base_dist.batch_shape, p.base_dist.batch_shape)
+        )
+        value = inner.sum(tuple(range(-q.reinterpreted_batch_ndims, 0)))
+    elif isinstance(q, OneHotCategorical) and isinstance(p, OneHotCategorical):
+        value = (q.probs * (q.logits - p.logits)).sum(-1)
+    else:
+        value = kl_divergence(q, p)
+    return value if mask is None else jnp.where(mask, value, 0.0)
+
+
+class NumPyroBound:
+    """A program on a batch: structure, initial parameters, and runs (see `backends.base.Bound`)."""
+
+    name = "numpyro"
+
+    def __init__(
+        self, program: Program, example: Call, *, seed: int, dtype: str, data_plate: str | None = None
+    ) -> None:
+        self.program, self.dtype = program, dtype
+        with precision(dtype):
+            if program.portable:
+                ppl = Namespace(seed, dtype)
+                self._model = lambda *a, **k: program.model(ppl, *a, **k, **program.options_of("model"))
+                self._guide = lambda *a, **k: program.guide(ppl, *a, **k, **program.options_of("guide"))
+            else:
+                self._model, self._guide = program.model, program.guide
+            self._probe(self.batch(example), jax.random.key(seed), data_plate)
+
+    def batch(self, call: Call) -> Call:
+        """Arrays of this fit's dtype."""
+
+        def convert(a: Any) -> Array:
+            a = np.asarray(a) if not isinstance(a, jax.Array) else a
+            return jnp.asarray(a, self.dtype) if a.dtype.kind == "f" else jnp.asarray(a)
+
+        return call.map(convert)
+
+    # Structure and parameters, from probe runs on one draw.
+
+    def _trace(self, program: Callable[..., Any], handler: _Handler, batch: Call) -> dict[str, Message]:
+        with handler, handlers.trace() as trace:
+            program(*batch.args, **batch.kwargs)
+        return trace
+
+    def _probe(self, batch: Call, key: Array, asked: str | None) -> None:
+        def prior(msg: Message) -> Array:
+            return msg["fn"](rng_key=site_key(key, msg["name"]))
+
+        guide_handler = _Handler({}, key, prior)
+        guide = self._trace(self._guide, guide_handler, batch)
+        values = {n: s["value"] for n, s in guide.items() if s["type"] == "sample"}
+        plates = {n: s["value"] for n, s in guide.items() if s["type"] == "plate"}
+
+        def replayed(msg: Message) -> Array:
+            return values[msg["name"]] if msg["name"] in values else prior(msg)
+
+        model_handler = _Handler(
+            {n: v for n, (v, _) in guide_handler.found.items()}, key, replayed, subsamples=plates
+        )
+        model = self._trace(self._model, model_handler, batch)
+        found = {**model_handler.found, **guide_handler.found}
+        self._transforms = {n: biject_to(c) for n, (_, c) in found.items()}
+        self.initial = {n: self._unconstrain(n, v) for n, (v, _) in found.items()}
+        self.structure = self._structure(guide, model, asked, batch)
+        used = {"model": model_handler.found, "guide": guide_handler.found}
+        groups = {n: frozenset(g for g, names in used.items() if n in names) for n in found}
+        self.structure = replace(
+            self._with_parents(batch, {n: values[n] for n in values}, key), groups=groups
+        )
+
+    def _structure(
+        self, guide: dict[str, Message], model: dict[str, Message], asked: str | None, batch: Call
+    ) -> Structure:
+        guide_sites = {n: s for n, s in guide.items() if s["type"] == "sample"}
+        model_sites = {n: s for n, s in model.items() if s["type"] == "sample"}
+        observed = {n: s for n, s in model_sites.items() if s["is_observed"]}
+        latent = [n for n, s in model_sites.items() if not s["is_observed"]]
+        auxiliary = [n for n, s in guide_sites.items() if s["infer"].get("is_auxiliary") or s["is_observed"]]
+        check_model_only(list(guide_sites), latent, auxiliary)
+        sizes = {n: s["args"] for t in (guide, model) for n, s in t.items() if s["type"] == "plate"}
+        every = [*guide_sites.values(), *model_sites.values()]
+        nesting = max((-f.dim for s in every for f in s["cond_indep_stack"]), default=0)
+        data_plate = find_data_plate(
+            {n: [(f.name, f.dim) for f in s["cond_indep_stack"]] for n, s in observed.items()},
+            asked,
+            list(sizes),
+        )
+        frames = {f.name: f for s in every for f in s["cond_indep_stack"]}
+
+        def plates(site: Message) -> tuple[Plate, ...]:
+            return tuple(Plate(f.name, sizes[f.name][0], f.size) for f in site["cond_indep_stack"])
+
+        def local(site: Message) -> bool:
+            return data_plate is None or any(f.name == data_plate for f in site["cond_indep_stack"])
+
+        infos: dict[str, SiteInfo] = {}
+        for name, site in {**guide_sites, **observed}.items():
+            role = "observed" if name in observed and name not in guide_sites else "latent"
+            if name in auxiliary:
+                role = "auxiliary"
+            in_model = model_sites.get(name, site)
+            infos[name] = SiteInfo(
+                name=name,
+                role=role,
+                local=local(site),
+                reparameterised=bool(site["fn"].has_rsample),
+                support=_support(site["fn"]) if role != "observed" and not site["is_observed"] else None,
+                plates=plates(site),
+                local_in_model=local(in_model),
+                user_scaled=any(
+                    abs(self._user_scale(s, data_plate, sizes) - 1.0) > 1e-9
+                    for s in (site, in_model)
+                ),
+                fixed=site["is_observed"] and role == "auxiliary",
+            )
+        frame = frames.get(data_plate) if data_plate else None
+        size = sizes[data_plate][0] if frame is not None else None
+        return Structure(
+            sites=infos,
+            data_plate=data_plate,
+            plate_size=size if frame is not None and size != frame.size else None,
+            rows=frame.size if frame is not None else 1,
+            nesting=nesting,
+            plate_dim=frame.dim if frame is not None else None,
+            groups={},
+        )
+
+    def _user_scale(self, site: Message, data_plate: str | None, sizes: Mapping[str, tuple[int, Any]]) -> Any:
+        scale = 1.0 if site["scale"] is None else site["scale"]
+        for frame in site["cond_indep_stack"]:
+            if frame.name == data_plate:
+                scale = scale / (sizes[frame.name][0] / frame.size)
+        return scale
+
+    def _with_parents(self, batch: Call, values: dict[str, Array], key: Array) -> Structure:
+        """Which sites each density looks at, from the dependencies of the traced computation."""
+        params = self.constrain(self.initial)
+
+        def densities(**given: Array) -> dict[str, dict[str, Array]]:
+            guide = self._trace(self._guide, _Handler(params, key, lambda m: given[m["name"]]), batch)
+            plates = {n: s["value"] for n, s in guide.items() if s["type"] == "plate"}
+            model = self._trace(
+                self._model, _Handler(params, key, lambda m: given[m["name"]], plates), batch
+            )
+            return {
+                side: {n: _log_prob(s) for n, s in trace.items() if s["type"] == "sample"}
+                for side, trace in (("guide", guide), ("model", model))
+            }
+
+        parents = eval_provenance(densities, **values)
+        sites = {
+            name: replace(
+                info,
+                guide_parents=frozenset(parents["guide"].get(name, ())) - {name},
+                model_parents=frozenset(parents["model"].get(name, ())) - {name},
+            )
+            for name, info in self.structure.sites.items()
+        }
+        return replace(self.structure, sites=sites)
+
+    def _unconstrain(self, name: str, value: Any) -> Any:
+        def leaf(v: Any) -> Array:
+            v = jnp.asarray(v)
+            return v.astype(self.dtype) if jnp.issubdtype(v.dtype, jnp.floating) else v
+
+        value = jax.tree.map(leaf, value)
+        return value if _is_tree(value) else self._transforms[name]._inverse(value)
+
+    def constrain(self, params: Params) -> dict[str, Any]:
+        """Constrained values of unconstrained parameters."""
+        return {n: v if _is_tree(v) else self._transforms[n](v) for n, v in params.items()}
+
+    # One run.
+
+    def draws(
+        self,
+        params: Params,
+        batch: Call,
+        key: Array,
+        plan: Plan,
+        *,
+        total_rows: Any = None,
+        values: Mapping[str, Array] | None = None,
+        outer_weight: Array | None = None,
+        states: Mapping[str, Array] | None = None,
+        own: Mapping[str, Mapping[str, Array]] | None = None,
+    ) -> Draws:
+        """The table of one run on `batch`; `values` are laid out as in the table, `[M, K, B, ...]` and `[M, ...]`."""
+        structure = self.structure
+        constrained = self.constrain(params)
+        stopped = jax.lax.stop_gradient(constrained) if plan.frozen else None
+        v_local, local_layout = plan.layout(structure, True)
+        v_outer, outer_layout = plan.layout(structure, False)
+        given = values or {}
+        given_local = {n: v for n, v in given.items() if structure.sites[n].local}
+        given_outer = {n: v for n, v in given.items() if not structure.sites[n].local}
+
+        def run(m: Array, k: Array, outer: dict[str, Array], local: dict[str, Array]) -> dict[str, Any]:
+            outer_key = jax.random.fold_in(key, m // v_outer)
+            draw_key = jax.random.fold_in(outer_key, 1 + k // v_local)
+            injected = {**outer, **local}
+            variants: dict[str, Variant] = {}
+
+            def latent(msg: Message) -> Array:
+                info = structure.sites[msg["name"]]
+                layout, t, own_key = (
+                    (local_layout, k, draw_key) if info.local else (outer_layout, m, outer_key)
+                )
+                site = _SiteDistribution(
+                    msg["fn"], site_key(own_key, info.name), self._to_site(injected.get(info.name), info), info.support
+                )
+                estimator = plan.estimators[info.name]
+                count, stride = layout[info.name]
+                if count == 1:
+                    return estimator.sample(site)
+                variant = estimator.variants(site, t // stride % count)
+                variants[info.name] = variant
+                return variant.value
+
+            guide = self._trace(self._guide, _Handler(constrained, key, latent), batch)
+            plates = {n: s["value"] for n, s in guide.items() if s["type"] == "plate"}
+            drawn = {n: s["value"] for n, s in guide.items() if s["type"] == "sample"}
+
+            def replayed(msg: Message) -> Array:
+                return drawn[msg["name"]]
+
+            model = self._trace(self._model, _Handler(constrained, key, replayed, plates), batch)
+            frozen: dict[str, Message] = {}
+            if stopped is not None:
+                frozen = self._trace(self._guide, _Handler(stopped, key, replayed, plates), batch)
+            sizes = {n: s["args"] for t in (guide, model) for n, s in t.items() if s["type"] == "plate"}
+            table: dict[str, dict[str, Any]] = {"local": {}, "outer": {}}
+            for info in structure.sites.values():
+                row = self._row(info, guide, model, frozen, plan, variants.get(info.name), sizes)
+                table["local" if info.local else "outer"][info.name] = row
+            return table
+
+        K, M = plan.K * v_local, plan.M * v_outer
+        axes = {"local": 0, "outer": None}
+        inner = jax.vmap(run, in_axes=(None, 0, None, 0), out_axes=axes)
+        table = jax.vmap(inner, in_axes=(0, None, 0, 0))(
+            jnp.arange(M), jnp.arange(K), given_outer, given_local
+        )
+        sites = {
+            info.name: self._site(
+                info, table["local" if info.local else "outer"][info.name], plan, local_layout | outer_layout
+            )
+            for info in structure.sites.values()
+        }
+        rows = structure.rows
+        N = structure.plate_size or (rows if total_rows is None else total_rows)
+        return Draws(
+            sites=sites,
+            M=plan.M,
+            K=plan.K,
+            B=rows,
+            N=N,
+            scale=N / rows,
+            outer_weight=outer_weight,
+            batch=batch.leaves[0] if batch.leaves else None,
+            states=states or {},
+            own=own or {},
+        )
+
+    def _row(
+        self,
+        info: SiteInfo,
+        guide: dict[str, Message],
+        model: dict[str, Message],
+        frozen: dict[str, Message],
+        plan: Plan,
+        variant: Variant | None,
+        sizes: Mapping[str, tuple[int, Any]],
+    ) -> dict[str, Any]:
+        """The arrays of one site for one draw; None where there is none."""
+        name = info.name
+        in_guide, in_model = guide.get(name), model.get(name) if info.role != "auxiliary" else None
+        site = in_guide if in_guide is not None else in_model
+        assert site is not None
+        row: dict[str, Any] = {"value": self._from_site(site["value"], site["fn"].event_dim, info)}
+        for label, message in (("log_p", in_model), ("log_q", in_guide)):
+            if message is not None:
+                row[label + "_full"] = self._full(_log_prob(message), info)
+                row[label] = self._rows(row[label + "_full"], info)
+        if name in frozen and name in plan.estimators and plan.estimators[name].frozen:
+            row["log_q_frozen"] = self._rows(self._full(_log_prob(frozen[name]), info), info)
+        if variant is not None:
+            for label in ("weight", "credit", "through"):
+                value = getattr(variant, label)
+                if value is not None:
+                    value = jnp.broadcast_to(value, site["fn"].batch_shape)
+                    row[label] = self._only(self._full(value, info), info)
+        if "kl" in plan.requests and in_guide is not None and in_model is not None:
+            row["kl"] = self._rows(self._full(_kl(in_guide["fn"], in_model["fn"]), info), info)
+        row["user_scale"] = self._user_scale(in_model or in_guide, self.structure.data_plate, sizes)
+        return row
+
+    def _site(
+        self, info: SiteInfo, row: dict[str, Any], plan: Plan, layout: Mapping[str, tuple[int, int]]
+    ) -> Site:
+        extra = {"kl": row["kl"]} if "kl" in row else {}
+        optional = ("log_q_frozen", "weight", "credit", "through", "log_p_full", "log_q_full")
+        return Site(
+            name=info.name,
+            role=info.role,
+            local=info.local,
+            value=row["value"],
+            log_p=row.get("log_p"),
+            log_q=row.get("log_q"),
+            estimator=plan.estimators.get(info.name),
+            plates=info.plates,
+            downstream=self.structure.downstream(info.name),
+            variants=layout.get(info.name, (1, 1))[0],
+            extra=extra,
+            user_scale=row["user_scale"] if info.user_scaled else 1.0,
+            **{label: row.get(label) for label in optional},
+        )
+
+    # Shapes: batch dimensions are counted from the right; the data plate's comes first in a table row.
+
+    def _full(self, x: Array, info: SiteInfo) -> Array:
+        """A batch-shaped array as `[B, *inner]` (local) or as it is (global)."""
+        n = self.structure.nesting
+        if not info.local or self.structure.plate_dim is None:
+            return x
+        x = jnp.reshape(x, (1,) * (n - x.ndim) + x.shape)
+        axis = n + self.structure.plate_dim
+        x = jnp.moveaxis(x, axis, 0)
+        return jnp.broadcast_to(x, (self.structure.rows, *x.shape[1:]))
+
+    def _rows(self, full: Array, info: SiteInfo) -> Array:
+        """Summed over every plate but the data plate: `[B]`, or a scalar for a global site."""
+        if info.local and self.structure.plate_dim is None:
+            return full.sum()[None]
+        return full.reshape(full.shape[0], -1).sum(1) if info.local else full.sum()
+
+    def _only(self, full: Array, info: SiteInfo) -> Array:
+        """Coefficients of variants: one number a row, as a site with variants is one draw a row."""
+        if info.local and self.structure.plate_dim is not None:
+            return full.reshape(full.shape[0])
+        return full.reshape((1,) if info.local else ())
+
+    def _from_site(self, value: Array, event_dim: int, info: SiteInfo) -> Array:
+        if not info.local or self.structure.plate_dim is None:
+            return value[None] if info.local else value
+        n, batch = self.structure.nesting, value.ndim - event_dim
+        value = value.reshape((1,) * (n - batch) + value.shape)
+        return jnp.moveaxis(value, n + self.structure.plate_dim, 0)
+
+    def _to_site(self, value: Array | None, info: SiteInfo) -> Array | None:
+        if value is None or not info.local:
+            return value
+        if self.structure.plate_dim is None:
+            return value[0]
+        return jnp.moveaxis(value, 0, self.structure.nesting + self.structure.plate_dim)
+
+    # Gradients.
+
+    def gradients(
+        self,
+        params: Params,
+        batch: Call,
+        key: Array,
+        plan: Plan,
+        objective: Objective,
+        *,
+        total_rows: Any = None,
+        values: Mapping[str, Array] | None = None,
+        outer_weight: Array | None = None,
+        states: Mapping[str, Array] | None = None,
+        own: Mapping[str, Mapping[str, Array]] | None = None,
+    ) -> Gradients:
+        """The loss and the gradient that each group of parameters gets from it."""
+        own = {n: dict(v) for n, v in (own or {}).items()}
+
+        def evaluate(params: Params, own: Any) -> tuple[dict[str, Array], tuple[Array, dict[str, Array]]]:
+            draws = self.draws(
+                params,
+                batch,
+                key,
+                plan,
+                total_rows=total_rows,
+                values=values,
+                outer_weight=outer_weight,
+                states=states,
+                own=own,
+            )
+            draws = replace(draws, allowed=objective.verbs)
+            model, guide, extra, states_ = losses(draws, objective, plan)
+            parts = {"model": model}
+            if guide is not None:
+                parts["guide"] = guide
+            if extra is not None:
+                parts["extra"] = extra
+            return parts, (model, states_)
+
+        parts, pull, (loss, states_) = jax.vjp(evaluate, dict(params), own, has_aux=True)
+
+        def towards(*names: str) -> tuple[dict[str, Any], Any]:
+            return pull({n: jnp.ones_like(p) if n in names else jnp.zeros_like(p) for n, p in parts.items()})
+
+        if "guide" not in parts:
+            gradient, own_gradient = towards("model", "extra")
+        else:
+            from_model, _ = towards("model")
+            from_guide, own_gradient = towards("guide", "extra")
+            gradient = {
+                n: from_model[n] if "model" in self.structure.groups[n] else from_guide[n] for n in params
+            }
+        return Gradients(loss, gradient, own_gradient, states_)
+
+
+def _is_tree(value: Any) -> bool:
+    return not jax.tree_util.all_leaves([value])
+
+
+def _log_prob(site: Message) -> Array:
+    return site["fn"].log_prob(site["value"])
+

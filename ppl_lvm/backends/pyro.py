@@ -1,0 +1,722 @@
+"""Pyro: one run of a program as a table of arrays, draws as extra batch dimensions on the left of every plate.
+
+With n plate dimensions, draws stand at `-(n + 1)` and outer draws at `-(n + 2)` of a local site's batch shape. A size
+of one is left out, so that with M = 1 a global value keeps its own shape and `z @ W` runs at any K.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+from zlib import crc32
+
+import array_api_compat.torch as xp
+import numpy as np
+import pyro
+import torch
+from pyro import poutine
+from pyro.distributions import constraints
+from pyro.ops.provenance import get_provenance, track_provenance
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.util import site_is_subsample
+from torch import Tensor
+from torch.distributions import kl_divergence, transform_to
+
+from ppl_lvm import nets, ops
+from ppl_lvm.algorithm import Objective, Variant
+from ppl_lvm.backends import _torch_nets
+from ppl_lvm.backends.base import (
+    Call,
+    Gradients,
+    Plan,
+    SiteInfo,
+    Structure,
+    check_model_only,
+    find_data_plate,
+    losses,
+    product_support,
+    rebuild,
+)
+from ppl_lvm.draws import Draws, Plate, Site
+from ppl_lvm.errors import BackendError, ProgramError
+
+if TYPE_CHECKING:
+    from ppl_lvm.program import Program
+
+Params = Mapping[str, Tensor]
+Message = Any
+
+
+@contextlib.contextmanager
+def sealed(dtype: str) -> Iterator[None]:
+    """Default dtype and validation switches as the engine needs them, and as they were before afterwards."""
+    before = torch.get_default_dtype()
+    with pyro.validation_enabled(False):
+        torch.set_default_dtype(getattr(torch, dtype))
+        try:
+            yield
+        finally:
+            torch.set_default_dtype(before)
+
+
+@contextlib.contextmanager
+def seeded(key: int) -> Iterator[None]:
+    """torch's CPU generator seeded inside this block, restored afterwards."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(key)
+        yield
+
+
+class Namespace:
+    """What a portable program calls, spoken by Pyro; one object per fit, holding the networks it built."""
+
+    def __init__(self, seed: int, dtype: str) -> None:
+        self.dist = pyro.distributions
+        self.nets, self.ops, self.xp = nets, ops, xp
+        self.factor, self.deterministic = pyro.factor, pyro.deterministic
+        self._seed, self._dtype = seed, dtype
+        self._built: dict[str, tuple[nets.Network, Any, Any]] = {}
+
+    def sample(self, name: str, fn: Any, obs: Tensor | None = None, **options: Any) -> Tensor:
+        return pyro.sample(name, fn, obs=obs, **options)
+
+    def plate(self, name: str, size: int, **options: Any) -> Any:
+        return pyro.plate(name, size, **options)
+
+    def param(self, name: str, init: Any, constraint: Any = None) -> Tensor:
+        def initial() -> Tensor:
+            return torch.as_tensor(init() if callable(init) else init, dtype=getattr(torch, self._dtype))
+
+        return pyro.param(name, initial, constraints.real if constraint is None else constraint)
+
+    def module(self, name: str, spec: nets.Network) -> Callable[[Tensor], Tensor]:
+        if name not in self._built:
+            self._built[name] = (spec, *_torch_nets.build(spec, crc32(name.encode()) ^ self._seed, self._dtype))
+        known, initial, bind = self._built[name]
+        if known != spec:
+            raise ProgramError(f"Module {name!r} is {known} and {spec} in one program; give them two names.")
+        return bind({leaf: pyro.param(f"{name}.{leaf}", value) for leaf, value in initial.items()})
+
+
+class _Holder(torch.nn.Module):
+    """The modules of a native program, so that one functional call swaps all their parameters."""
+
+    def forward(self, f: Callable[[], Any]) -> Any:
+        return f()
+
+
+class _Handler(Messenger):
+    """Outermost: answers parameters, plates and latent sites, so that neither store nor generator is asked.
+
+    Parameters of modules are offered by the module itself, whose tensors a functional call has swapped: they are
+    answered with what was offered.
+    """
+
+    def __init__(
+        self,
+        params: Params,
+        latent: Callable[[Message], None],
+        subsamples: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        super().__init__()
+        self.params, self.latent = params, latent
+        self.subsamples = dict(subsamples or {})
+        self.constraints: dict[str, Any] = {}
+        self.offered: dict[str, torch.nn.Parameter] = {}
+        self.values: dict[str, Tensor] = {}
+
+    def _pyro_param(self, msg: Message) -> None:
+        name = msg["name"]
+        offer = msg["args"][1] if len(msg["args"]) > 1 else None
+        if isinstance(offer, torch.nn.Parameter):
+            self.offered[name] = offer
+        if "$$$" in name:
+            value = offer
+        elif name in self.params:
+            value = self.params[name]
+        elif name in self.values:
+            value = self.values[name]
+        elif offer is None:
+            raise ProgramError(f"Parameter {name!r} is read before it is given an initial value.")
+        else:
+            value = offer() if callable(offer) and not isinstance(offer, Tensor) else offer
+            value = torch.as_tensor(value).detach().clone()
+        if offer is not None:
+            self.constraints.setdefault(name, msg["kwargs"].get("constraint", constraints.real))
+        self.values[name] = value
+        msg["value"], msg["done"] = value, True
+
+    def _pyro_sample(self, msg: Message) -> None:
+        if site_is_subsample(msg):
+            if msg["name"] in self.subsamples:
+                msg["value"], msg["done"] = self.subsamples[msg["name"]], True
+        elif not msg["is_observed"] and not msg["infer"].get("_deterministic"):
+            self.latent(msg)
+            msg["done"] = True
+
+    def _pyro_post_sample(self, msg: Message) -> None:
+        if site_is_subsample(msg):
+            self.subsamples[msg["name"]] = msg["value"]
+
+
+def _one_hot(fn: Any) -> bool:
+    return isinstance(fn, torch.distributions.OneHotCategorical)
+
+
+def _sample(fn: Any) -> Tensor:
+    if isinstance(fn, torch.distributions.Independent):
+        return _sample(fn.base_dist)
+    if _one_hot(fn):
+        # torch's own sampler reads the value back to the host, which stalls a GPU and cannot be traced.
+        index = torch.multinomial(fn.probs.reshape(-1, fn.event_shape[0]), 1)
+        return ops.one_hot(index.reshape(fn.batch_shape), fn.event_shape[0]).to(fn.probs.dtype)
+    return fn.sample()
+
+
+def _log_prob(fn: Any, value: Tensor) -> Tensor:
+    """`fn.log_prob`, but linear in the value of a one-hot, where torch takes the argmax and loses the gradient."""
+    if isinstance(fn, torch.distributions.Independent):
+        inner = _log_prob(fn.base_dist, value)
+        n = fn.reinterpreted_batch_ndims
+        return inner.reshape(inner.shape[: inner.dim() - n] + (-1,)).sum(-1) if n else inner
+    if _one_hot(fn):
+        return (value * fn.logits).sum(-1)
+    return fn.log_prob(value)
+
+
+def _site_log_prob(site: Message) -> Tensor:
+    log_prob = _log_prob(site["fn"], site["value"])
+    mask = site["mask"]
+    if mask is None or mask is True:
+        return log_prob
+    return torch.where(torch.as_tensor(mask), log_prob, torch.zeros_like(log_prob))
+
+
+def _kl(q: Message, p: Message) -> Tensor:
+    value = kl_divergence(q["fn"], p["fn"])
+    mask = q["mask"]
+    return value if mask is None or mask is True else torch.where(mask, value, torch.zeros_like(value))
+
+
+def _support(fn: Any) -> np.ndarray | None:
+    base = fn
+    while isinstance(base, torch.distributions.Independent) or type(base).__name__ == "MaskedDistribution":
+        base = base.base_dist
+    if not base.has_enumerate_support:
+        return None
+    atoms = base.enumerate_support(expand=False)
+    return product_support(atoms.reshape(len(atoms), *base.event_shape).numpy(), fn.event_shape)
+
+
+def _solve(lower: Tensor, b: Tensor) -> Tensor:
+    return torch.linalg.solve_triangular(lower, b.unsqueeze(-1), upper=False).squeeze(-1)
+
+
+class _SiteDistribution:
+    """A guide site as an estimator sees it (see `algorithm.SiteDistribution`); its draws axis is `dim`."""
+
+    def __init__(
+        self, fn: Any, injected: Tensor | None, support: np.ndarray | None, stride: int, dim: int
+    ) -> None:
+        self._fn, self._injected, self._support = fn, injected, support
+        self._stride, self._dim = stride, dim
+
+    def _share(self, value: Tensor) -> Tensor:
+        """One value for the entries that differ only in variants drawn later."""
+        if self._stride == 1:
+            return value
+        dim = self._dim - self._fn.event_dim
+        t = torch.arange(value.shape[dim], device=value.device)
+        return value.index_select(dim, t // self._stride * self._stride)
+
+    def sample(self) -> Tensor:
+        if self._injected is not None:
+            return self._injected.detach()
+        return self._share(_sample(self._fn).detach())
+
+    def rsample(self) -> Tensor:
+        if self._injected is not None:
+            return rebuild(self._fn, self._injected, _solve)
+        return self._share(self._fn.rsample())
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        return _log_prob(self._fn, value)
+
+    def select(self, index: Tensor) -> Tensor:
+        assert self._support is not None
+        like = torch.as_tensor(self._support)
+        support = like.to(torch.get_default_dtype()) if like.is_floating_point() else like
+        return support[index].expand(self._fn.batch_shape + self._fn.event_shape)
+
+
+class PyroBound:
+    """A program on a batch: structure, initial parameters, and runs (see `backends.base.Bound`)."""
+
+    name = "pyro"
+
+    def __init__(
+        self, program: Program, example: Call, *, seed: int, dtype: str, data_plate: str | None = None
+    ) -> None:
+        self.program, self.dtype = program, dtype
+        if program.portable:
+            ppl = Namespace(seed, dtype)
+            self._model = lambda *a, **k: program.model(ppl, *a, **k, **program.options_of("model"))
+            self._guide = lambda *a, **k: program.guide(ppl, *a, **k, **program.options_of("guide"))
+        else:
+            self._model, self._guide = program.model, program.guide
+        self._holder = _Holder()
+        self._paths: dict[str, str] = {}
+        with sealed(dtype), seeded(seed):
+            self._probe(self.batch(example), data_plate)
+
+    def batch(self, call: Call) -> Call:
+        """Tensors of this fit's dtype."""
+
+        def convert(a: Any) -> Tensor:
+            a = a if isinstance(a, Tensor) else torch.as_tensor(np.asarray(a))
+            return a.to(getattr(torch, self.dtype)) if a.is_floating_point() else a
+
+        return call.map(convert)
+
+    # Structure and parameters, from probe runs on one draw.
+
+    def _trace(
+        self, program: Callable[..., Any], handler: _Handler, batch: Call, params: Params | None = None
+    ) -> dict[str, Message]:
+        def run() -> dict[str, Message]:
+            with handler:
+                nodes = poutine.trace(program).get_trace(*batch.args, **batch.kwargs).nodes
+            return {
+                n: s
+                for n, s in nodes.items()
+                if s["type"] == "sample"
+                and not site_is_subsample(s)
+                and not s["infer"].get("_deterministic")
+            }
+
+        if not self._paths:
+            return run()
+        swapped = {path: (params or self.initial)[n] for n, path in self._paths.items()}
+        # pyro.module skips parameters that need no gradient, so even stopped ones are leaves that do.
+        swapped = {p: v if v.requires_grad else v.detach().requires_grad_(True) for p, v in swapped.items()}
+        return torch.func.functional_call(self._holder, swapped, (run,))
+
+    def _probe(self, batch: Call, asked: str | None) -> None:
+        called: list[torch.nn.Module] = []
+
+        def notice(module: torch.nn.Module, _: Any) -> None:
+            called.append(module)
+
+        def prior(msg: Message) -> None:
+            msg["value"] = _sample(msg["fn"]).detach()
+
+        with contextlib.ExitStack() as stack:
+            hook = torch.nn.modules.module.register_module_forward_pre_hook(notice)
+            stack.callback(hook.remove)
+            guide_handler = _Handler({}, prior)
+            with torch.no_grad():
+                guide = self._trace(self._guide, guide_handler, batch)
+            values = {n: s["value"] for n, s in guide.items()}
+
+            def replayed(msg: Message) -> None:
+                if msg["name"] in values:
+                    msg["value"] = values[msg["name"]]
+                else:
+                    prior(msg)
+
+            model_handler = _Handler(guide_handler.values, replayed, guide_handler.subsamples)
+            with torch.no_grad():
+                model = self._trace(self._model, model_handler, batch)
+        found = {**guide_handler.values, **model_handler.values}
+        constraint = {**guide_handler.constraints, **model_handler.constraints}
+        self._transforms = {n: transform_to(constraint[n]) for n in found}
+        self.initial = {
+            n: self._transforms[n].inv(self._cast(v.detach())).detach().clone() for n, v in found.items()
+        }
+        self._hold({**guide_handler.offered, **model_handler.offered}, called)
+        used = {"model": model_handler.values, "guide": guide_handler.values}
+        groups = {n: frozenset(g for g, names in used.items() if n in names) for n in found}
+        structure = self._structure(guide, model, asked)
+        self.structure = replace(
+            self._with_parents(structure, batch, values, guide_handler.subsamples), groups=groups
+        )
+
+    def _cast(self, value: Tensor) -> Tensor:
+        return value.to(getattr(torch, self.dtype)) if value.is_floating_point() else value
+
+    def _hold(self, offered: Mapping[str, torch.nn.Parameter], called: list[torch.nn.Module]) -> None:
+        """Finds the module that owns each parameter offered by `pyro.module`, so that it can be swapped."""
+        owners: dict[int, tuple[torch.nn.Module, str]] = {}
+        for root in called:
+            for module in root.modules():
+                for leaf, parameter in module.named_parameters(recurse=False):
+                    owners[id(parameter)] = (module, leaf)
+        held: dict[int, str] = {}
+        for name, parameter in offered.items():
+            if id(parameter) not in owners:
+                raise ProgramError(
+                    f"Parameter {name!r} is registered by pyro.module, but its module was not called in a run, so its "
+                    f"values cannot be given functionally. Call the module instead of reading its weights."
+                )
+            module, leaf = owners[id(parameter)]
+            if id(module) not in held:
+                held[id(module)] = f"m{len(held)}"
+                self._holder.add_module(held[id(module)], module)
+            self._paths[name] = f"{held[id(module)]}.{leaf}"
+
+    def _structure(self, guide: dict[str, Message], model: dict[str, Message], asked: str | None) -> Structure:
+        observed = {n: s for n, s in model.items() if s["is_observed"]}
+        latent = [n for n, s in model.items() if not s["is_observed"]]
+        auxiliary = [n for n, s in guide.items() if s["infer"].get("is_auxiliary") or s["is_observed"]]
+        check_model_only(list(guide), latent, auxiliary)
+        every = [*guide.values(), *model.values()]
+        frames = {f.name: f for s in every for f in s["cond_indep_stack"] if f.vectorized}
+        nesting = max((-f.dim for f in frames.values()), default=0)
+        data_plate = find_data_plate(
+            {
+                n: [(f.name, f.dim) for f in s["cond_indep_stack"] if f.vectorized]
+                for n, s in observed.items()
+            },
+            asked,
+            list(frames),
+        )
+
+        def local(site: Message) -> bool:
+            return data_plate is None or any(f.name == data_plate for f in site["cond_indep_stack"])
+
+        infos: dict[str, SiteInfo] = {}
+        for name, site in {**guide, **observed}.items():
+            role = "observed" if name in observed and name not in guide else "latent"
+            if name in auxiliary:
+                role = "auxiliary"
+            in_model = model.get(name, site)
+            infos[name] = SiteInfo(
+                name=name,
+                role=role,
+                local=local(site),
+                reparameterised=bool(site["fn"].has_rsample),
+                support=_support(site["fn"]) if role != "observed" and not site["is_observed"] else None,
+                plates=tuple(
+                    Plate(f.name, f.full_size or f.size, f.size) for f in site["cond_indep_stack"]
+                ),
+                local_in_model=local(in_model),
+                user_scaled=any(
+                    abs(float(self._user_scale(s, data_plate)) - 1.0) > 1e-9 for s in (site, in_model)
+                ),
+                fixed=site["is_observed"] and role == "auxiliary",
+            )
+        frame = frames.get(data_plate) if data_plate else None
+        return Structure(
+            sites=infos,
+            data_plate=data_plate,
+            plate_size=frame.full_size if frame is not None and frame.full_size != frame.size else None,
+            rows=frame.size if frame is not None else 1,
+            nesting=nesting,
+            plate_dim=frame.dim if frame is not None else None,
+            groups={},
+        )
+
+    def _user_scale(self, site: Message, data_plate: str | None) -> Any:
+        scale = site["scale"]
+        for frame in site["cond_indep_stack"]:
+            if frame.name == data_plate and frame.full_size:
+                scale = scale / (frame.full_size / frame.size)
+        return scale
+
+    def _with_parents(
+        self, structure: Structure, batch: Call, values: Mapping[str, Tensor], subsamples: Mapping[str, Tensor]
+    ) -> Structure:
+        """Which sites each density looks at, from values that carry their site's name through every operation."""
+        marked = {n: track_provenance(v.clone(), frozenset({n})) for n, v in values.items()}
+        params = self.constrain(self.initial)
+
+        def replayed(msg: Message) -> None:
+            msg["value"] = marked[msg["name"]]
+
+        def parents(program: Callable[..., Any]) -> dict[str, frozenset[str]]:
+            handler = _Handler(params, replayed, subsamples)
+            trace = self._trace(program, handler, batch, self.initial)
+            return {n: frozenset(get_provenance(_site_log_prob(s))) for n, s in trace.items()}
+
+        with torch.no_grad():
+            guide, model = parents(self._guide), parents(self._model)
+        sites = {
+            n: replace(
+                info,
+                guide_parents=guide.get(n, frozenset()) - {n},
+                model_parents=model.get(n, frozenset()) - {n},
+            )
+            for n, info in structure.sites.items()
+        }
+        return replace(structure, sites=sites)
+
+    def constrain(self, params: Params) -> dict[str, Tensor]:
+        """Constrained values of unconstrained parameters."""
+        return {n: self._transforms[n](v) for n, v in params.items()}
+
+    # One run.
+
+    def draws(
+        self,
+        params: Params,
+        batch: Call,
+        key: int | None,
+        plan: Plan,
+        *,
+        total_rows: Any = None,
+        values: Mapping[str, Tensor] | None = None,
+        outer_weight: Tensor | None = None,
+        states: Mapping[str, Tensor] | None = None,
+        own: Mapping[str, Mapping[str, Tensor]] | None = None,
+    ) -> Draws:
+        """The table of one run on `batch`; `values` are laid out as in the table, `[M, K, B, ...]` and `[M, ...]`.
+
+        `key` seeds torch's generator for this run; None draws from it as it is (the caller seeded it).
+        """
+        with sealed(self.dtype), seeded(key) if key is not None else contextlib.nullcontext():
+            return self._draws(params, batch, plan, total_rows, values or {}, outer_weight, states, own)
+
+    def _draws(
+        self,
+        params: Params,
+        batch: Call,
+        plan: Plan,
+        total_rows: Any,
+        given: Mapping[str, Tensor],
+        outer_weight: Tensor | None,
+        states: Mapping[str, Tensor] | None,
+        own: Mapping[str, Mapping[str, Tensor]] | None,
+    ) -> Draws:
+        structure, n = self.structure, self.structure.nesting
+        constrained = self.constrain(params)
+        v_local, local_layout = plan.layout(structure, True)
+        v_outer, outer_layout = plan.layout(structure, False)
+        K, M = plan.K * v_local, plan.M * v_outer
+        self._sizes = (M, K)
+        variants: dict[str, Variant] = {}
+        layouts = local_layout | outer_layout
+
+        def latent(msg: Message) -> None:
+            info = structure.sites[msg["name"]]
+            fn = msg["fn"]
+            lead = ((M, K) if M > 1 else (K,) if K > 1 else ()) if info.local else (M, 1) if M > 1 else ()
+            if lead:
+                base = tuple(fn.batch_shape)[-n:] if n else ()
+                fn = fn.expand(torch.Size(lead + (1,) * (n - len(base)) + base))
+                msg["fn"] = fn
+            injected = self._to_site(given[info.name], info) if info.name in given else None
+            count, stride = layouts[info.name]
+            axis = -(n + 1) if info.local else -(n + 2)
+            site = _SiteDistribution(fn, injected, info.support, count * stride, axis)
+            estimator = plan.estimators[info.name]
+            if count == 1:
+                msg["value"] = estimator.sample(site)
+                return
+            t = torch.arange(K if info.local else M).reshape((-1,) + (1,) * (-axis - 1))
+            variant = estimator.variants(site, t // stride % count)
+            variants[info.name] = variant
+            msg["value"] = variant.value
+
+        handler = _Handler(constrained, latent)
+        guide = self._trace(self._guide, handler, batch, params)
+        drawn = {name: s["value"] for name, s in guide.items()}
+
+        def replayed(msg: Message) -> None:
+            msg["value"] = drawn[msg["name"]]
+
+        model = self._trace(
+            self._model, _Handler(constrained, replayed, handler.subsamples), batch, params
+        )
+        frozen: dict[str, Message] = {}
+        if plan.frozen:
+            stopped = {name: p.detach() for name, p in params.items()}
+            frozen = self._trace(
+                self._guide,
+                _Handler(self.constrain(stopped), replayed, handler.subsamples),
+                batch,
+                stopped,
+            )
+        sites = {
+            info.name: self._site(
+                info, guide, model, frozen, plan, variants.get(info.name), layouts.get(info.name, (1, 1))[0]
+            )
+            for info in structure.sites.values()
+        }
+        rows = structure.rows
+        N = structure.plate_size or (rows if total_rows is None else total_rows)
+        return Draws(
+            sites=sites,
+            M=plan.M,
+            K=plan.K,
+            B=rows,
+            N=N,
+            scale=N / rows,
+            outer_weight=outer_weight,
+            batch=batch.leaves[0] if batch.leaves else None,
+            states=states or {},
+            own=own or {},
+        )
+
+    def _site(
+        self,
+        info: SiteInfo,
+        guide: dict[str, Message],
+        model: dict[str, Message],
+        frozen: dict[str, Message],
+        plan: Plan,
+        variant: Variant | None,
+        count: int,
+    ) -> Site:
+        name = info.name
+        in_guide, in_model = guide.get(name), model.get(name) if info.role != "auxiliary" else None
+        site = in_guide if in_guide is not None else in_model
+        assert site is not None
+        row: dict[str, Any] = {}
+        for label, message in (("log_p", in_model), ("log_q", in_guide)):
+            if message is not None:
+                row[label + "_full"] = self._full(_site_log_prob(message), info)
+                row[label] = self._rows(row[label + "_full"], info)
+        if name in frozen and name in plan.estimators and plan.estimators[name].frozen:
+            row["log_q_frozen"] = self._rows(self._full(_site_log_prob(frozen[name]), info), info)
+        if variant is not None:
+            for label in ("weight", "credit", "through"):
+                value = getattr(variant, label)
+                if value is not None:
+                    value = torch.as_tensor(value).expand(site["fn"].batch_shape)
+                    row[label] = self._only(self._full(value, info), info)
+        extra = {}
+        if "kl" in plan.requests and in_guide is not None and in_model is not None:
+            extra["kl"] = self._rows(self._full(_kl(in_guide, in_model), info), info)
+        scale = self._user_scale(in_model or in_guide, self.structure.data_plate) if info.user_scaled else 1.0
+        optional = ("log_p", "log_q", "log_q_frozen", "weight", "credit", "through", "log_p_full", "log_q_full")
+        return Site(
+            name=name,
+            role=info.role,
+            local=info.local,
+            value=self._from_site(site["value"], site["fn"].event_dim, info),
+            estimator=plan.estimators.get(name),
+            plates=info.plates,
+            downstream=self.structure.downstream(name),
+            variants=count,
+            extra=extra,
+            user_scale=scale,
+            **{label: row.get(label) for label in optional},
+        )
+
+    # Shapes: batch dimensions are counted from the right, draws on their left; a table row has [M, K, B, *inner].
+
+    def _pad(self, x: Tensor, event_dim: int, local: bool) -> Tensor:
+        """All draw and plate dimensions made explicit: `[M, K, *n plates, *event]`, K = 1 for a global site."""
+        n, batch = self.structure.nesting, x.dim() - event_dim
+        if batch > n + 2:
+            raise BackendError(f"A batch shape {tuple(x.shape)} has more than {n} plate and 2 draw dimensions.")
+        x = x.reshape((1,) * (n + 2 - batch) + tuple(x.shape))
+        M, K = self._sizes
+        return x.expand((M, K if local else x.shape[1]) + tuple(x.shape[2:]))
+
+    def _full(self, x: Tensor, info: SiteInfo) -> Tensor:
+        x = self._pad(x, 0, info.local)
+        if not info.local or self.structure.plate_dim is None:
+            return x
+        x = x.movedim(2 + self.structure.nesting + self.structure.plate_dim, 2)
+        return x.expand(x.shape[:2] + (self.structure.rows,) + x.shape[3:])
+
+    def _rows(self, full: Tensor, info: SiteInfo) -> Tensor:
+        """Summed over every plate but the data plate: `[M, K, B]`, or `[M]` for a global site."""
+        M, K = self._sizes
+        if not info.local:
+            return full.reshape(M, -1).sum(1)
+        rows = 1 if self.structure.plate_dim is None else self.structure.rows
+        return full.reshape(M, K, rows, -1).sum(3)
+
+    def _only(self, full: Tensor, info: SiteInfo) -> Tensor:
+        M, K = self._sizes
+        return full.reshape(M, K, -1) if info.local else full.reshape(M)
+
+    def _from_site(self, value: Tensor, event_dim: int, info: SiteInfo) -> Tensor:
+        value = self._pad(value, event_dim, info.local)
+        if not info.local:
+            return value[:, 0].reshape((value.shape[0],) + self._squeezed(value.shape[2:], event_dim))
+        if self.structure.plate_dim is None:
+            return value.unsqueeze(2)
+        return value.movedim(2 + self.structure.nesting + self.structure.plate_dim, 2)
+
+    def _squeezed(self, shape: torch.Size, event_dim: int) -> tuple[int, ...]:
+        """A global value's plate dimensions without the leading ones of size one."""
+        batch, event = list(shape[: len(shape) - event_dim]), tuple(shape[len(shape) - event_dim :])
+        while batch and batch[0] == 1:
+            batch.pop(0)
+        return (*batch, *event)
+
+    def _to_site(self, value: Tensor, info: SiteInfo) -> Tensor:
+        M, K = self._sizes
+        n = self.structure.nesting
+        if not info.local:
+            if M == 1:
+                return value[0]
+            return value.reshape((M,) + (1,) * (1 + n) + tuple(value.shape[1:]))
+        value = value.squeeze(2) if self.structure.plate_dim is None else value.movedim(2, 2 + n + self.structure.plate_dim)
+        if M > 1:
+            return value
+        return value[0] if K > 1 else value[0, 0]
+
+    # Gradients.
+
+    def gradients(
+        self,
+        params: Params,
+        batch: Call,
+        key: int | None,
+        plan: Plan,
+        objective: Objective,
+        *,
+        total_rows: Any = None,
+        values: Mapping[str, Tensor] | None = None,
+        outer_weight: Tensor | None = None,
+        states: Mapping[str, Tensor] | None = None,
+        own: Mapping[str, Mapping[str, Tensor]] | None = None,
+    ) -> Gradients:
+        """The loss and the gradient that each group of parameters gets from it."""
+        leaf = {n: p.detach().requires_grad_(True) for n, p in params.items()}
+        own_leaf = {s: {n: p.detach().requires_grad_(True) for n, p in ps.items()} for s, ps in (own or {}).items()}
+        with torch.enable_grad():
+            draws = self.draws(
+                leaf,
+                batch,
+                key,
+                plan,
+                total_rows=total_rows,
+                values=values,
+                outer_weight=outer_weight,
+                states=states,
+                own=own_leaf,
+            )
+            draws = replace(draws, allowed=objective.verbs)
+            model, guide, extra, states_ = losses(draws, objective, plan)
+        gradient: dict[str, Tensor] = {}
+        if guide is None:
+            gradient = self._pull(model, leaf)
+        else:
+            of_model = {n: p for n, p in leaf.items() if "model" in self.structure.groups[n]}
+            of_guide = {n: p for n, p in leaf.items() if n not in of_model}
+            gradient = self._pull(model, of_model, keep=True) | self._pull(guide, of_guide)
+        flat = {(s, n): p for s, ps in own_leaf.items() for n, p in ps.items()}
+        pulled = self._pull(extra, flat) if extra is not None else {k: torch.zeros_like(p) for k, p in flat.items()}
+        own_gradient = {s: {n: pulled[s, n] for n in ps} for s, ps in own_leaf.items()}
+        return Gradients(
+            model.detach(),
+            {n: gradient[n] for n in params},
+            own_gradient,
+            {n: s.detach() for n, s in states_.items()},
+        )
+
+    def _pull(self, loss: Tensor, leaves: Mapping[Any, Tensor], keep: bool = False) -> dict[Any, Tensor]:
+        if not leaves or not loss.requires_grad:
+            return {n: torch.zeros_like(p) for n, p in leaves.items()}
+        found = torch.autograd.grad(loss, list(leaves.values()), retain_graph=keep, allow_unused=True)
+        return {
+            n: torch.zeros_like(p) if g is None else g
+            for (n, p), g in zip(leaves.items(), found, strict=True)
+        }

@@ -1,0 +1,1 @@
+"""Gradient estimators, one file each: `<name>.py` defines the class `<name>`, which a recipe finds by that name."""

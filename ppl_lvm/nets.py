@@ -1,0 +1,95 @@
+"""Specifications of small networks; each backend builds them with its own library (torch.nn, equinox).
+
+A specification is a frozen, hashable value without parameters, so a portable program can write one down
+without knowing a framework, and a compiled step can be cached on it.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+from ppl_lvm.errors import ProgramError
+
+ACTIVATIONS = ("relu", "tanh", "gelu", "silu", "softplus", "sigmoid", "identity")
+
+
+@dataclass(frozen=True)
+class Network:
+    """What every specification has: it maps arrays [..., inputs] to arrays [..., outputs].
+
+    Raises:
+        ProgramError: a size is not a positive integer.
+    """
+
+    inputs: int
+    outputs: int
+
+    def __post_init__(self) -> None:
+        self._check_size("inputs", self.inputs)
+        self._check_size("outputs", self.outputs)
+
+    def _check_size(self, option: str, size: object) -> None:
+        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+            raise ProgramError(f"{type(self).__name__}: {option} must be a positive integer, not {size!r}.")
+
+    def check_input(self, shape: Sequence[int]) -> None:
+        """Raise ProgramError unless an array of this shape can be fed to the network."""
+        if not shape or shape[-1] != self.inputs:
+            raise ProgramError(
+                f"{self} was called on an array of shape {tuple(shape)}, whose last axis is not of size "
+                f"{self.inputs}. Build it with inputs={shape[-1] if shape else 1}, or reshape the array."
+            )
+
+
+@dataclass(frozen=True)
+class Linear(Network):
+    """Affine map y = x W^T + b, with W [outputs, inputs] and b [outputs].
+
+    Example:
+        >>> Linear(784, 2)
+        Linear(inputs=784, outputs=2, bias=True)
+    """
+
+    bias: bool = True
+
+
+@dataclass(frozen=True)
+class MLP(Network):
+    """Multi-layer perceptron: affine maps with `activation` after every one but the last.
+
+    Args:
+        inputs: size of the last axis of the input.
+        outputs: size of the last axis of the output.
+        hidden: width of each hidden layer; empty makes the network affine.
+        activation: one of relu, tanh, gelu (the exact one, x Phi(x)), silu, softplus, sigmoid, identity.
+
+    Raises:
+        ProgramError: a size is not a positive integer, or the activation is unknown.
+
+    Example:
+        >>> [(layer.inputs, layer.outputs) for layer in MLP(784, 2, hidden=(256, 64)).layers]
+        [(784, 256), (256, 64), (64, 2)]
+    """
+
+    hidden: tuple[int, ...] = (128,)
+    activation: str = "tanh"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if isinstance(self.hidden, str) or not isinstance(self.hidden, Sequence):
+            raise ProgramError(
+                f"MLP: hidden must be a sequence of widths such as (128,), not {self.hidden!r}."
+            )
+        object.__setattr__(self, "hidden", tuple(self.hidden))  # a list would make the value unhashable
+        for width in self.hidden:
+            self._check_size("every width in hidden", width)
+        if self.activation not in ACTIVATIONS:
+            raise ProgramError(
+                f"MLP: unknown activation {self.activation!r}; choose one of {', '.join(ACTIVATIONS)}."
+            )
+
+    @property
+    def layers(self) -> tuple[Linear, ...]:
+        """The affine maps, first to last."""
+        sizes = (self.inputs, *self.hidden, self.outputs)
+        return tuple(Linear(a, b) for a, b in pairwise(sizes))

@@ -1,0 +1,92 @@
+"""The array functions that objectives and estimators use, dispatched on the type of the array.
+
+`xp(x)` is the array namespace of `x` (jax.numpy, or array-api-compat's torch). The other functions are what the
+array API lacks. The list is closed and short: an algorithm that needs more probably belongs in a backend.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+from collections.abc import Callable
+from typing import Any
+
+Array = Any
+"""A torch tensor or a jax array (or a tracer of either)."""
+
+
+def _of(x: Array) -> Any:
+    root = type(x).__module__.partition(".")[0]
+    # Pyro's provenance tensors are torch tensors that live in a pyro module.
+    name = "_torch_ops" if root in ("torch", "pyro") else "_jax_ops"
+    return importlib.import_module(f"ppl_lvm.backends.{name}")
+
+
+def xp(x: Array) -> Any:
+    """The array namespace of `x`."""
+    return _of(x).xp
+
+
+def stop_gradient(x: Array) -> Array:
+    """The value of `x`, carrying no gradient."""
+    return _of(x).stop_gradient(x)
+
+
+def logsumexp(x: Array, axis: int) -> Array:
+    """`log sum exp x` along `axis`."""
+    return _of(x).logsumexp(x, axis)
+
+
+def log_mean_exp(x: Array, axis: int) -> Array:
+    """`log mean exp x` along `axis`: the f of importance-weighted bounds, with closed-form derivatives."""
+    return logsumexp(x, axis) - math.log(x.shape[axis])
+
+
+def leave_one_out_mean(x: Array, axis: int = 1) -> Array:
+    """For every entry of `axis` the mean of the other entries; the axis needs two or more."""
+    return (xp(x).sum(x, axis=axis, keepdims=True) - x) / (x.shape[axis] - 1)
+
+
+def softmax(x: Array, axis: int) -> Array:
+    """`exp x / sum exp x` along `axis`."""
+    return _of(x).softmax(x, axis)
+
+
+def log_softmax(x: Array, axis: int) -> Array:
+    """`x - log sum exp x` along `axis`."""
+    return _of(x).log_softmax(x, axis)
+
+
+def one_hot(index: Array, classes: int) -> Array:
+    """One-hot vectors `[..., classes]` in the default floating dtype, without reading a value on the host."""
+    return _of(index).one_hot(index, classes)
+
+
+def zeros(shape: tuple[int, ...], like: Array) -> Array:
+    """Zeros of the dtype and on the device of `like`."""
+    return _of(like).zeros(shape, like)
+
+
+def eye(n: int, like: Array) -> Array:
+    """The identity matrix of the dtype and on the device of `like`."""
+    return _of(like).eye(n, like)
+
+
+def derivatives(f: Callable[[Array, int], Array], x: Array, axis: int) -> tuple[Array, Array]:
+    """`df/dx_k` and `d2f/dx_k2` (the diagonal) for a function that reduces `axis`, both of x's shape.
+
+    A function may bring the closed form as an attribute, `f.derivatives(x, axis)`; otherwise automatic
+    differentiation is used, whose cost is one forward pass per entry of `axis`.
+    """
+    closed = getattr(f, "derivatives", None)
+    if closed is not None:
+        return closed(x, axis)
+    return _of(x).derivatives(f, x, axis)
+
+
+def _log_mean_exp_derivatives(x: Array, axis: int) -> tuple[Array, Array]:
+    w = softmax(x, axis)
+    return w, w - w * w
+
+
+log_mean_exp.derivatives = _log_mean_exp_derivatives  # type: ignore[attr-defined]
