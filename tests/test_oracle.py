@@ -227,7 +227,7 @@ def test_outcomes_weigh_like_the_guide() -> None:
 
 @pytest.mark.parametrize("K", [2, 3])
 def test_score_function_identity(K: int) -> None:
-    # Over all outcomes grad E f = E [f grad log q + grad f], here of f = log mean w. For one Bernoulli of logit
+    # Over all outcomes grad E f = E [f grad log q + grad f], here f = log mean w. For one Bernoulli of logit
     # l, grad log q(z) = z - sigmoid(l), and grad f = -sum of the normalised weights times that.
     outcomes, entries = tuples(BERNOULLI, K), table(BERNOULLI)
     z = outcomes.values["z"][:, :, 0]
