@@ -91,9 +91,9 @@ class Algorithm(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _take_plain_values(cls, options: Any) -> Any:  # noqa: ANN401 - whatever the caller gave
+    def _take_plain_values(cls, options: Any) -> Any:
         return (
-            {name: _plain(value) for name, value in options.items()} if isinstance(options, dict) else options
+            {name: plain(value) for name, value in options.items()} if isinstance(options, dict) else options
         )
 
     def numbers(self) -> dict[str, float | Schedule]:
@@ -118,11 +118,11 @@ class Algorithm(BaseModel):
         return self.model_copy(update=values)
 
 
-def _plain(value: object) -> object:
+def plain(value: object) -> object:
     if isinstance(value, np.generic):
         return value.item()
     if isinstance(value, list):
-        return tuple(_plain(item) for item in value)
+        return tuple(plain(item) for item in value)
     return value
 
 

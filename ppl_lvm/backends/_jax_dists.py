@@ -33,7 +33,7 @@ class OneHotCategorical(dist.Distribution):
         ()
     """
 
-    arg_constraints = {"logits": constraints.real_vector}  # noqa: RUF012 - the host library's protocol
+    arg_constraints = {"logits": constraints.real_vector}
     support = _OneHot()
     has_enumerate_support = True
 
@@ -46,7 +46,7 @@ class OneHotCategorical(dist.Distribution):
     ) -> None:
         if (probs is None) == (logits is None):
             raise ValueError("OneHotCategorical needs one of probs and logits.")
-        self.logits = jax.nn.log_softmax(jnp.log(probs) if logits is None else jnp.asarray(logits), -1)
+        self.logits = jax.nn.log_softmax(jnp.log(jnp.asarray(probs)) if logits is None else jnp.asarray(logits), -1)
         super().__init__(self.logits.shape[:-1], self.logits.shape[-1:], validate_args=validate_args)
 
     @property

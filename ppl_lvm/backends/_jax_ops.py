@@ -45,7 +45,7 @@ def derivatives(f: Callable[[Array, int], Array], x: Array, axis: int) -> tuple[
     gradient = jax.grad(lambda y: f(y, axis).sum())
     moved = xp.moveaxis(x, axis, 0)
 
-    def second(k: Array) -> Array:
+    def second(k: int) -> Array:
         # Rows are independent, so pushing the k-th entry of every row at once gives its own second derivative.
         tangent = xp.moveaxis(xp.zeros_like(moved).at[k].set(1.0), 0, axis)
         return xp.moveaxis(jax.jvp(gradient, (x,), (tangent,))[1], axis, 0)[k]

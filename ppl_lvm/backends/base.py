@@ -1,20 +1,21 @@
 """What a backend promises: the structure of a program, one run as a table of arrays, and a training step.
 
-`PyroBackend` and `NumPyroBackend` implement `Bound`. Everything here is free of frameworks; arrays are whatever the
+`PyroBound` and `NumPyroBound` implement `Bound`. Everything here is free of frameworks; arrays are whatever the
 backend's are, and `ops` tells them apart.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol
 
 import numpy as np
 
 from ppl_lvm import ops
-from ppl_lvm.algorithm import Estimator, Objective
+from ppl_lvm.algorithm import Algorithm, Estimator, Objective, Schedule
 from ppl_lvm.draws import Draws, Plate
 from ppl_lvm.errors import BackendError, ProgramError
 from ppl_lvm.ops import Array
@@ -23,12 +24,15 @@ LARGEST_SUPPORT = 4096
 """Values of a finite site that are enumerated at most."""
 
 
+Role = Literal["latent", "observed", "auxiliary"]
+
+
 @dataclass(frozen=True)
 class SiteInfo:
     """What does not change from run to run about one site."""
 
     name: str
-    role: Literal["latent", "observed", "auxiliary"]
+    role: Role
     local: bool
     reparameterised: bool = False
     support: np.ndarray | None = None
@@ -104,8 +108,8 @@ class Plan:
     def layout(self, structure: Structure, local: bool) -> tuple[int, dict[str, tuple[int, int]]]:
         """V of a level, and for each of its sites (variants, stride) on the draws axis.
 
-        Entry t holds variant `t // stride % variants` of a site. A site drawn before others with variants keeps one draw
-        for all of theirs: the entries `t // stride * stride` that differ only in later sites share it.
+        Entry t holds variant `t // stride % variants` of a site. A site drawn before others with variants keeps one
+        draw for all of theirs: the entries `t // stride * stride` that differ only in later sites share it.
         """
         strides: dict[str, tuple[int, int]] = {}
         stride = 1
@@ -287,8 +291,8 @@ def check_model_only(guide: Sequence[str], model: Sequence[str], auxiliary: Sequ
     missing = [name for name in model if name not in guide]
     if missing:
         raise ProgramError(
-            f"Latent site {missing[0]!r} is in the model but not in the guide (guide sites: {list(guide)}). Sample it in "
-            f"the guide, condition on it, or sum it out in the model."
+            f"Latent site {missing[0]!r} is in the model but not in the guide (guide sites: {list(guide)}). Sample it "
+            f"in the guide, condition on it, or sum it out in the model."
         )
     orphans = [name for name in guide if name not in model and name not in auxiliary]
     if orphans:
@@ -296,3 +300,84 @@ def check_model_only(guide: Sequence[str], model: Sequence[str], auxiliary: Sequ
             f"Guide site {orphans[0]!r} is not in the model (model sites: {list(model)}). Rename it, or mark it as "
             f"auxiliary with infer={{'is_auxiliary': True}}."
         )
+
+
+Numbers = Mapping[str, Any]
+"""Every number that a schedule may move, by dotted name; the compiled step takes them as inputs."""
+
+
+def numbers_of(objective: Objective, plan: Plan, optimizer: Algorithm) -> dict[str, float | Schedule]:
+    """The numbers of a recipe: "objective.beta", "estimator.z.temperature", "optimizer.learning_rate"."""
+    owners = {"objective": objective, "optimizer": optimizer}
+    owners |= {f"estimator.{site}": e for site, e in plan.estimators.items()}
+    return {f"{owner}.{name}": v for owner, a in owners.items() for name, v in a.numbers().items()}
+
+
+def with_numbers(objective: Objective, plan: Plan, numbers: Numbers) -> tuple[Objective, Plan]:
+    """Objective and plan with these numbers in place of their own."""
+
+    def of(owner: str) -> dict[str, Any]:
+        return {n.removeprefix(owner + "."): v for n, v in numbers.items() if n.rpartition(".")[0] == owner}
+
+    estimators = {s: e.with_numbers(of(f"estimator.{s}")) for s, e in plan.estimators.items()}
+    return objective.with_numbers(of("objective")), replace(plan, estimators=estimators)
+
+
+def static_key(objective: Objective, plan: Plan) -> Hashable:
+    """What a compiled step depends on besides shapes: everything of objective and estimators but their numbers."""
+
+    def static(algorithm: Algorithm) -> Hashable:
+        return type(algorithm), algorithm.with_numbers(dict.fromkeys(algorithm.numbers(), 0.0))
+
+    return static(objective), plan.requests, tuple((s, static(e)) for s, e in plan.estimators.items())
+
+
+class Steps:
+    """Compiled steps, the most recently used ones kept; `traces` counts how often a program was traced into one."""
+
+    def __init__(self, size: int = 32) -> None:
+        self.traces = 0
+        self._size = size
+        self._kept: OrderedDict[Hashable, Any] = OrderedDict()
+
+    def get(self, key: Hashable, build: Callable[[], Any]) -> Any:
+        if key in self._kept:
+            self._kept.move_to_end(key)
+        else:
+            self._kept[key] = build()
+            while len(self._kept) > self._size:
+                self._kept.popitem(last=False)
+        return self._kept[key]
+
+
+class Trainer(Protocol):
+    """Optimiser steps in chunks. A tree holds all state: parameters, optimiser, estimators' state and parameters."""
+
+    mode: str
+    notes: list[str]
+
+    def initial(self) -> Any: ...
+
+    def run(
+        self, tree: Any, data: Call, index: np.ndarray | None, numbers: Mapping[str, np.ndarray], start: int, n: int
+    ) -> tuple[Any, Any]:
+        """Steps `start .. start + n - 1`; `index [C, B]` and `numbers [C]` may be longer. Losses `[n]`, per row."""
+
+    def params(self, tree: Any) -> Mapping[str, Any]: ...
+
+    def pack(self, tree: Any) -> dict[str, np.ndarray]: ...
+
+    def unpack(self, arrays: Mapping[str, np.ndarray]) -> Any: ...
+
+
+def initial_extras(
+    plan: Plan, batch: Call
+) -> tuple[dict[str, float], dict[str, dict[str, list[float]]]]:
+    """States and own parameters of the estimators, as plain numbers."""
+    features = int(np.prod(batch.leaves[0].shape[1:], dtype=int)) if batch.leaves else 0
+    states = {s: e.initial_state() for s, e in plan.estimators.items()}
+    own = {s: e.initial_own(features) for s, e in plan.estimators.items()}
+    return (
+        {s: v for s, v in states.items() if v is not None},
+        {s: v for s, v in own.items() if v},
+    )

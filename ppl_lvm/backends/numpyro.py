@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 from zlib import crc32
 
@@ -14,6 +15,7 @@ import numpy as np
 import numpyro
 import numpyro.distributions as dist
 from numpyro import handlers
+from numpyro.distributions import constraints
 from numpyro.distributions.kl import kl_divergence
 from numpyro.distributions.transforms import biject_to
 from numpyro.ops.provenance import eval_provenance
@@ -27,6 +29,7 @@ from ppl_lvm.backends.base import (
     Call,
     Gradients,
     Plan,
+    Role,
     SiteInfo,
     Structure,
     check_model_only,
@@ -94,9 +97,10 @@ class _Handler(Messenger):
         key: Array,
         latent: Callable[[Message], Any] | None = None,
         subsamples: Mapping[str, Array] | None = None,
+        observed: Callable[[Message], Any] | None = None,
     ) -> None:
         super().__init__()
-        self.params, self.key, self.latent = params, key, latent
+        self.params, self.key, self.latent, self.observed = params, key, latent, observed
         self.subsamples = subsamples or {}
         self.found: dict[str, tuple[Any, Any]] = {}
         self._anonymous = 0
@@ -115,10 +119,12 @@ class _Handler(Messenger):
             msg["kwargs"]["rng_key"] = jax.random.fold_in(self.key, self._anonymous)
         elif kind == "sample" and not msg["is_observed"] and msg["value"] is None and self.latent is not None:
             msg["value"] = self.latent(msg)
+        elif kind == "sample" and msg["is_observed"] and self.observed is not None:
+            msg["value"] = self.observed(msg)
 
     def postprocess_message(self, msg: Message) -> None:
         if msg["type"] == "param":
-            self.found[msg["name"]] = (msg["value"], msg["kwargs"].get("constraint", dist.constraints.real))
+            self.found[msg["name"]] = (msg["value"], msg["kwargs"].get("constraint", constraints.real))
 
 
 def site_key(key: Array, name: str) -> Array:
@@ -129,11 +135,16 @@ def site_key(key: Array, name: str) -> Array:
 class _SiteDistribution:
     """A guide site as an estimator sees it (see `algorithm.SiteDistribution`)."""
 
-    def __init__(self, fn: Any, key: Array, injected: Array | None, support: np.ndarray | None) -> None:
+    def __init__(
+        self, fn: Any, key: Array, injected: Array | None, support: np.ndarray | None, as_float: bool
+    ) -> None:
         self._fn, self._key, self._injected, self._support = fn, key, injected, support
+        self._as_float = as_float
 
     def sample(self) -> Array:
-        value = self._fn.sample(self._key) if self._injected is None else self._injected
+        value = self._injected
+        if value is None:
+            value = _draw(self._fn, self._key, self._as_float)
         return jax.lax.stop_gradient(value)
 
     def rsample(self) -> Array:
@@ -146,7 +157,22 @@ class _SiteDistribution:
 
     def select(self, index: Array) -> Array:
         value = jnp.asarray(self._support)[index]
+        if self._as_float and _boolean(self._fn):
+            value = value.astype(jnp.zeros(()).dtype)
         return jnp.broadcast_to(value, self._fn.batch_shape + self._fn.event_shape)
+
+
+def _boolean(fn: Any) -> bool:
+    support = fn.support
+    while hasattr(support, "base_constraint"):
+        support = support.base_constraint
+    return support is constraints.boolean
+
+
+def _draw(fn: Any, key: Array, as_float: bool) -> Array:
+    """A draw; zeros and ones are floats in portable programs, as Pyro has them, and integers in native ones."""
+    value = fn.sample(key)
+    return value.astype(jnp.zeros(()).dtype) if as_float and _boolean(fn) else value
 
 
 def _solve(lower: Array, b: Array) -> Array:
@@ -193,14 +219,14 @@ class NumPyroBound:
     def __init__(
         self, program: Program, example: Call, *, seed: int, dtype: str, data_plate: str | None = None
     ) -> None:
-        self.program, self.dtype = program, dtype
+        self.program, self.dtype, self.asked_plate = program, dtype, data_plate
+        self._evaluations: dict[Any, Any] = {}
+        self._model: Callable[..., Any] = program.model
+        self._guide: Callable[..., Any] = program.guide
         with precision(dtype):
             if program.portable:
                 ppl = Namespace(seed, dtype)
-                self._model = lambda *a, **k: program.model(ppl, *a, **k, **program.options_of("model"))
-                self._guide = lambda *a, **k: program.guide(ppl, *a, **k, **program.options_of("guide"))
-            else:
-                self._model, self._guide = program.model, program.guide
+                self._model, self._guide = partial(program.model, ppl), partial(program.guide, ppl)
             self._probe(self.batch(example), jax.random.key(seed), data_plate)
 
     def batch(self, call: Call) -> Call:
@@ -210,7 +236,8 @@ class NumPyroBound:
             a = np.asarray(a) if not isinstance(a, jax.Array) else a
             return jnp.asarray(a, self.dtype) if a.dtype.kind == "f" else jnp.asarray(a)
 
-        return call.map(convert)
+        with precision(self.dtype):
+            return call.map(convert)
 
     # Structure and parameters, from probe runs on one draw.
 
@@ -221,7 +248,7 @@ class NumPyroBound:
 
     def _probe(self, batch: Call, key: Array, asked: str | None) -> None:
         def prior(msg: Message) -> Array:
-            return msg["fn"](rng_key=site_key(key, msg["name"]))
+            return _draw(msg["fn"], site_key(key, msg["name"]), self.program.portable)
 
         guide_handler = _Handler({}, key, prior)
         guide = self._trace(self._guide, guide_handler, batch)
@@ -272,7 +299,7 @@ class NumPyroBound:
 
         infos: dict[str, SiteInfo] = {}
         for name, site in {**guide_sites, **observed}.items():
-            role = "observed" if name in observed and name not in guide_sites else "latent"
+            role: Role = "observed" if name in observed and name not in guide_sites else "latent"
             if name in auxiliary:
                 role = "auxiliary"
             in_model = model_sites.get(name, site)
@@ -291,7 +318,7 @@ class NumPyroBound:
                 fixed=site["is_observed"] and role == "auxiliary",
             )
         frame = frames.get(data_plate) if data_plate else None
-        size = sizes[data_plate][0] if frame is not None else None
+        size = sizes[frame.name][0] if frame is not None else None
         return Structure(
             sites=infos,
             data_plate=data_plate,
@@ -345,7 +372,8 @@ class NumPyroBound:
 
     def constrain(self, params: Params) -> dict[str, Any]:
         """Constrained values of unconstrained parameters."""
-        return {n: v if _is_tree(v) else self._transforms[n](v) for n, v in params.items()}
+        with precision(self.dtype):
+            return {n: v if _is_tree(v) else self._transforms[n](v) for n, v in params.items()}
 
     # One run.
 
@@ -384,7 +412,11 @@ class NumPyroBound:
                     (local_layout, k, draw_key) if info.local else (outer_layout, m, outer_key)
                 )
                 site = _SiteDistribution(
-                    msg["fn"], site_key(own_key, info.name), self._to_site(injected.get(info.name), info), info.support
+                    msg["fn"],
+                    site_key(own_key, info.name),
+                    self._to_site(injected.get(info.name), info),
+                    info.support,
+                    self.program.portable,
                 )
                 estimator = plan.estimators[info.name]
                 count, stride = layout[info.name]
@@ -469,7 +501,10 @@ class NumPyroBound:
                     row[label] = self._only(self._full(value, info), info)
         if "kl" in plan.requests and in_guide is not None and in_model is not None:
             row["kl"] = self._rows(self._full(_kl(in_guide["fn"], in_model["fn"]), info), info)
-        row["user_scale"] = self._user_scale(in_model or in_guide, self.structure.data_plate, sizes)
+        row["user_scale"] = 1.0
+        if info.user_scaled:
+            scaled = site if in_model is None else in_model
+            row["user_scale"] = self._user_scale(scaled, self.structure.data_plate, sizes)
         return row
 
     def _site(
@@ -489,7 +524,9 @@ class NumPyroBound:
             downstream=self.structure.downstream(info.name),
             variants=layout.get(info.name, (1, 1))[0],
             extra=extra,
-            user_scale=row["user_scale"] if info.user_scaled else 1.0,
+            user_scale=(row["user_scale"][..., None] if info.local else row["user_scale"])
+            if info.user_scaled
+            else 1.0,
             **{label: row.get(label) for label in optional},
         )
 
@@ -530,6 +567,47 @@ class NumPyroBound:
         if self.structure.plate_dim is None:
             return value[0]
         return jnp.moveaxis(value, 0, self.structure.nesting + self.structure.plate_dim)
+
+    def evaluate(self, params: Params, batch: Call, key: Array, plan: Plan) -> dict[str, dict[str, Any]]:
+        """Values and densities of every site of one run, without gradients; compiled once per shape."""
+
+        def run(params: Params, args: Any, kwargs: Any, key: Array) -> dict[str, dict[str, Any]]:
+            sites = self.draws(params, Call(args, kwargs), key, plan).sites
+            return {n: {"value": s.value, "log_p": s.log_p, "log_q": s.log_q} for n, s in sites.items()}
+
+        with precision(self.dtype):
+            compiled = self._evaluations.setdefault((plan.K, plan.M), jax.jit(run))
+            return compiled(dict(params), batch.args, dict(batch.kwargs), key)
+
+    def simulate(
+        self, params: Params, batch: Call, key: Array, draws: int, *, prior: bool = False
+    ) -> dict[str, Array]:
+        """Values `[draws, ...]` of every site of the model with its observed sites drawn anew.
+
+        Latent sites are drawn from the guide, or from the model where `prior` says so.
+        """
+        with precision(self.dtype):
+            return self._simulate(params, batch, key, draws, prior)
+
+    def _simulate(self, params: Params, batch: Call, key: Array, draws: int, prior: bool) -> dict[str, Array]:
+        constrained = self.constrain(params)
+
+        def run(draw_key: Array) -> dict[str, Array]:
+            def draw(msg: Message) -> Array:
+                return _draw(msg["fn"], site_key(draw_key, msg["name"]), self.program.portable)
+
+            guide: dict[str, Message] = {}
+            if not prior:
+                guide = self._trace(self._guide, _Handler(constrained, key, draw), batch)
+
+            def latent(msg: Message) -> Array:
+                return guide[msg["name"]]["value"] if msg["name"] in guide else draw(msg)
+
+            plates = {n: s["value"] for n, s in guide.items() if s["type"] == "plate"}
+            model = self._trace(self._model, _Handler(constrained, key, latent, plates, draw), batch)
+            return {n: s["value"] for n, s in model.items() if s["type"] == "sample"}
+
+        return jax.vmap(run)(jax.random.split(key, draws))
 
     # Gradients.
 

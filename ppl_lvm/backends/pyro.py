@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 from zlib import crc32
 
@@ -31,6 +32,7 @@ from ppl_lvm.backends.base import (
     Call,
     Gradients,
     Plan,
+    Role,
     SiteInfo,
     Structure,
     check_model_only,
@@ -119,9 +121,10 @@ class _Handler(Messenger):
         params: Params,
         latent: Callable[[Message], None],
         subsamples: Mapping[str, Tensor] | None = None,
+        observed: Callable[[Message], None] | None = None,
     ) -> None:
         super().__init__()
-        self.params, self.latent = params, latent
+        self.params, self.latent, self.observed = params, latent, observed
         self.subsamples = dict(subsamples or {})
         self.constraints: dict[str, Any] = {}
         self.offered: dict[str, torch.nn.Parameter] = {}
@@ -132,6 +135,7 @@ class _Handler(Messenger):
         offer = msg["args"][1] if len(msg["args"]) > 1 else None
         if isinstance(offer, torch.nn.Parameter):
             self.offered[name] = offer
+        value: Any
         if "$$$" in name:
             value = offer
         elif name in self.params:
@@ -155,6 +159,8 @@ class _Handler(Messenger):
         elif not msg["is_observed"] and not msg["infer"].get("_deterministic"):
             self.latent(msg)
             msg["done"] = True
+        elif msg["is_observed"] and self.observed is not None:
+            self.observed(msg)
 
     def _pyro_post_sample(self, msg: Message) -> None:
         if site_is_subsample(msg):
@@ -259,13 +265,12 @@ class PyroBound:
     def __init__(
         self, program: Program, example: Call, *, seed: int, dtype: str, data_plate: str | None = None
     ) -> None:
-        self.program, self.dtype = program, dtype
+        self.program, self.dtype, self.asked_plate = program, dtype, data_plate
+        self._model: Callable[..., Any] = program.model
+        self._guide: Callable[..., Any] = program.guide
         if program.portable:
             ppl = Namespace(seed, dtype)
-            self._model = lambda *a, **k: program.model(ppl, *a, **k, **program.options_of("model"))
-            self._guide = lambda *a, **k: program.guide(ppl, *a, **k, **program.options_of("guide"))
-        else:
-            self._model, self._guide = program.model, program.guide
+            self._model, self._guide = partial(program.model, ppl), partial(program.guide, ppl)
         self._holder = _Holder()
         self._paths: dict[str, str] = {}
         with sealed(dtype), seeded(seed):
@@ -291,9 +296,7 @@ class PyroBound:
             return {
                 n: s
                 for n, s in nodes.items()
-                if s["type"] == "sample"
-                and not site_is_subsample(s)
-                and not s["infer"].get("_deterministic")
+                if s["type"] == "sample" and not site_is_subsample(s) and not (s["infer"] or {}).get("_deterministic")
             }
 
         if not self._paths:
@@ -388,7 +391,7 @@ class PyroBound:
 
         infos: dict[str, SiteInfo] = {}
         for name, site in {**guide, **observed}.items():
-            role = "observed" if name in observed and name not in guide else "latent"
+            role: Role = "observed" if name in observed and name not in guide else "latent"
             if name in auxiliary:
                 role = "auxiliary"
             in_model = model.get(name, site)
@@ -589,7 +592,9 @@ class PyroBound:
         extra = {}
         if "kl" in plan.requests and in_guide is not None and in_model is not None:
             extra["kl"] = self._rows(self._full(_kl(in_guide, in_model), info), info)
-        scale = self._user_scale(in_model or in_guide, self.structure.data_plate) if info.user_scaled else 1.0
+        scale = 1.0
+        if info.user_scaled:
+            scale = self._user_scale(site if in_model is None else in_model, self.structure.data_plate)
         optional = ("log_p", "log_q", "log_q_frozen", "weight", "credit", "through", "log_p_full", "log_q_full")
         return Site(
             name=name,
@@ -657,10 +662,48 @@ class PyroBound:
             if M == 1:
                 return value[0]
             return value.reshape((M,) + (1,) * (1 + n) + tuple(value.shape[1:]))
-        value = value.squeeze(2) if self.structure.plate_dim is None else value.movedim(2, 2 + n + self.structure.plate_dim)
+        dim = self.structure.plate_dim
+        value = value.squeeze(2) if dim is None else value.movedim(2, 2 + n + dim)
         if M > 1:
             return value
         return value[0] if K > 1 else value[0, 0]
+
+    def evaluate(self, params: Params, batch: Call, key: int, plan: Plan) -> dict[str, dict[str, Any]]:
+        """Values and densities of every site of one run, without gradients."""
+        with torch.no_grad():
+            sites = self.draws(params, batch, key, plan).sites
+        return {n: {"value": s.value, "log_p": s.log_p, "log_q": s.log_q} for n, s in sites.items()}
+
+    def simulate(
+        self, params: Params, batch: Call, key: int, draws: int, *, prior: bool = False
+    ) -> dict[str, Tensor]:
+        """Values `[draws, ...]` of every site of the model with its observed sites drawn anew.
+
+        Latent sites are drawn from the guide, or from the model where `prior` says so.
+        """
+        constrained = self.constrain(params)
+
+        def draw(msg: Message) -> None:
+            msg["value"] = _sample(msg["fn"])
+
+        values: list[dict[str, Tensor]] = []
+        with sealed(self.dtype), seeded(key), torch.no_grad():
+            for _ in range(draws):
+                guide: dict[str, Message] = {}
+                handler = _Handler(constrained, draw)
+                if not prior:
+                    guide = self._trace(self._guide, handler, batch, params)
+
+                def latent(msg: Message, guide: dict[str, Message] = guide) -> None:
+                    if msg["name"] in guide:
+                        msg["value"] = guide[msg["name"]]["value"]
+                    else:
+                        draw(msg)
+
+                model_handler = _Handler(constrained, latent, handler.subsamples, draw)
+                model = self._trace(self._model, model_handler, batch, params)
+                values.append({n: s["value"] for n, s in model.items()})
+        return {n: torch.stack([v[n] for v in values]) for n in values[0]} if values else {}
 
     # Gradients.
 

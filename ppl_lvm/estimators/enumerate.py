@@ -7,8 +7,8 @@ from ppl_lvm.ops import Array
 class enumerate(Estimator):
     """`sum_v q(v) h(v)` over the whole support: no sampling noise, cost V program evaluations per draw.
 
-    Legal where the expectation is of one draw (`mean`, and `log_mean_exp` with weight `log q`). Laid out as more draws of a
-    joint function it would be another bound, so that is refused.
+    Legal where the expectation is of one draw (`mean`, and `log_mean_exp` with weight `log q`). Laid out as more draws
+    of a joint function it would be another bound, so that is refused.
 
     Example:
         >>> enumerate().count(support=10)

@@ -14,8 +14,8 @@ class score(Estimator):
     """`sum_k (h_k - b) grad log q(z_k)`: any site, unbiased, noisy.
 
     `baseline = "moving_average"` takes off a running mean of the signal, `b <- decay b + (1 - decay) mean h`;
-    `"linear"` learns `b = a + x . v` from the rows by least squares (NVIL's input-dependent baseline, linear). Both leave
-    the expectation as it is.
+    `"linear"` learns `b = a + x . v` from the rows by least squares (NVIL's input-dependent baseline, linear). Both
+    leave the expectation as it is.
 
     Source: Williams (1992); Mnih and Gregor (2014), arXiv:1402.0030.
 
@@ -39,9 +39,10 @@ class score(Estimator):
             return state
         if own:
             # A global site's signal has one entry for the whole batch, so it sees the batch's mean row.
-            rows = signal.h.shape[-1]
+            rows, batch = signal.h.shape[-1], signal.batch
+            assert batch is not None
             xp = ops.xp(signal.h)
-            x = xp.reshape(signal.batch, (signal.batch.shape[0], -1))
+            x = xp.reshape(batch, (batch.shape[0], -1))
             x = x if rows == x.shape[0] else xp.mean(x, axis=0, keepdims=True)
             return own["a"] + xp.sum(x * own["v"], axis=1)[None, None]
         return 0.0

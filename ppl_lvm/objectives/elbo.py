@@ -39,8 +39,9 @@ class elbo(Objective):
         return Loss(-d.total(rows, sum(globals_, 0.0 * d.log_w_global)))
 
     def _term(self, d: Draws, site: Site) -> Array:
+        scale: Array = site.user_scale
         if site.role == "observed":
-            return site.user_scale * site.log_p
-        if "kl" in site.extra:
-            return -self.beta * site.user_scale * site.extra["kl"]
-        return self.beta * site.user_scale * d.log_ratio(site)
+            return scale * site.log_p
+        # In a step beta is an array, as a schedule may move it.
+        beta: Array = self.beta
+        return beta * scale * (-site.extra["kl"] if "kl" in site.extra else d.log_ratio(site))

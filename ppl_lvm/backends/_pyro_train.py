@@ -1,0 +1,280 @@
+"""Training on Pyro: the whole gradient traced through the handlers once, compiled where that pays.
+
+Modes. "eager": every step runs the program through Pyro's handlers. "graph": one such run is recorded by make_fx as
+a graph of torch operations, and replayed. "compiled": that graph goes through torch.compile. All three draw the same
+random numbers at one seed.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Hashable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils import _pytree as pytree
+
+from ppl_lvm.algorithm import Algorithm, Objective
+from ppl_lvm.backends.base import Call, Plan, Steps, initial_extras, static_key, with_numbers
+from ppl_lvm.backends.pyro import PyroBound, sealed
+from ppl_lvm.errors import BackendError
+
+Bound = PyroBound
+Tree = dict[str, Any]
+STEPS = Steps()
+
+FEWEST_TRACED = 300
+SAVED_PER_NODE, SAVED_PER_ELEMENT = 2e-6, 4e-10
+COMPILE_SECONDS, COMPILE_SECONDS_PER_NODE = 5.0, 0.02
+"""Rough figures of a two-core machine, in seconds: what compiling a traced graph saves in a step, and costs."""
+
+_OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    "adam": lambda params: torch.optim.Adam(params, lr=0.0, fused=True),
+    "adamw": lambda params: torch.optim.AdamW(params, lr=0.0, fused=True),
+    "sgd": lambda params: torch.optim.SGD(params, lr=0.0),
+}
+
+
+def key_of(seed: int) -> int:
+    """The backend's form of a seed."""
+    return seed
+
+
+def to_numpy(x: Any) -> np.ndarray:
+    """An array of the backend as numpy's."""
+    return x.detach().cpu().numpy() if isinstance(x, Tensor) else np.asarray(x)
+
+
+class Trainer:
+    """See `backends.base.Trainer`."""
+
+    def __init__(
+        self,
+        bound: PyroBound,
+        plan: Plan,
+        objective: Objective,
+        optimizer: Algorithm,
+        example: Call,
+        *,
+        seed: int,
+        rows: int | None,
+        steps: int,
+        mode: str,
+    ) -> None:
+        if mode not in ("auto", "compiled", "graph", "eager"):
+            raise BackendError(
+                f"compile={mode!r} was asked for; the Pyro backend knows auto, compiled, graph and eager."
+            )
+        self.mode = mode
+        self.notes: list[str] = []
+        self._bound, self._plan, self._objective = bound, plan, objective
+        self._optimizer_name: str = optimizer.name  # type: ignore[attr-defined]
+        self._example, self._seed, self._rows, self._steps = example, seed, rows, steps
+        shapes = tuple((tuple(a.shape), str(a.dtype)) for a in example.leaves)
+        names = (len(example.args), tuple(example.kwargs))
+        self._key: tuple[Hashable, ...] = (
+            *(bound.program, bound.dtype, bound.structure.data_plate, static_key(objective, plan)),
+            *(plan.K, plan.M, shapes, names, rows is None),
+        )
+        self._step: Callable[..., list[Tensor]] | None = None
+
+    # One step as a function of tensors alone: loss, gradients, gradients of own parameters, next states.
+
+    def _flat(self, structure: pytree.TreeSpec) -> Callable[..., list[Tensor]]:
+        bound, plan, objective = self._bound, self._plan, self._objective
+
+        def step(*leaves: Tensor) -> list[Tensor]:
+            given = pytree.tree_unflatten(list(leaves), structure)
+            batch, rows = Call(tuple(given["args"]), given["kwargs"]), given.get("rows")
+            if "index" in given:
+                batch = batch.map(lambda a: a[given["index"]])
+            here, planned = with_numbers(objective, plan, given["numbers"])
+            result = bound.gradients(
+                given["params"],
+                batch,
+                None,
+                planned,
+                here,
+                total_rows=rows,
+                states=given["states"],
+                own=given["own"],
+            )
+            total = bound.structure.plate_size or (bound.structure.rows if rows is None else rows)
+            return [result.loss / total, *pytree.tree_leaves((result.params, result.own, result.states))]
+
+        return step
+
+    def _prepare(self, leaves: list[Tensor], structure: pytree.TreeSpec, rows: int) -> tuple[Any, str, list[str]]:
+        """The step to run, its mode, and what to tell the user."""
+        eager = self._flat(structure)
+        mode = self.mode
+        if mode == "eager":
+            return eager, "eager", []
+        if mode == "auto" and self._steps < FEWEST_TRACED:
+            return eager, "eager", [f"compile: eager, as {self._steps} steps are fewer than tracing pays for"]
+        try:
+            STEPS.traces += 1
+            # Distinct tensors: one object given twice would be merged into one input of the graph.
+            graph = make_fx(eager)(*(x.detach().clone() for x in leaves))
+        except RuntimeError as error:
+            return eager, "eager", [f"compile: eager, as the step cannot be traced ({_first_line(error)})"]
+        self._refuse_frozen_data(graph, rows)
+        if mode == "graph":
+            return graph, "graph", []
+        pays, why = self._pays(graph)
+        if mode == "auto" and not pays:
+            return graph, "graph", [f"compile: traced graph, {why}"]
+        if not _compiler():
+            return graph, "graph", ["compile: traced graph only, as no C++ compiler was found (set CXX)"]
+        compiled = torch.compile(graph, fullgraph=True, dynamic=False, options={"fallback_random": True})
+        try:
+            compiled(*(x.detach().clone() for x in leaves))
+        except RuntimeError as error:
+            return graph, "graph", [f"compile: traced graph only, as torch.compile failed ({_first_line(error)})"]
+        return compiled, "compiled", [f"compile: torch.compile, {why}"] if mode == "auto" else []
+
+    def _pays(self, graph: torch.fx.GraphModule) -> tuple[bool, str]:
+        """Whether compiling costs less than it saves, from the number of steps and the work in the graph.
+
+        Deterministic on purpose: a choice by the clock would give other bits from run to run.
+        """
+        elements = sum(
+            value.numel()
+            for node in graph.graph.nodes
+            for value in pytree.tree_leaves(node.meta.get("val"))
+            if isinstance(value, Tensor)
+        )
+        nodes = len(graph.graph.nodes)
+        saved = self._steps * (SAVED_PER_NODE * nodes + SAVED_PER_ELEMENT * elements)
+        cost = COMPILE_SECONDS + COMPILE_SECONDS_PER_NODE * nodes
+        relation = "more" if saved > cost else "less"
+        return saved > cost, (
+            f"as {self._steps} steps would save about {saved:.0f} s, {relation} than the {cost:.0f} s of compiling"
+        )
+
+    def _refuse_frozen_data(self, graph: torch.fx.GraphModule, rows: int) -> None:
+        """Data in a closure would be a constant of the graph, the same rows at every step."""
+        if self._rows is None:
+            return
+        for node in graph.graph.nodes:
+            value = getattr(graph, node.target, None) if node.op == "get_attr" else None
+            if isinstance(value, Tensor) and value.dim() > 1 and value.shape[0] in (rows, self._rows):
+                raise BackendError(
+                    f"The program holds a tensor of shape {tuple(value.shape)} of its own, which mini-batches cannot "
+                    f"reach; pass it as data."
+                )
+
+    def initial(self) -> Tree:
+        dtype = getattr(torch, self._bound.dtype)
+        states, own = initial_extras(self._plan, self._example)
+        params = {n: p.detach().clone() for n, p in self._bound.initial.items()}
+        own_params = {s: {n: torch.tensor(v, dtype=dtype) for n, v in ps.items()} for s, ps in own.items()}
+        return self._with_optimizer(
+            params, own_params, {s: torch.tensor(v, dtype=dtype) for s, v in states.items()}
+        )
+
+    def _with_optimizer(self, params: dict[str, Tensor], own: dict[str, Any], states: dict[str, Tensor]) -> Tree:
+        tree: Tree = {"params": params, "own": own, "states": states}
+        if not params:
+            raise BackendError("The program has no parameters, so there is nothing to fit.")
+        return tree | {"optimizer": _OPTIMIZERS[self._optimizer_name](_trained(tree))}
+
+    def run(
+        self,
+        tree: Tree,
+        data: Call,
+        index: np.ndarray | None,
+        numbers: Mapping[str, np.ndarray],
+        start: int,
+        n: int,
+    ) -> tuple[Tree, Tensor]:
+        dtype = getattr(torch, self._bound.dtype)
+        scalars = {name: torch.as_tensor(v, dtype=dtype) for name, v in numbers.items()}
+        fixed: dict[str, Any] = {"args": list(data.args), "kwargs": dict(data.kwargs)}
+        if self._rows is not None:
+            fixed["rows"] = torch.tensor(float(self._rows), dtype=dtype)
+        where = None if index is None else torch.as_tensor(index)
+        losses = []
+        with sealed(self._bound.dtype), torch.random.fork_rng(devices=[]), torch.no_grad():
+            for i in range(n):
+                inputs = fixed | {key: tree[key] for key in ("params", "own", "states")}
+                inputs["numbers"] = {name: v[i] for name, v in scalars.items()}
+                if where is not None:
+                    inputs["index"] = where[i]
+                leaves, structure = pytree.tree_flatten(inputs)
+                if self._step is None:
+                    rows = data.leaves[0].shape[0] if where is None else where.shape[1]
+                    key = (*self._key, self.mode, self._steps if self.mode == "auto" else None, structure)
+                    self._step, self.mode, notes = STEPS.get(
+                        key, lambda: self._prepare(leaves, structure, rows)  # noqa: B023 - called at once
+                    )
+                    self.notes.extend(notes)
+                torch.default_generator.manual_seed(_step_seed(self._seed, start + i))
+                loss, *rest = self._step(*leaves)
+                losses.append(loss)
+                tree = self._update(tree, rest, float(numbers["optimizer.learning_rate"][i]))
+        return tree, torch.stack(losses)
+
+    def _update(self, tree: Tree, out: list[Tensor], rate: float) -> Tree:
+        trained = _trained(tree)
+        for parameter, gradient in zip(trained, out, strict=False):
+            parameter.grad = gradient
+        for group in tree["optimizer"].param_groups:
+            group["lr"] = rate
+        tree["optimizer"].step()
+        return {**tree, "states": dict(zip(tree["states"], out[len(trained) :], strict=True))}
+
+    def params(self, tree: Tree) -> Mapping[str, Tensor]:
+        return tree["params"]
+
+    def pack(self, tree: Tree) -> dict[str, np.ndarray]:
+        arrays = {f"params/{n}": p for n, p in tree["params"].items()}
+        arrays |= {f"own/{s}/{n}": p for s, ps in tree["own"].items() for n, p in ps.items()}
+        arrays |= {f"states/{s}": v for s, v in tree["states"].items()}
+        for i, state in tree["optimizer"].state_dict()["state"].items():
+            arrays |= {f"optimizer/{i}/{n}": v for n, v in state.items() if isinstance(v, Tensor)}
+        return {n: v.detach().cpu().numpy().copy() for n, v in arrays.items()}
+
+    def unpack(self, arrays: Mapping[str, np.ndarray]) -> Tree:
+        tree = self.initial()
+        expected = {n for n in self.pack(tree) if not n.startswith("optimizer/")}
+        found = {n for n in arrays if not n.startswith("optimizer/")}
+        if expected != found:
+            raise BackendError(
+                f"The state holds {sorted(found)}, this fit needs {sorted(expected)}; continue with the same program, "
+                f"recipe and backend."
+            )
+        held = {n: torch.from_numpy(np.array(v)) for n, v in arrays.items()}
+        params = {n: held[f"params/{n}"] for n in tree["params"]}
+        own = {s: {n: held[f"own/{s}/{n}"] for n in ps} for s, ps in tree["own"].items()}
+        states = {s: held[f"states/{s}"] for s in tree["states"]}
+        tree = self._with_optimizer(params, own, states)
+        moments: dict[int, dict[str, Tensor]] = {}
+        for name, value in held.items():
+            if name.startswith("optimizer/"):
+                _, i, label = name.split("/")
+                moments.setdefault(int(i), {})[label] = value
+        state = tree["optimizer"].state_dict()
+        tree["optimizer"].load_state_dict({"state": moments, "param_groups": state["param_groups"]})
+        return tree
+
+
+def _trained(tree: Tree) -> list[Tensor]:
+    return [*tree["params"].values(), *(p for ps in tree["own"].values() for p in ps.values())]
+
+
+def _step_seed(seed: int, step: int) -> int:
+    """The generator's seed of one step, a function of both, so that a run continues to the same bits."""
+    return int(np.random.SeedSequence([seed, step]).generate_state(1, np.uint64)[0])
+
+
+def _compiler() -> bool:
+    return any(shutil.which(name) for name in (os.environ.get("CXX", ""), "g++", "clang++", "c++") if name)
+
+
+def _first_line(error: BaseException) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

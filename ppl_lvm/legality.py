@@ -1,0 +1,223 @@
+"""Which objective, estimator and site go together: computed from what each declares, before training starts.
+
+Every rule is a function that returns the reason for a refusal and the remedy, or None. `plan` applies them all to the
+recipe and the probed program, chooses estimators where the recipe says "auto", and raises one error that names every
+site at fault.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from ppl_lvm.algorithm import Estimator, Objective
+from ppl_lvm.backends.base import Plan, SiteInfo, Structure
+from ppl_lvm.errors import LegalityError
+from ppl_lvm.estimators.pathwise import pathwise
+from ppl_lvm.estimators.rloo import rloo
+from ppl_lvm.estimators.score import score
+from ppl_lvm.estimators.vimco import vimco
+
+PREFERRED: tuple[Estimator, ...] = (pathwise(), vimco(), rloo(), score())
+"""What "auto" tries for each site, in this order: the first legal one is taken."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One site under one estimator, in its program and recipe."""
+
+    objective: Objective
+    estimator: Estimator
+    site: SiteInfo
+    structure: Structure
+    estimators: Mapping[str, Estimator]
+
+    @property
+    def verbs(self) -> frozenset[str]:
+        """The verbs that the site's draws go through; the expectation over globals is a mean."""
+        return self.objective.verbs if self.site.local else frozenset({"mean"})
+
+    @property
+    def draws(self) -> int:
+        return self.objective.draws if self.site.local else self.objective.outer
+
+    def live(self, name: str) -> bool:
+        """Whether another site's value carries gradient."""
+        estimator = self.estimators.get(name)
+        return estimator is not None and not estimator.scored and not estimator.exhaustive
+
+
+Rule = Callable[[Case], str | None]
+
+
+def _kind_of_site(c: Case) -> str | None:
+    if c.estimator.site == "reparameterised" and not c.site.reparameterised:
+        return "its distribution has no reparameterised draw; use 'score', 'rloo' or 'vimco'."
+    if c.estimator.site == "finite" and c.site.support is None:
+        return "its distribution has no finite support of at most 4096 values; use 'score', 'rloo' or 'vimco'."
+    return None
+
+
+def _one_draw_a_row(c: Case) -> str | None:
+    support = 0 if c.site.support is None else len(c.site.support)
+    inner = [p.name for p in c.site.plates if p.name != c.structure.data_plate]
+    if c.estimator.count(support) > 1 and inner:
+        return f"it has one draw for every element of plates {inner}, not one a row; declare them with to_event."
+    return None
+
+
+def _verb(c: Case) -> str | None:
+    for verb in sorted(c.verbs):
+        if verb in c.estimator.refuses:
+            return f"inside `{verb}` {c.estimator.refuses[verb]}"
+    return None
+
+
+def _enough_draws(c: Case) -> str | None:
+    if c.draws >= c.estimator.least_draws:
+        return None
+    option = "draws" if c.site.local else "outer"
+    return (
+        f"its baseline needs {c.estimator.least_draws} draws at this level, and {option} = {c.draws}; "
+        f"set {option} = {c.estimator.least_draws} or more, or use 'score'."
+    )
+
+
+def _detached(c: Case) -> str | None:
+    if c.objective.detached and not c.estimator.scored:
+        return "the objective differentiates densities at fixed draws, which a live draw would bias; use 'score'."
+    return None
+
+
+def _doubly_reparameterised(c: Case) -> str | None:
+    if not c.estimator.frozen:
+        return None
+    shared = sorted(n for n, used in c.structure.groups.items() if len(used) == 2)
+    if shared:
+        return f"model and guide share parameters {shared}, and it gives them two gradients; use 'pathwise'."
+    if not c.site.local or "joint" not in c.verbs:
+        return None
+    above = sorted(n for n in c.structure.ancestors(c.site.name) if not c.structure.sites[n].local and c.live(n))
+    if above:
+        return (
+            f"global site {above[0]!r} above it carries a pathwise gradient, which the surrogate would reweigh; use "
+            f"'pathwise' here, or 'score' for {above[0]!r}."
+        )
+    for other in c.structure.drawn(local=True):
+        estimator = c.estimators.get(other.name)
+        if other.name == c.site.name or estimator is None or estimator.frozen:
+            continue
+        if not estimator.scored:
+            return f"site {other.name!r} of the same row is {_name(estimator)!r}; make both 'dreg' or both 'pathwise'."
+        if c.site.name in c.structure.ancestors(other.name):
+            return f"score-type site {other.name!r} depends on its draw; use 'pathwise' for this one."
+    return None
+
+
+def _level(c: Case) -> str | None:
+    if c.site.role == "latent" and c.site.local_in_model and not c.site.local and c.objective.verbs != {"mean"}:
+        return (
+            f"the model draws it for every row of plate {c.structure.data_plate!r}, the guide once for all rows, so no "
+            f"density per row exists; use 'elbo', or a guide with the site inside the plate."
+        )
+    if c.site.role == "latent" and c.site.local and not c.site.local_in_model:
+        return "the guide draws it for every row, the model once for all rows; sample it outside the plate in both."
+    return None
+
+
+RULES: tuple[Rule, ...] = (
+    _kind_of_site,
+    _one_draw_a_row,
+    _verb,
+    _enough_draws,
+    _detached,
+    _doubly_reparameterised,
+    _level,
+)
+
+
+def refusal(case: Case) -> str | None:
+    """Why this case is refused, or None where it is legal."""
+    return next((why for rule in RULES if (why := rule(case)) is not None), None)
+
+
+def plan(
+    objective: Objective, patterns: Mapping[str, Estimator | None], structure: Structure
+) -> tuple[Plan, list[str]]:
+    """The run's static choices, and one line a site that "auto" chose for.
+
+    Raises:
+        LegalityError: with every refused site and what to use instead.
+    """
+    estimators = dict(_named(patterns, structure))
+    automatic = [i for i in structure.drawn() if i.name not in estimators]
+    notes = []
+    for info in automatic:
+        chosen = next(
+            (e for e in PREFERRED if refusal(Case(objective, e, info, structure, estimators)) is None), score()
+        )
+        estimators[info.name] = chosen
+        notes.append(f"{info.name}: {_name(chosen)} (chosen by auto)")
+    problems = []
+    for info in structure.drawn():
+        why = refusal(Case(objective, estimators[info.name], info, structure, estimators))
+        if why is not None:
+            problems.append(f"Site {info.name!r} under estimator {_name(estimators[info.name])!r}: {why}")
+    problems.extend(_whole_program(objective, structure))
+    if problems:
+        raise LegalityError(
+            f"Objective {_name(objective)!r} cannot be fitted to this program as asked:\n- " + "\n- ".join(problems)
+        )
+    ordered = {i.name: estimators[i.name] for i in structure.drawn()}
+    return Plan(objective.draws, objective.outer, ordered, objective.requests()), notes
+
+
+def _named(patterns: Mapping[str, Estimator | None], structure: Structure) -> Iterator[tuple[str, Estimator]]:
+    names = [i.name for i in structure.drawn()]
+    for pattern in patterns:
+        if pattern != "*" and not any(fnmatchcase(n, pattern) for n in names):
+            raise LegalityError(
+                f"estimator has an entry for {pattern!r}, which matches none of the guide's sites {names}."
+            )
+    for name in names:
+        matching = [p for p in patterns if fnmatchcase(name, p)]
+        if not matching:
+            continue
+        # An exact name first, then the longest pattern.
+        best = max(matching, key=lambda p: (p == name, len(p)))
+        chosen = patterns[best]
+        if chosen is not None:
+            yield name, chosen
+
+
+def _whole_program(objective: Objective, structure: Structure) -> Iterator[str]:
+    scaled = sorted(n for n, i in structure.sites.items() if i.user_scaled)
+    if scaled and not objective.user_scale:
+        yield (
+            f"Sites {scaled} are scaled (a scale handler, or a subsampled plate inside a row), which has no meaning "
+            f"inside a function of several draws; remove the scale or use 'elbo'."
+        )
+    if objective.draws > 1 and objective.verbs != {"mean"} and not structure.drawn(local=True):
+        yield (
+            f"draws = {objective.draws}, but no latent site is inside data plate {structure.data_plate!r}, so all "
+            f"draws of a row are equal; raise outer, or pass data_plate='none' to take the whole program as one row."
+        )
+    shared = sorted(n for n, used in structure.groups.items() if len(used) == 2)
+    if objective.separate and shared:
+        yield f"Parameters {shared} are in model and guide, whose losses differ under this objective; separate them."
+    if "kl" in objective.requests():
+        for info in structure.sites.values():
+            if info.role != "latent":
+                continue
+            moved = sorted(p for p in info.model_parents if info.name in structure.ancestors(p))
+            if moved:
+                yield (
+                    f"Site {info.name!r} has no closed-form KL here: its prior looks at {moved}, which the guide draws "
+                    f"after it and from it, so the term is no expectation of a KL; use kl = 'sampled'."
+                )
+
+
+def _name(algorithm: Objective | Estimator) -> str:
+    return type(algorithm).__name__
+

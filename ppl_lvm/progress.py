@@ -1,0 +1,28 @@
+"""A progress bar that is quiet where the output is no terminal."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator
+
+
+@contextlib.contextmanager
+def bar(title: str, steps: int, done: int, shown: bool | None) -> Iterator[Callable[[int, float], None]]:
+    """Yields `advance(steps, loss)`. `shown = None` shows a bar where standard error is a terminal."""
+    if not (sys.stderr.isatty() if shown is None else shown) or done >= steps:
+        yield lambda _steps, _loss: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("loss {task.fields[loss]}"),
+    )
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        task = progress.add_task(title, total=steps, completed=done, loss="...")
+        yield lambda n, loss: progress.update(task, advance=n, loss=f"{loss:.3f}")

@@ -1,0 +1,391 @@
+"""Recipes, how to fit: a TOML file or keywords become a frozen, validated `Recipe`."""
+
+import inspect
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Self, TypeGuard, TypeVar, get_args
+
+from pydantic import BaseModel, ConfigDict, Field, InstanceOf, ValidationError, field_validator
+
+from ppl_lvm import lookup
+from ppl_lvm.algorithm import Algorithm, Estimator, NonNegative, Objective, Schedule
+from ppl_lvm.catalogue import BASES, Kind, estimators, objectives, resolve, to_dict
+from ppl_lvm.errors import RecipeError
+
+if TYPE_CHECKING:
+    from pydantic_core import ErrorDetails
+
+Checked = TypeVar("Checked", bound=BaseModel)
+
+
+class Optimizer(Algorithm):
+    """How parameters follow the gradient; `learning_rate` may be a schedule."""
+
+    name: Literal["adam", "sgd", "adamw"] = "adam"
+    learning_rate: NonNegative = 1e-3
+
+
+class Recipe(BaseModel):
+    """How to fit: objective, gradient estimators, optimiser and length of the run.
+
+    Args:
+        name: what the recipe is called.
+        objective: the objective and its options.
+        estimator: pattern of site names -> estimator; None leaves the choice to the engine ("auto"). Kept
+            with the most specific pattern first: names before patterns with wildcards, then by length.
+        steps: optimiser steps.
+        batch_size: rows per step; None takes all rows in every step.
+        optimizer: the optimiser and its options.
+
+    Equality is by value. `recipe(r.to_dict()) == r`.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    name: str = "custom"
+    objective: InstanceOf[Objective]
+    estimator: dict[str, InstanceOf[Estimator] | None] = {"*": None}
+    steps: int = Field(default=1000, ge=1)
+    batch_size: int | None = Field(default=None, ge=1)
+    optimizer: InstanceOf[Optimizer] = Optimizer()
+
+    @field_validator("estimator", mode="after")
+    @classmethod
+    def _most_specific_first(cls, chosen: dict[str, Estimator | None]) -> dict[str, Estimator | None]:
+        # One order for equal recipes, and the first match is the best one however the table was written.
+        return {pattern: chosen[pattern] for pattern in sorted(chosen, key=_specificity)}
+
+    def __hash__(self) -> int:
+        return hash(
+            (self.name, self.objective, *self.estimator.items(), self.steps, self.batch_size, self.optimizer)
+        )
+
+    def estimator_for(self, site: str) -> Estimator | None:
+        """The estimator of the most specific pattern that matches a site; None if the engine is to choose.
+
+        Example:
+            >>> recipe({"objective": "elbo", "estimator": {"z*": "pathwise"}}).estimator_for("z1")
+            pathwise()
+        """
+        return next(
+            (e for pattern, e in self.estimator.items() if pattern == site or fnmatchcase(site, pattern)),
+            None,
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The recipe as plain values, ready for JSON or TOML; `recipe` reads it back."""
+        return {
+            "name": self.name,
+            "objective": to_dict(self.objective),
+            "estimator": {p: "auto" if e is None else to_dict(e) for p, e in self.estimator.items()},
+            "steps": self.steps,
+            "batch_size": self.batch_size,
+            "optimizer": self.optimizer.model_dump(mode="json"),
+        }
+
+
+def recipes() -> dict[str, Path]:
+    """The recipes that can be asked for by name, with their files."""
+    return lookup.find(lookup.folder("inference"), ".toml", RecipeError)
+
+
+def recipe(
+    asked: "str | Path | Mapping[str, Any] | Recipe | Objective | type[Objective]",
+    **overrides: Any,
+) -> Recipe:
+    """The recipe of this name, file or mapping, with some options replaced.
+
+    Args:
+        asked: a name of `recipes()`, a path to a TOML file, a mapping laid out like one, a Recipe, or an
+            objective, to be run with everything else at its default.
+        **overrides: a field of the recipe (`steps=10`), an option that one section has (`draws=50`,
+            `learning_rate=1e-2`), or a dotted one (`**{"estimator.y.temperature": 0.5}`).
+
+    An objective or estimator is given as a name, as "path/to/file.py:name" (relative to the recipe's file),
+    "package.module:name", a table with `name` and options, or a class or instance from Python.
+
+    Raises:
+        RecipeError: unknown name, key or option, a value of the wrong type or out of range, or invalid TOML.
+
+    Example:
+        >>> r = recipe("iwae", draws=5, learning_rate=1e-2)
+        >>> r.objective.draws, r.optimizer.learning_rate, r.steps
+        (5, 0.01, 3000)
+    """
+    if isinstance(asked, Recipe):
+        draft = _Draft.of(asked)
+    elif isinstance(asked, Mapping):
+        draft = _Draft.read(asked, "custom", Path.cwd())
+    elif isinstance(asked, str | Path):
+        path = _locate(asked)
+        draft = _Draft.read(_parse(path), path.stem, path.parent)
+    elif isinstance(asked, Objective) or (inspect.isclass(asked) and issubclass(asked, Objective)):
+        name = (asked if inspect.isclass(asked) else type(asked)).__name__
+        draft = _Draft.read({"objective": asked}, name, Path.cwd())
+    else:
+        raise RecipeError(
+            f"A recipe was asked for by {asked!r}, of type {type(asked).__name__}; give a name, a path to a "
+            "TOML file, a mapping, a Recipe or an objective."
+        )
+    draft.folder = Path.cwd()  # files named in overrides are the caller's, not the recipe's
+    # Whole sections first: `objective="renyi", alpha=0.5` must not depend on the order of the keywords.
+    for key in sorted(overrides, key=lambda key: key not in _SECTIONS and not key.endswith(".name")):
+        draft.override(key, overrides[key])
+    return draft.build()
+
+
+def _locate(asked: str | Path) -> Path:
+    if isinstance(asked, Path) or lookup.is_path(asked, ".toml"):
+        path = Path(asked)
+        if not path.is_file():
+            raise RecipeError(f"There is no recipe file {path}; names of recipes: {', '.join(recipes())}.")
+        return path.resolve()
+    found = recipes()
+    if asked not in found:
+        raise RecipeError(
+            f"Unknown recipe {asked!r}. {lookup.valid(asked, found, 'Recipes')} "
+            "A file of your own is given by its path, ending in .toml."
+        )
+    return found[asked]
+
+
+def _parse(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as cause:
+        raise RecipeError(f"{path} is not valid TOML: {cause}.") from cause
+
+
+@dataclass
+class _Choice:
+    """An algorithm's class, and the options that were given for it so far."""
+
+    kind: type[Algorithm]
+    options: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, instance: Algorithm) -> Self:
+        return cls(type(instance), {name: getattr(instance, name) for name in type(instance).model_fields})
+
+
+_SECTIONS = ("objective", "estimator", "optimizer")
+_FIELDS = tuple(name for name in Recipe.model_fields if name not in _SECTIONS)
+
+
+@dataclass
+class _Draft:
+    """A recipe while it is put together: names are resolved, option values not yet checked."""
+
+    fields: dict[str, Any]
+    objective: _Choice
+    estimator: dict[str, _Choice | None]
+    optimizer: _Choice
+    folder: Path
+
+    @classmethod
+    def of(cls, given: Recipe) -> Self:
+        chosen = {p: None if e is None else _Choice.of(e) for p, e in given.estimator.items()}
+        fields = {name: getattr(given, name) for name in _FIELDS}
+        return cls(fields, _Choice.of(given.objective), chosen, _Choice.of(given.optimizer), Path.cwd())
+
+    @classmethod
+    def read(cls, table: Mapping[str, Any], name: str, folder: Path) -> Self:
+        fields = {"name": name} | {key: table[key] for key in _FIELDS if key in table}
+        for key in table:
+            if key not in Recipe.model_fields:
+                raise RecipeError(
+                    f"Recipe {fields['name']!r} has an unknown key {key!r}. "
+                    f"{lookup.valid(str(key), Recipe.model_fields, 'Keys')}"
+                )
+        if "objective" not in table:
+            raise RecipeError(
+                f'Recipe {fields["name"]!r} names no objective; add for example objective = "elbo". '
+                f"Objectives: {', '.join(objectives())}."
+            )
+        draft = cls(fields, _Choice(Objective), {"*": None}, _Choice(Optimizer), folder)
+        for section in _SECTIONS:
+            if section in table:
+                draft.replace(section, table[section])
+        return draft
+
+    def replace(self, section: str, given: object) -> None:
+        if section == "objective":
+            self.objective = self.choose("objective", given, "objective")
+        elif section == "optimizer":
+            self.optimizer = self.choose_optimizer(given)
+        else:
+            self.estimator = self.choose_estimators(given)
+
+    def choose_optimizer(self, given: object) -> _Choice:
+        if isinstance(given, Optimizer):
+            return _Choice.of(given)
+        options = {"name": given} if isinstance(given, str) else given
+        if not isinstance(options, Mapping):
+            raise self.wrong("optimizer", given, 'should be a name such as "adam", or a table with a name')
+        self.check_options(Optimizer, options, "optimizer")
+        return _Choice(Optimizer, dict(options))
+
+    def choose_estimators(self, given: object) -> dict[str, _Choice | None]:
+        if not isinstance(given, Mapping) or isinstance(given.get("name"), str | type):
+            return {"*": self.choose_estimator(given, "estimator")}
+        return {str(p): self.choose_estimator(value, f"estimator.{p}") for p, value in given.items()}
+
+    def choose_estimator(self, given: object, where: str) -> _Choice | None:
+        if given is None or given == "auto" or given == {"name": "auto"}:
+            return None
+        return self.choose("estimator", given, where)
+
+    def choose(self, kind: Kind, given: object, where: str) -> _Choice:
+        """The class that was asked for, with its options; `where` is its place in the recipe."""
+        base = BASES[kind]
+        options: dict[str, Any] = {}
+        if isinstance(given, Mapping):
+            options = {key: value for key, value in given.items() if key != "name"}
+            if "name" not in given:
+                raise self.wrong(where, dict(given), 'should be a name, or a table such as { name = "..." }')
+            given = given["name"]
+        if isinstance(given, base):
+            chosen = _Choice.of(given)
+        elif inspect.isclass(given) and issubclass(given, base):
+            chosen = _Choice(given)
+        elif isinstance(given, str):
+            chosen = _Choice(resolve(kind, given, self.folder, f"{where} of recipe {self.fields['name']!r}"))
+        else:
+            raise self.wrong(
+                where, given, f"should be the name of an {kind}, or a subclass of {base.__name__}"
+            )
+        self.check_options(chosen.kind, options, where)
+        chosen.options |= options
+        return chosen
+
+    def choices(self) -> dict[str, _Choice]:
+        """Everything that has options, by its place in the recipe."""
+        chosen = {f"estimator.{p}": choice for p, choice in self.estimator.items() if choice is not None}
+        return {"objective": self.objective, "optimizer": self.optimizer, **chosen}
+
+    def override(self, key: str, value: object) -> None:
+        if key in _FIELDS:
+            self.fields[key] = value
+            return
+        if key in _SECTIONS:
+            self.replace(key, value)
+            return
+        section, _, rest = key.partition(".")
+        if section in _SECTIONS and rest:
+            self.override_in(section, rest, value)
+            return
+        having = [where for where, choice in self.choices().items() if key in choice.kind.model_fields]
+        if len(having) > 1:
+            raise RecipeError(
+                f"Option {key!r} of recipe {self.fields['name']!r} could mean any of "
+                f"{', '.join(f'{where}.{key}' for where in having)}; give one of these."
+            )
+        if not having:
+            options = {name for choice in self.choices().values() for name in choice.kind.model_fields}
+            raise RecipeError(
+                f"Recipe {self.fields['name']!r} has no option {key!r}. "
+                f"{lookup.valid(key, {*Recipe.model_fields, *options}, 'Options')}"
+            )
+        self.choices()[having[0]].options[key] = value
+
+    def override_in(self, section: str, rest: str, value: object) -> None:
+        if section == "estimator":
+            # Site names may hold dots, so the pattern is what stands before the last one, or everything.
+            pattern, _, option = rest.rpartition(".")
+            if not pattern and list(self.estimator) == ["*"]:
+                only = self.estimator["*"]
+                if only is not None and option in only.kind.model_fields:
+                    pattern = "*"
+            if option == "name" and pattern:
+                self.estimator[pattern] = self.choose_estimator(value, f"estimator.{pattern}")
+            elif pattern in self.estimator:
+                self.set_option(self.estimator[pattern], option, value, f"estimator.{pattern}")
+            elif rest == "name":
+                self.replace(section, value)
+            else:
+                self.estimator[rest] = self.choose_estimator(value, f"estimator.{rest}")
+        elif rest == "name" and section == "objective":
+            self.replace(section, value)
+        else:
+            self.set_option(self.choices()[section], rest, value, section)
+
+    def set_option(self, choice: _Choice | None, option: str, value: object, where: str) -> None:
+        if choice is None:
+            raise RecipeError(
+                f"{where} of recipe {self.fields['name']!r} is 'auto' and has no option {option!r}; "
+                f"name an estimator first. Estimators: {', '.join(estimators())}."
+            )
+        self.check_options(choice.kind, {option: value}, where)
+        choice.options[option] = value
+
+    def check_options(self, kind: type[Algorithm], options: Mapping[str, Any], where: str) -> None:
+        for option in options:
+            if option not in kind.model_fields:
+                called = "" if kind is Optimizer else f", {kind.__name__!r},"
+                raise RecipeError(
+                    f"Recipe {self.fields['name']!r}: {where}{called} has no option {option!r}. "
+                    f"{lookup.valid(str(option), kind.model_fields, 'Options')}"
+                )
+
+    def build(self) -> Recipe:
+        sections: dict[str, Any] = {
+            "objective": self.instance(self.objective, "objective."),
+            "optimizer": self.instance(self.optimizer, "optimizer."),
+            "estimator": {
+                p: None if choice is None else self.instance(choice, f"estimator.{p}.")
+                for p, choice in self.estimator.items()
+            },
+        }
+        return self.checked(Recipe, self.fields | sections, "")
+
+    def instance(self, choice: _Choice, where: str) -> Algorithm:
+        options = {
+            # Built here: pydantic would begin its complaint about a bad schedule with "not a number".
+            key: self.checked(Schedule, value, f"{where}{key}.") if _is_schedule(value) else value
+            for key, value in choice.options.items()
+        }
+        return self.checked(choice.kind, options, where)
+
+    def checked(self, kind: type[Checked], options: Mapping[str, Any], where: str) -> Checked:
+        """An instance of a pydantic class; what pydantic complains of becomes a RecipeError."""
+        try:
+            return kind(**options)
+        except ValidationError as cause:
+            complaints: dict[str, str] = {}
+            for error in cause.errors():
+                key = str(error["loc"][0]) if error["loc"] else ""
+                # Of the alternatives of a union, the first is the one a reader knows.
+                complaints.setdefault(key, self.complaint(kind, error, key, where, options))
+            raise RecipeError(f"Recipe {self.fields['name']!r}: {'; '.join(complaints.values())}.") from cause
+
+    def complaint(
+        self, kind: type[BaseModel], error: "ErrorDetails", key: str, where: str, options: Mapping[str, Any]
+    ) -> str:
+        said = error["msg"].removeprefix("Value error, ").replace("Input should", "should", 1)
+        if error["type"] == "missing":
+            return f"{where}{key} is missing"
+        if error["type"] == "extra_forbidden":
+            return f"{where}{key} is unknown. " + lookup.valid(key, kind.model_fields, "Valid").rstrip(".")
+        if not key:
+            return f"{where.rstrip('.')}: {said}"
+        if len(error["loc"]) > 1 and Schedule in get_args(kind.model_fields[key].annotation):
+            said += ', or a schedule { schedule = "linear", start = 0.0, end = 1.0, steps = 1000 }'
+        return f"{where}{key} is {options[key]!r}, but it {said}"
+
+    def wrong(self, where: str, value: object, expected: str) -> RecipeError:
+        return RecipeError(f"Recipe {self.fields['name']!r}: {where} is {value!r}, but it {expected}.")
+
+
+def _is_schedule(value: object) -> TypeGuard[Mapping[str, Any]]:
+    return isinstance(value, Mapping) and "schedule" in value
+
+
+def _specificity(pattern: str) -> tuple[bool, int, str]:
+    wild = any(c in pattern for c in "*?[")
+    return wild, -len(pattern.translate(_NO_WILDCARDS)), pattern
+
+
+_NO_WILDCARDS = str.maketrans("", "", "*?")

@@ -1,0 +1,338 @@
+"""What a fit amounts to: held-out figures, tables that compare fits, and a folder with draws and pictures."""
+
+import csv
+import json
+import math
+import platform
+import secrets
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+
+from ppl_lvm.datasets import Dataset
+from ppl_lvm.errors import DataError, PplLvmError
+from ppl_lvm.to_arviz import PosteriorDraws, to_arviz
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+FORMAT = "ppl_lvm run 1"
+FILES = (
+    "metrics.json",
+    "posterior.nc",
+    "history.csv",
+    "held_out.csv",
+    "reconstructions.png",
+    "samples.png",
+    "latent.png",
+)
+SHOWN, PREDICTIVE_DRAWS = 16, 200
+PACKAGES = ("ppl_lvm", "numpy", "torch", "pyro-ppl", "jax", "numpyro", "arviz-base")
+
+
+class Program(Protocol):
+    @property
+    def name(self) -> str: ...
+    @property
+    def options(self) -> tuple[tuple[str, Any], ...]: ...
+    @property
+    def source_hash(self) -> str: ...
+
+
+class Recipe(Protocol):
+    @property
+    def name(self) -> str: ...
+    def to_dict(self) -> dict[str, Any]: ...
+
+
+class LogLikelihood(Protocol):
+    @property
+    def values(self) -> np.ndarray: ...
+    @property
+    def mean(self) -> float: ...
+    @property
+    def se(self) -> float: ...
+
+
+class Run(Protocol):
+    """What is read of a fit."""
+
+    @property
+    def program(self) -> Program: ...
+    @property
+    def recipe(self) -> Recipe: ...
+    @property
+    def backend(self) -> str: ...
+    @property
+    def history(self) -> Mapping[str, np.ndarray]: ...
+    @property
+    def seconds(self) -> float: ...
+
+    def log_likelihood(self, data: np.ndarray, draws: int = ..., seed: int = ...) -> LogLikelihood: ...
+    def posterior(self, draws: int, data: np.ndarray | None = ..., seed: int = ...) -> PosteriorDraws: ...
+    def predictive(
+        self, draws: int, data: np.ndarray | None = ..., seed: int = ...
+    ) -> Mapping[str, np.ndarray]: ...
+    def prior_predictive(self, rows: int, seed: int = ...) -> Mapping[str, np.ndarray]: ...
+    def active_units(self, threshold: float = ...) -> Mapping[str, int]: ...
+
+
+@dataclass(frozen=True, eq=False)
+class Metrics:
+    """Held-out figures of one fit; log-likelihoods are in nats per row, estimated from `draws` draws each."""
+
+    program: str
+    backend: str
+    recipe: str
+    data: str
+    seed: int
+    draws: int
+    log_likelihood: float
+    standard_error: float
+    row_log_likelihood: np.ndarray
+    active_units: Mapping[str, int]
+    seconds: float
+
+
+def measure(run: Run, dataset: Dataset, *, draws: int = 5000, seed: int = 0) -> Metrics:
+    """Held-out log-likelihood per row, `log (1/K) sum_k w_k` with K = `draws`, and active units of a fit.
+
+    `seed` is that of the fit; the importance draws use it too.
+
+    Source: Burda, Grosse, Salakhutdinov (2015), arXiv:1509.00519, section 5 and appendix C.
+    """
+    held_out = run.log_likelihood(dataset.test, draws=draws, seed=seed)
+    return Metrics(
+        program=run.program.name,
+        backend=run.backend,
+        recipe=run.recipe.name,
+        data=dataset.name,
+        seed=seed,
+        draws=draws,
+        log_likelihood=float(held_out.mean),
+        standard_error=float(held_out.se),
+        row_log_likelihood=np.asarray(held_out.values, dtype=np.float64),
+        active_units={site: int(units) for site, units in run.active_units().items()},
+        seconds=float(run.seconds),
+    )
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Held-out log-likelihood per row of `second` minus that of `first`, in nats, paired by row."""
+
+    backend: str
+    seed: int
+    first: str
+    second: str
+    mean: float
+    standard_error: float
+
+
+def difference(first: Metrics, second: Metrics) -> Difference:
+    """Mean over rows of `second - first`, and its standard error `std(second - first) / sqrt(rows)`.
+
+    Pairing takes out what makes a row hard for both, so small differences show.
+
+    Raises:
+        DataError: the two were not measured on the same rows.
+    """
+    sizes = len(first.row_log_likelihood), len(second.row_log_likelihood)
+    if first.data != second.data or sizes[0] != sizes[1]:
+        raise DataError(
+            f"A paired difference needs the same held-out rows, found {sizes[0]} rows of {first.data!r} and "
+            f"{sizes[1]} of {second.data!r}."
+        )
+    rows = second.row_log_likelihood - first.row_log_likelihood
+    spread = float(rows.std(ddof=1) / np.sqrt(len(rows))) if len(rows) > 1 else math.nan
+    return Difference(second.backend, second.seed, first.recipe, second.recipe, float(rows.mean()), spread)
+
+
+def table(rows: Iterable[Metrics]) -> "Table":
+    """One line per fit, for rich to print."""
+    from rich.table import Table
+
+    rows = list(rows)
+    about = ", ".join(
+        dict.fromkeys(f"{row.program} on {row.data}, {row.draws:,} importance draws" for row in rows)
+    )
+    result = Table(title=f"Held-out log-likelihood: {about}" if rows else None)
+    for heading in ("backend", "recipe"):
+        result.add_column(heading, no_wrap=True)
+    for heading in ("seed", "nats per row", "standard error", "active units", "seconds"):
+        result.add_column(heading, justify="right")
+    for row in rows:
+        units = row.active_units
+        result.add_row(
+            row.backend,
+            row.recipe,
+            str(row.seed),
+            f"{row.log_likelihood:.3f}",
+            f"{row.standard_error:.3f}",
+            ", ".join(f"{site} {count}" for site, count in units.items()) if len(units) > 1 else _only(units),
+            f"{row.seconds:.1f}",
+        )
+    return result
+
+
+def difference_table(rows: Iterable[Difference]) -> "Table":
+    """One line per pair of recipes, backend and seed, for rich to print."""
+    from rich.table import Table
+
+    result = Table(title="Paired differences of held-out log-likelihood")
+    for heading in ("backend", "recipes"):
+        result.add_column(heading, no_wrap=True)
+    for heading in ("seed", "nats per row", "standard error", "in standard errors"):
+        result.add_column(heading, justify="right")
+    for row in rows:
+        result.add_row(
+            row.backend,
+            f"{row.second} - {row.first}",
+            str(row.seed),
+            f"{row.mean:+.3f}",
+            f"{row.standard_error:.3f}",
+            f"{row.mean / row.standard_error:+.1f}" if row.standard_error > 0 else "-",
+        )
+    return result
+
+
+def check_folder(out: Path) -> None:
+    """Check, before anything is fitted, that a run may be written to `out`.
+
+    Raises:
+        PplLvmError: `out` is a file, or a folder that holds anything but an earlier run.
+    """
+    if not out.exists():
+        return
+    if not out.is_dir():
+        raise PplLvmError(f"A run is a folder, but {str(out)!r} is a file; give another name.")
+    foreign = sorted({entry.name for entry in out.iterdir()} - {*FILES})
+    if foreign:
+        raise PplLvmError(
+            f"The folder {str(out)!r} holds {foreign[0]!r}, which no run wrote, and a run replaces the "
+            "whole folder; give another name, or move your files out of it."
+        )
+    metrics = out / "metrics.json"
+    if any(out.iterdir()) and not (
+        metrics.is_file() and f'"{FORMAT}"' in metrics.read_text(errors="replace")
+    ):
+        raise PplLvmError(
+            f"The folder {str(out)!r} is no run folder: it has no metrics.json of format {FORMAT!r}; give "
+            "another name."
+        )
+
+
+def write(
+    run: Run,
+    dataset: Dataset,
+    out: Path,
+    *,
+    draws: int = 5000,
+    posterior_draws: int = 200,
+    seed: int = 0,
+    metrics: Metrics | None = None,
+) -> Path:
+    """Write a run folder and return its path; an earlier run of that name is replaced once all is written.
+
+    posterior.nc holds `posterior_draws` draws for the held-out rows (ArviZ DataTree), metrics.json the
+    figures with the recipe and versions, held_out.csv the log-likelihood of each held-out row, history.csv
+    the losses. Pictures: latent.png for a program with latents per row; reconstructions.png and samples.png
+    for data with an `image_shape`. `metrics` saves measuring again.
+
+    Raises:
+        PplLvmError: `out` exists and is no run folder.
+    """
+    out = Path(out).resolve()
+    check_folder(out)
+    metrics = metrics or measure(run, dataset, draws=draws, seed=seed)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    mark = secrets.token_hex(4)
+    fresh, old = (out.with_name(f".{out.name}.{mark}.{part}") for part in ("new", "old"))
+    fresh.mkdir()
+    try:
+        _fill(fresh, run, dataset, metrics, posterior_draws)
+        if out.exists():
+            out.rename(old)
+        fresh.rename(out)
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
+        if old.exists() and not out.exists():
+            old.rename(out)
+        shutil.rmtree(old, ignore_errors=True)
+    return out
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python, ppl_lvm and the libraries a fit depends on, as far as they are installed."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def plain(value: object) -> Any:
+    """A value as JSON can say it: tuples and arrays become lists, numbers that are not finite null.
+
+    Example:
+        >>> plain({"rows": np.arange(2), "loss": float("nan"), "data": Path("a.csv")})
+        {'rows': [0, 1], 'loss': None, 'data': 'a.csv'}
+    """
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, np.generic | np.ndarray):
+        return plain(value.tolist())
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return [plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value if value is None or isinstance(value, str | int | float) else str(value)
+
+
+def _only(units: Mapping[str, int]) -> str:
+    return str(next(iter(units.values()), "-"))
+
+
+def _fill(folder: Path, run: Run, dataset: Dataset, metrics: Metrics, posterior_draws: int) -> None:
+    from ppl_lvm import pictures
+
+    posterior = run.posterior(posterior_draws, data=dataset.test, seed=metrics.seed)
+    observed = (
+        {site: dataset.test for site in posterior.log_likelihood}
+        if len(posterior.log_likelihood) == 1
+        else {}
+    )
+    figures = {field: value for field, value in vars(metrics).items() if field != "row_log_likelihood"}
+    about = {
+        "format": FORMAT,
+        **figures,
+        "rows": len(dataset.test),
+        "program_options": dict(run.program.options),
+        "program_hash": run.program.source_hash,
+        "resolved_recipe": run.recipe.to_dict(),
+        "versions": versions(),
+    }
+    to_arviz(posterior, observed, plain(about)).to_netcdf(folder / "posterior.nc", engine="h5netcdf")
+    (folder / "metrics.json").write_text(json.dumps(plain(about), indent=2, allow_nan=False) + "\n")
+    _write_csv(folder / "history.csv", run.history)
+    held_out = {"row": np.arange(len(dataset.test)), "log_likelihood": metrics.row_log_likelihood}
+    _write_csv(folder / "held_out.csv", held_out)
+    pictures.latent(folder / "latent.png", posterior, dataset)
+    if dataset.image_shape is not None:
+        predicted = run.predictive(PREDICTIVE_DRAWS, data=dataset.test[:SHOWN], seed=metrics.seed)
+        pictures.reconstructions(folder / "reconstructions.png", predicted, dataset)
+        pictures.samples(folder / "samples.png", run.prior_predictive(64, seed=metrics.seed), dataset)
+
+
+def _write_csv(path: Path, columns: Mapping[str, np.ndarray]) -> None:
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(columns)
+        writer.writerows(zip(*(np.asarray(column).tolist() for column in columns.values()), strict=True))
