@@ -1,24 +1,29 @@
-"""Runs programs on either backend in float64, numpy arrays in and out: what the contract tests are written in."""
+"""Programs run on either backend in float64, numpy arrays in and out: what contract tests are written in."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
-from toys import Array, Toy, Values
+from toys import Array, Backend, Toy, Values
 
 from ppl_lvm.algorithm import Estimator, Objective
 from ppl_lvm.backends.base import Call, Plan, Structure
 from ppl_lvm.backends.numpyro import NumPyroBound
 from ppl_lvm.backends.pyro import PyroBound
+from ppl_lvm.legality import plan
+from ppl_lvm.program import Program
 
-BACKENDS = ("pyro", "numpyro")
+BACKENDS: tuple[Backend, ...] = ("pyro", "numpyro")
+
+# Compiling these small programs well would take longer than running them.
+_QUICK = {"xla_backend_optimization_level": 0}
+_BOUND: dict[tuple[str, str], Engine] = {}
 
 
 class Loss(NamedTuple):
@@ -33,16 +38,14 @@ class Engine:
 
     def __init__(
         self,
-        backend: str,
+        backend: Backend,
         model: Callable[..., None],
         guide: Callable[..., None],
         data: Values,
         *,
         portable: bool,
     ) -> None:
-        program: Any = SimpleNamespace(
-            portable=portable, model=model, guide=guide, options_of=lambda side: {}
-        )
+        program = Program("toy", model, guide, portable=portable, arguments=tuple(data))
         self.backend = backend
         kind = PyroBound if backend == "pyro" else NumPyroBound
         with self._precision():
@@ -50,8 +53,13 @@ class Engine:
             self.batch = self.bound.batch(Call.of(dict(data)))
 
     @classmethod
-    def of(cls, backend: str, toy: Toy, data: Values | None = None) -> Engine:
-        return cls(backend, toy.model, toy.guide, toy.data if data is None else data, portable=True)
+    def of(cls, backend: Backend, toy: Toy, data: Values | None = None) -> Engine:
+        """A toy on its own data, bound once, or on other data."""
+        if data is not None:
+            return cls(backend, toy.model, toy.guide, data, portable=True)
+        if (backend, toy.name) not in _BOUND:
+            _BOUND[backend, toy.name] = cls(backend, toy.model, toy.guide, toy.data, portable=True)
+        return _BOUND[backend, toy.name]
 
     @property
     def structure(self) -> Structure:
@@ -73,7 +81,7 @@ class Engine:
         Injected `values` are laid out as in the table, behind an axis of runs if there are several; `weight` is the
         probability of each outer draw.
         """
-        plan, given = self._plan(objective, estimators), values or {}
+        chosen, given = self.plan(objective, estimators), values or {}
         if runs is None:
             given = {name: value[None] for name, value in given.items()}
         with self._precision():
@@ -84,7 +92,7 @@ class Engine:
                     self.bound.initial,
                     self.batch,
                     run[0],
-                    plan,
+                    chosen,
                     objective,
                     values=run[1],
                     outer_weight=outer_weight,
@@ -95,7 +103,8 @@ class Engine:
             if self.backend == "numpyro":
                 keys = jax.random.split(jax.random.key(seed), runs or 1)
                 arrays = {name: jnp.asarray(value) for name, value in given.items()}
-                value, gradient = jax.jit(lambda *every: jax.lax.map(step, every))(keys, arrays)
+                compiled = jax.jit(lambda *every: jax.lax.map(step, every), compiler_options=_QUICK)
+                value, gradient = compiled(keys, arrays)
                 losses, gradients = np.asarray(value), {n: np.asarray(g) for n, g in gradient.items()}
             else:
                 tensors = {name: torch.tensor(value) for name, value in given.items()}
@@ -111,15 +120,19 @@ class Engine:
 
     def log_w(self, objective: Objective, estimators: Mapping[str, Estimator], seed: int = 0) -> np.ndarray:
         """Log weights `[M, K, B]` of one run."""
-        with self._precision():
-            key = jax.random.key(seed) if self.backend == "numpyro" else seed
-            plan = self._plan(objective, estimators)
-            draws = self.bound.draws(self.bound.initial, self.batch, key, plan)
-            return draws.log_w.detach().numpy() if self.backend == "pyro" else np.asarray(draws.log_w)
+        chosen = self.plan(objective, estimators)
 
-    def _plan(self, objective: Objective, estimators: Mapping[str, Estimator]) -> Plan:
-        ordered = {info.name: estimators[info.name] for info in self.structure.drawn()}
-        return Plan(objective.draws, objective.outer, ordered, objective.requests())
+        def run(key: Any) -> Array:
+            return self.bound.draws(self.bound.initial, self.batch, key, chosen).log_w
+
+        with self._precision():
+            if self.backend == "numpyro":
+                return np.asarray(jax.jit(run, compiler_options=_QUICK)(jax.random.key(seed)))
+            return run(seed).detach().numpy()
+
+    def plan(self, objective: Objective, estimators: Mapping[str, Estimator]) -> Plan:
+        """The run's static choices; what is not legal raises."""
+        return plan(objective, estimators, self.structure)[0]
 
     def _precision(self) -> AbstractContextManager[Any]:
         return jax.enable_x64(True) if self.backend == "numpyro" else nullcontext()
@@ -128,9 +141,7 @@ class Engine:
         return jnp.asarray(value) if self.backend == "numpyro" else torch.tensor(value)
 
 
-def assert_equal(
-    found: Loss, value: float | None, gradient: Mapping[str, np.ndarray], tolerance: float
-) -> None:
+def assert_equal(found: Loss, value: float | None, gradient: Mapping[str, np.ndarray], tolerance: float) -> None:
     """The loss and every gradient, without Monte Carlo tolerance."""
     if value is not None:
         np.testing.assert_allclose(found.value, value, rtol=0, atol=tolerance)
@@ -139,9 +150,7 @@ def assert_equal(
         np.testing.assert_allclose(found.gradient[name], expected, rtol=0, atol=tolerance, err_msg=name)
 
 
-def assert_unbiased(
-    found: Loss, value: float | None, gradient: Mapping[str, np.ndarray], bound: float = 4.5
-) -> None:
+def assert_unbiased(found: Loss, value: float | None, gradient: Mapping[str, np.ndarray], bound: float = 4.5) -> None:
     """Means over runs lie within `bound` of their own standard errors, for every entry."""
     scores = {name: z_scores(found.gradient[name], expected) for name, expected in gradient.items()}
     if value is not None:

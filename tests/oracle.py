@@ -345,9 +345,7 @@ def exact(
         parts = {name: (model if name in toy.model_params else guide) for name in toy.params}
         return Exact(model.value, {name: part.gradient[name] for name, part in parts.items()})
     if objective.startswith("vis") and (toy.global_guide_params or (K and toy.name not in _SUPPORTS)):
-        raise ValueError(
-            f"{objective} is not defined here for {toy.name}: it needs discrete latents of rows only"
-        )
+        raise ValueError(f"{objective} is not defined here for {toy.name}: it needs discrete latents of rows only")
     reach = 0.0
     if objective == "iwae" and K is not None and toy.name not in _SUPPORTS:
         reach = _reach(table(toy, params, data), K)

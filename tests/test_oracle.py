@@ -80,11 +80,7 @@ def test_published_gradients_of_one_bernoulli() -> None:
 @pytest.mark.parametrize(
     ("toy", "objective", "K"),
     [
-        *(
-            (toy, *cell)
-            for toy in (CATEGORICALS, PLATE, MIXED_YZ, MIXED_ZY)
-            for cell in (("elbo", 1), ("iwae", 2))
-        ),
+        *((toy, *cell) for toy in (CATEGORICALS, PLATE, MIXED_YZ, MIXED_ZY) for cell in (("elbo", 1), ("iwae", 2))),
         (GAUSSIANS2, "iwae", 4),
         (CATEGORICALS, "vis_model", None),
         (CATEGORICALS, "vis_guide", None),
@@ -131,9 +127,7 @@ def test_every_bound_is_the_evidence_at_the_exact_posterior(toy: Toy, objective:
     for name in toy.guide_params:
         np.testing.assert_allclose(found.gradient[name], 0.0, atol=1e-10)
     log_w = table(toy).log_w[0]
-    np.testing.assert_allclose(
-        log_w, np.broadcast_to(log_evidence_rows(toy)[:, None], log_w.shape), atol=1e-10
-    )
+    np.testing.assert_allclose(log_w, np.broadcast_to(log_evidence_rows(toy)[:, None], log_w.shape), atol=1e-10)
 
 
 def test_elbo_of_a_bottom_up_guide_in_closed_form() -> None:
@@ -292,9 +286,7 @@ def pyro_namespace(toy: Toy) -> SimpleNamespace:
     )
 
 
-def pyro_log_joint(
-    program: Callable[..., None], toy: Toy, values: dict[str, torch.Tensor], outer: int
-) -> torch.Tensor:
+def pyro_log_joint(program: Callable[..., None], toy: Toy, values: dict[str, torch.Tensor], outer: int) -> torch.Tensor:
     """Log density of a program at outer values of its sites, [outer], the rows summed out."""
     x = torch.tensor(toy.data["x"])
     with (
@@ -338,16 +330,12 @@ def test_continuous_programs_state_the_oracles_densities(toy: Toy) -> None:
 
 
 @pytest.mark.parametrize(("backend", "with_global"), list(product(("pyro", "numpyro"), (False, True))))
-def test_native_programs_equal_the_portable_ones(
-    backend: Literal["pyro", "numpyro"], with_global: bool
-) -> None:
+def test_native_programs_equal_the_portable_ones(backend: Literal["pyro", "numpyro"], with_global: bool) -> None:
     toy = GLOBAL_ROWS if with_global else ROWS
     rng = np.random.default_rng(4)
     values = {"z": rng.normal(size=20)} | ({"g": np.asarray(0.3)} if with_global else {})
     tensors = {name: torch.tensor(value) for name, value in values.items()}
-    for native, portable in zip(
-        native_rows(backend, with_global=with_global), (toy.model, toy.guide), strict=True
-    ):
+    for native, portable in zip(native_rows(backend, with_global=with_global), (toy.model, toy.guide), strict=True):
         expected = float(pyro_log_joint(portable, toy, tensors, 1)[0])
         if backend == "pyro":
             pyro.clear_param_store()

@@ -21,6 +21,7 @@ import numpy as np
 Array: TypeAlias = Any  # a torch tensor or a jax array, as the namespace has it
 Ppl: TypeAlias = Any  # the namespace handed to portable programs
 Values: TypeAlias = Mapping[str, np.ndarray]
+Backend: TypeAlias = Literal["pyro", "numpyro"]
 Program: TypeAlias = Callable[..., None]
 
 
@@ -156,9 +157,7 @@ _MIXED_YZ_MODEL = _values(
     x_gain=0.7,
     x_log_scale=-0.3,
 )
-_MIXED_YZ_GUIDE = _values(
-    q_z_loc=-0.2, q_z_gain=0.4, q_z_log_scale=-0.1, q_y_logits=[-0.3, 0.4], q_y_gain=[0.8, -0.5]
-)
+_MIXED_YZ_GUIDE = _values(q_z_loc=-0.2, q_z_gain=0.4, q_z_log_scale=-0.1, q_y_logits=[-0.3, 0.4], q_y_gain=[0.8, -0.5])
 
 
 def mixed_yz_model(ppl: Ppl, x: Array) -> None:
@@ -190,9 +189,7 @@ _MIXED_ZY_MODEL = _values(
     x_gain=0.7,
     x_log_scale=-0.3,
 )
-_MIXED_ZY_GUIDE = _values(
-    q_y_logits=[-0.3, 0.4], q_z_loc=[-0.4, 0.5], q_z_gain=0.3, q_z_log_scale=[-0.1, 0.2]
-)
+_MIXED_ZY_GUIDE = _values(q_y_logits=[-0.3, 0.4], q_z_loc=[-0.4, 0.5], q_z_gain=0.3, q_z_log_scale=[-0.1, 0.2])
 
 
 def mixed_zy_model(ppl: Ppl, x: Array) -> None:
@@ -403,9 +400,7 @@ def global_rows_guide(ppl: Ppl, x: Array) -> None:
         ppl.sample("z", ppl.dist.Normal(gain * x + bias + z_g * g, ppl.xp.exp(log_scale)))
 
 
-BERNOULLI = Toy(
-    "bernoulli", bernoulli_model, bernoulli_guide, _values(x=[1.5]), _BERNOULLI_MODEL, _BERNOULLI_GUIDE
-)
+BERNOULLI = Toy("bernoulli", bernoulli_model, bernoulli_guide, _values(x=[1.5]), _BERNOULLI_MODEL, _BERNOULLI_GUIDE)
 CATEGORICALS = Toy(
     "categoricals",
     categoricals_model,
@@ -428,9 +423,7 @@ MIXED_ZY = Toy("mixed_zy", mixed_zy_model, mixed_zy_guide, _values(x=[0.8]), _MI
 GAUSSIANS2 = Toy(
     "gaussians2", gaussians2_model, gaussians2_guide, _values(x=[1.1]), _GAUSSIANS2_MODEL, _GAUSSIANS2_GUIDE
 )
-BOTTOM_UP = Toy(
-    "bottom_up", bottom_up_model, bottom_up_guide, _values(x=[0.6]), _BOTTOM_UP_MODEL, _BOTTOM_UP_GUIDE
-)
+BOTTOM_UP = Toy("bottom_up", bottom_up_model, bottom_up_guide, _values(x=[0.6]), _BOTTOM_UP_MODEL, _BOTTOM_UP_GUIDE)
 CONJUGATE_NORMAL = Toy(
     "conjugate_normal",
     conjugate_normal_model,
@@ -479,7 +472,7 @@ DISCRETE = (BERNOULLI, CATEGORICALS, PLATE)
 
 
 def native_rows(
-    backend: Literal["pyro", "numpyro"], *, with_global: bool = False, subsample_size: int | None = None
+    backend: Backend, *, with_global: bool = False, subsample_size: int | None = None
 ) -> tuple[Program, Program]:
     """`ROWS`, or with a global latent `GLOBAL_ROWS`, as a model and guide written for one library.
 
