@@ -1,0 +1,165 @@
+"""Programs run on either backend in float64, numpy arrays in and out: what contract tests are written in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+from toys import Array, Backend, Toy, Values
+
+from ppl_lvm.algorithm import Estimator, Objective
+from ppl_lvm.backends.base import Call, Plan, Structure
+from ppl_lvm.backends.numpyro import NumPyroBound
+from ppl_lvm.backends.pyro import PyroBound
+from ppl_lvm.legality import plan
+from ppl_lvm.program import Program
+
+BACKENDS: tuple[Backend, ...] = ("pyro", "numpyro")
+
+# Compiling these small programs well would take longer than running them.
+_QUICK = {"xla_backend_optimization_level": 0}
+_BOUND: dict[tuple[str, str], Engine] = {}
+
+
+class Loss(NamedTuple):
+    """The model's loss and the gradient of each parameter; with `runs`, an axis of runs in front of both."""
+
+    value: np.ndarray
+    gradient: dict[str, np.ndarray]
+
+
+class Engine:
+    """A model and guide bound to a backend and data, with the parameters they start from."""
+
+    def __init__(
+        self,
+        backend: Backend,
+        model: Callable[..., None],
+        guide: Callable[..., None],
+        data: Values,
+        *,
+        portable: bool,
+    ) -> None:
+        program = Program("toy", model, guide, portable=portable, arguments=tuple(data))
+        self.backend = backend
+        kind = PyroBound if backend == "pyro" else NumPyroBound
+        with self._precision():
+            self.bound: Any = kind(program, Call.of(dict(data)), seed=0, dtype="float64")
+            self.batch = self.bound.batch(Call.of(dict(data)))
+
+    @classmethod
+    def of(cls, backend: Backend, toy: Toy, data: Values | None = None) -> Engine:
+        """A toy on its own data, bound once, or on other data."""
+        if data is not None:
+            return cls(backend, toy.model, toy.guide, data, portable=True)
+        if (backend, toy.name) not in _BOUND:
+            _BOUND[backend, toy.name] = cls(backend, toy.model, toy.guide, toy.data, portable=True)
+        return _BOUND[backend, toy.name]
+
+    @property
+    def structure(self) -> Structure:
+        return self.bound.structure
+
+    def loss(
+        self,
+        objective: Objective,
+        estimators: Mapping[str, Estimator],
+        *,
+        values: Values | None = None,
+        weight: np.ndarray | None = None,
+        total_rows: int | None = None,
+        runs: int | None = None,
+        seed: int = 0,
+    ) -> Loss:
+        """One run, or `runs` of them with different noise.
+
+        Injected `values` are laid out as in the table, behind an axis of runs if there are several; `weight` is the
+        probability of each outer draw.
+        """
+        chosen, given = self.plan(objective, estimators), values or {}
+        if runs is None:
+            given = {name: value[None] for name, value in given.items()}
+        with self._precision():
+            outer_weight = None if weight is None else self._array(weight)
+
+            def step(run: tuple[Array, dict[str, Array]]) -> tuple[Array, dict[str, Array]]:
+                found = self.bound.gradients(
+                    self.bound.initial,
+                    self.batch,
+                    run[0],
+                    chosen,
+                    objective,
+                    values=run[1],
+                    outer_weight=outer_weight,
+                    total_rows=total_rows,
+                )
+                return found.loss, found.params
+
+            if self.backend == "numpyro":
+                keys = jax.random.split(jax.random.key(seed), runs or 1)
+                arrays = {name: jnp.asarray(value) for name, value in given.items()}
+                compiled = jax.jit(lambda *every: jax.lax.map(step, every), compiler_options=_QUICK)
+                value, gradient = compiled(keys, arrays)
+                losses, gradients = np.asarray(value), {n: np.asarray(g) for n, g in gradient.items()}
+            else:
+                tensors = {name: torch.tensor(value) for name, value in given.items()}
+                every = [
+                    step((seed * 100_000 + run, {name: value[run] for name, value in tensors.items()}))
+                    for run in range(runs or 1)
+                ]
+                losses = np.stack([value.numpy() for value, _ in every])
+                gradients = {n: np.stack([g[n].numpy() for _, g in every]) for n in self.bound.initial}
+        if runs is None:
+            return Loss(losses[0], {name: value[0] for name, value in gradients.items()})
+        return Loss(losses, gradients)
+
+    def log_w(self, objective: Objective, estimators: Mapping[str, Estimator], seed: int = 0) -> np.ndarray:
+        """Log weights `[M, K, B]` of one run."""
+        chosen = self.plan(objective, estimators)
+
+        def run(key: Any) -> Array:
+            return self.bound.draws(self.bound.initial, self.batch, key, chosen).log_w
+
+        with self._precision():
+            if self.backend == "numpyro":
+                return np.asarray(jax.jit(run, compiler_options=_QUICK)(jax.random.key(seed)))
+            return run(seed).detach().numpy()
+
+    def plan(self, objective: Objective, estimators: Mapping[str, Estimator]) -> Plan:
+        """The run's static choices; what is not legal raises."""
+        return plan(objective, estimators, self.structure)[0]
+
+    def _precision(self) -> AbstractContextManager[Any]:
+        return jax.enable_x64(True) if self.backend == "numpyro" else nullcontext()
+
+    def _array(self, value: np.ndarray) -> Array:
+        return jnp.asarray(value) if self.backend == "numpyro" else torch.tensor(value)
+
+
+def assert_equal(found: Loss, value: float | None, gradient: Mapping[str, np.ndarray], tolerance: float) -> None:
+    """The loss and every gradient, without Monte Carlo tolerance."""
+    if value is not None:
+        np.testing.assert_allclose(found.value, value, rtol=0, atol=tolerance)
+    assert found.gradient.keys() == gradient.keys()
+    for name, expected in gradient.items():
+        np.testing.assert_allclose(found.gradient[name], expected, rtol=0, atol=tolerance, err_msg=name)
+
+
+def assert_unbiased(found: Loss, value: float | None, gradient: Mapping[str, np.ndarray], bound: float = 4.5) -> None:
+    """Means over runs lie within `bound` of their own standard errors, for every entry."""
+    scores = {name: z_scores(found.gradient[name], expected) for name, expected in gradient.items()}
+    if value is not None:
+        scores["loss"] = z_scores(found.value, np.asarray(value))
+    worst = {name: float(np.abs(score).max()) for name, score in scores.items()}
+    assert max(worst.values()) < bound, worst
+
+
+def z_scores(runs: np.ndarray, expected: np.ndarray) -> np.ndarray:
+    """Deviation of the mean over runs in standard errors (rounding is forgiven where there is no noise)."""
+    error = runs.std(axis=0, ddof=1) / np.sqrt(len(runs))
+    return (runs.mean(axis=0) - expected) / np.maximum(error, 1e-10)
