@@ -78,6 +78,7 @@ def fit(
 
     library = backends.load(name)
     bound, example, batched = _bind(library, chosen, call, rows, how, seed, dtype, data_plate, messages)
+    _check_support(bound, chosen, call, example)
     plan, notes = legality.plan(how.objective, how.estimator, bound.structure)
     messages += [f"estimator: {note}" for note in notes]
     trainer = library.Trainer(
@@ -219,6 +220,25 @@ def _check_rows(bound: Any, rows: int | None) -> None:
             f"Data plate {structure.data_plate!r} has {structure.rows} rows where the program was given {rows}; size it "
             f"by its data (len(x)), subsample inside the program, or name another data_plate."
         )
+
+
+def _check_support(bound: Any, chosen: Program, call: Call, example: Call) -> None:
+    """Refuses observed values outside their site's support, in blocks of the shape that the program was probed on."""
+    names = dict(zip(chosen.arguments, call.args, strict=False)) | dict(call.kwargs)
+    size = len(example.leaves[0]) if example.leaves else 0
+    for site, info in bound.structure.sites.items():
+        values = names.get(site)
+        # A program that subsamples itself was probed on other rows than its data have.
+        if info.role != "observed" or values is None or bound.structure.plate_size is not None:
+            continue
+        for first in range(0, len(values), size):
+            block = np.asarray(values[max(0, min(first, len(values) - size)) :][:size])
+            if not bound.in_support(site, block):
+                raise DataError(
+                    f"Values of {site!r} are outside the support of its distribution; rows {first} to "
+                    f"{first + size - 1} span {block.min():g} to {block.max():g}. Check units and options such as "
+                    f"total_count."
+                )
 
 
 def _mode(asked: str, state: State | None) -> str:

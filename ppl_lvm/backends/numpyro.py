@@ -51,8 +51,11 @@ Message = dict[str, Any]
 
 @contextlib.contextmanager
 def precision(dtype: str) -> Iterator[None]:
-    """float64 inside this block only; JAX's process-wide setting stays."""
-    with jax.enable_x64(dtype == "float64"):
+    """float64, and no checks of distributions' arguments, inside this block only; the process's settings stay.
+
+    A check stops on the first value that is not finite; the loop stops there too, and names step and site.
+    """
+    with jax.enable_x64(dtype == "float64"), numpyro.validation_enabled(False):
         yield
 
 
@@ -244,6 +247,11 @@ class NumPyroBound:
         with precision(self.dtype):
             return call.map(convert)
 
+    def in_support(self, site: str, value: np.ndarray) -> bool:
+        """Whether data of the probe's shape are values of an observed site."""
+        with precision(self.dtype):
+            return bool(jnp.all(self._supports[site](jnp.asarray(value))))
+
     # Structure and parameters, from probe runs on one draw.
 
     def _trace(self, program: Callable[..., Any], handler: _Handler, batch: Call) -> dict[str, Message]:
@@ -267,6 +275,7 @@ class NumPyroBound:
             {n: v for n, (v, _) in guide_handler.found.items()}, key, replayed, subsamples=plates
         )
         model = self._trace(self._model, model_handler, batch)
+        self._supports = {n: s["fn"].support for n, s in model.items() if s["type"] == "sample" and s["is_observed"]}
         found = {**model_handler.found, **guide_handler.found}
         self._transforms = {n: biject_to(c) for n, (_, c) in found.items()}
         self.initial = {n: self._unconstrain(n, v) for n, (v, _) in found.items()}

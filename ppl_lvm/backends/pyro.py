@@ -285,6 +285,10 @@ class PyroBound:
 
         return call.map(convert)
 
+    def in_support(self, site: str, value: np.ndarray) -> bool:
+        """Whether data of the probe's shape are values of an observed site."""
+        return bool(self._supports[site].check(torch.as_tensor(value)).all())
+
     # Structure and parameters, from probe runs on one draw.
 
     def _trace(
@@ -332,6 +336,7 @@ class PyroBound:
             model_handler = _Handler(guide_handler.values, replayed, guide_handler.subsamples)
             with torch.no_grad():
                 model = self._trace(self._model, model_handler, batch)
+        self._supports = {n: s["fn"].support for n, s in model.items() if s["is_observed"]}
         found = {**guide_handler.values, **model_handler.values}
         constraint = {**guide_handler.constraints, **model_handler.constraints}
         self._transforms = {n: transform_to(constraint[n]) for n in found}
