@@ -97,6 +97,14 @@ def _categoricals(p: Params, x: jax.Array) -> Table:
     return _local(log_q.reshape(len(x), 6), (log_prior + log_lik - log_q).reshape(len(x), 6))
 
 
+def _upward(p: Params, x: jax.Array) -> Table:
+    log_prior = jax.nn.log_softmax(p["z2_logits"]) + jax.nn.log_softmax(p["z1_logits"], axis=-1).T
+    z1_logits = p["q_z1_logits"] + x[:, None] * p["q_z1_gain"]
+    log_q = jax.nn.log_softmax(z1_logits, axis=-1)[:, :, None] + jax.nn.log_softmax(p["q_z2_logits"], axis=-1)
+    log_lik = _normal(x[:, None, None], p["x_loc"], p["x_log_scale"])
+    return _local(log_q.reshape(len(x), 6), (log_prior + log_lik - log_q).reshape(len(x), 6))
+
+
 def _plate(p: Params, x: jax.Array) -> Table:
     global_log_q = jax.nn.log_softmax(p["q_g_logits"])
     z_logits = p["q_z_logits"][:, None, :] + x[:, None] * p["q_z_gain"]
@@ -205,6 +213,7 @@ def _global_rows(p: Params, x: jax.Array) -> Table:
 _TABLES: dict[str, Density] = {
     "bernoulli": _bernoulli,
     "categoricals": _categoricals,
+    "upward": _upward,
     "plate": _plate,
     "mixed_yz": _mixed_yz,
     "mixed_zy": _mixed_zy,
@@ -220,6 +229,7 @@ _TABLES: dict[str, Density] = {
 _SUPPORTS: dict[str, tuple[dict[str, np.ndarray], dict[str, np.ndarray]]] = {
     "bernoulli": ({}, {"z": np.arange(2.0)}),
     "categoricals": ({}, {"z1": np.repeat(np.eye(2), 3, axis=0), "z2": np.tile(np.eye(3), (2, 1))}),
+    "upward": ({}, {"z1": np.repeat(np.eye(2), 3, axis=0), "z2": np.tile(np.eye(3), (2, 1))}),
     "plate": ({"g": np.eye(2)}, {"z": np.eye(2)}),
 }
 

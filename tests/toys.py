@@ -115,6 +115,39 @@ def categoricals_guide(ppl: Ppl, x: Array) -> None:
         ppl.sample("z2", ppl.dist.OneHotCategorical(logits=z1 @ z2_logits + x[..., None] * z2_gain))
 
 
+# The same guide against the order of the model: the prior of z1 looks at z2, which is drawn after it, and x looks at
+# z2 alone, so that z1 reaches it only through the guide. Credit assignment that misses either is biased here.
+
+_UPWARD_MODEL = _values(
+    z2_logits=[0.4, -0.3, 0.2],
+    z1_logits=[[0.5, -0.2], [-0.4, 0.3], [0.1, 0.8]],
+    x_loc=[-0.9, 0.4, 1.5],
+    x_log_scale=-0.2,
+)
+_UPWARD_GUIDE = _values(
+    q_z1_logits=[-0.2, 0.5], q_z2_logits=[[0.7, -0.1, 0.3], [0.0, -0.6, 0.8]], q_z1_gain=[0.4, -0.3]
+)
+
+
+def upward_model(ppl: Ppl, x: Array) -> None:
+    """p(z2) p(z1 | z2), x | z2 Gaussian with one mean per class."""
+    p = _reader(ppl, _UPWARD_MODEL)
+    z2_logits, z1_logits, x_loc, x_log_scale = p("z2_logits"), p("z1_logits"), p("x_loc"), p("x_log_scale")
+    with ppl.plate("data", len(x)):
+        z2 = ppl.sample("z2", ppl.dist.OneHotCategorical(logits=z2_logits))
+        ppl.sample("z1", ppl.dist.OneHotCategorical(logits=z2 @ z1_logits))
+        ppl.sample("x", ppl.dist.Normal(z2 @ x_loc, ppl.xp.exp(x_log_scale)), obs=x)
+
+
+def upward_guide(ppl: Ppl, x: Array) -> None:
+    """q(z1 | x) q(z2 | z1)."""
+    p = _reader(ppl, _UPWARD_GUIDE)
+    z1_logits, z2_logits, z1_gain = p("q_z1_logits"), p("q_z2_logits"), p("q_z1_gain")
+    with ppl.plate("data", len(x)):
+        z1 = ppl.sample("z1", ppl.dist.OneHotCategorical(logits=z1_logits + x[..., None] * z1_gain))
+        ppl.sample("z2", ppl.dist.OneHotCategorical(logits=z1 @ z2_logits))
+
+
 # A plate of rows under a global class.
 
 _PLATE_MODEL = _values(
@@ -157,7 +190,7 @@ _MIXED_YZ_MODEL = _values(
     x_gain=0.7,
     x_log_scale=-0.3,
 )
-_MIXED_YZ_GUIDE = _values(q_z_loc=-0.2, q_z_gain=0.4, q_z_log_scale=-0.1, q_y_logits=[-0.3, 0.4], q_y_gain=[0.8, -0.5])
+_MIXED_YZ_GUIDE = _values(q_z_loc=-0.2, q_z_gain=0.4, q_z_log_scale=-0.1, q_y_logits=[0.6, -0.5], q_y_gain=[0.8, -0.5])
 
 
 def mixed_yz_model(ppl: Ppl, x: Array) -> None:
@@ -189,7 +222,7 @@ _MIXED_ZY_MODEL = _values(
     x_gain=0.7,
     x_log_scale=-0.3,
 )
-_MIXED_ZY_GUIDE = _values(q_y_logits=[-0.3, 0.4], q_z_loc=[-0.4, 0.5], q_z_gain=0.3, q_z_log_scale=[-0.1, 0.2])
+_MIXED_ZY_GUIDE = _values(q_y_logits=[0.6, -0.5], q_z_loc=[-0.4, 0.5], q_z_gain=0.3, q_z_log_scale=[-0.1, 0.2])
 
 
 def mixed_zy_model(ppl: Ppl, x: Array) -> None:
@@ -409,6 +442,7 @@ CATEGORICALS = Toy(
     _CATEGORICALS_MODEL,
     _CATEGORICALS_GUIDE,
 )
+UPWARD = Toy("upward", upward_model, upward_guide, _values(x=[0.9]), _UPWARD_MODEL, _UPWARD_GUIDE)
 PLATE = Toy(
     "plate",
     plate_model,
@@ -457,6 +491,7 @@ TOYS: dict[str, Toy] = {
     for toy in (
         BERNOULLI,
         CATEGORICALS,
+        UPWARD,
         PLATE,
         MIXED_YZ,
         MIXED_ZY,
@@ -468,7 +503,7 @@ TOYS: dict[str, Toy] = {
         GLOBAL_ROWS,
     )
 }
-DISCRETE = (BERNOULLI, CATEGORICALS, PLATE)
+DISCRETE = (BERNOULLI, CATEGORICALS, UPWARD, PLATE)
 
 
 def native_rows(
