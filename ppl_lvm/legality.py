@@ -210,6 +210,8 @@ def _whole_program(objective: Objective, structure: Structure) -> Iterator[str]:
         for info in structure.sites.values():
             if info.role != "latent":
                 continue
+            if not info.closed_kl:
+                yield f"Site {info.name!r} has no closed-form KL from guide to prior; use kl = 'sampled'."
             moved = sorted(p for p in info.model_parents if info.name in structure.ancestors(p))
             if moved:
                 yield (

@@ -43,6 +43,8 @@ class SiteInfo:
     model_parents: frozenset[str] = frozenset()
     """Latent sites whose values the model's density of this site looks at."""
     local_in_model: bool = True
+    closed_kl: bool = False
+    """The library knows KL(guide's distribution || model's) in closed form."""
     user_scaled: bool = False
     fixed: bool = False
     """A guide site whose value is no draw (a factor): it has a density and needs no estimator."""

@@ -219,6 +219,14 @@ def _kl(q: Any, p: Any) -> Array:
     return value if mask is None else jnp.where(mask, value, 0.0)
 
 
+def _has_kl(q: Any, p: Any) -> bool:
+    try:
+        _kl(q, p)
+    except NotImplementedError:
+        return False
+    return True
+
+
 class NumPyroBound:
     """A program on a batch: structure, initial parameters, and runs (see `backends.base.Bound`)."""
 
@@ -325,6 +333,7 @@ class NumPyroBound:
                 support=_support(site["fn"]) if role != "observed" and not site["is_observed"] else None,
                 plates=plates(site),
                 local_in_model=local(in_model),
+                closed_kl=role == "latent" and _has_kl(site["fn"], in_model["fn"]),
                 user_scaled=any(
                     abs(self._user_scale(s, data_plate, sizes) - 1.0) > 1e-9
                     for s in (site, in_model)

@@ -206,6 +206,14 @@ def _kl(q: Message, p: Message) -> Tensor:
     return value if mask is None or mask is True else torch.where(mask, value, torch.zeros_like(value))
 
 
+def _has_kl(q: Message, p: Message) -> bool:
+    try:
+        _kl(q, p)
+    except NotImplementedError:
+        return False
+    return True
+
+
 def _support(fn: Any) -> np.ndarray | None:
     base = fn
     while isinstance(base, torch.distributions.Independent) or type(base).__name__ == "MaskedDistribution":
@@ -410,6 +418,7 @@ class PyroBound:
                     Plate(f.name, f.full_size or f.size, f.size) for f in site["cond_indep_stack"]
                 ),
                 local_in_model=local(in_model),
+                closed_kl=role == "latent" and _has_kl(site, in_model),
                 user_scaled=any(
                     abs(float(self._user_scale(s, data_plate)) - 1.0) > 1e-9 for s in (site, in_model)
                 ),
