@@ -170,7 +170,7 @@ class Trainer:
 
     def initial(self) -> Tree:
         dtype = getattr(torch, self._bound.dtype)
-        states, own = initial_extras(self._plan, self._example)
+        states, own = initial_extras(self._objective, self._plan, self._example)
         params = {n: p.detach().clone() for n, p in self._bound.initial.items()}
         own_params = {s: {n: torch.tensor(v, dtype=dtype) for n, v in ps.items()} for s, ps in own.items()}
         return self._with_optimizer(

@@ -387,12 +387,13 @@ def check_state(found: Mapping[str, np.ndarray], needed: Mapping[str, np.ndarray
 
 
 def initial_extras(
-    plan: Plan, batch: Call
+    objective: Objective, plan: Plan, batch: Call
 ) -> tuple[dict[str, float], dict[str, dict[str, list[float]]]]:
-    """States and own parameters of the estimators, as plain numbers."""
+    """States of the estimators, and parameters of the estimators and the objective themselves, as plain numbers."""
     features = int(np.prod(batch.leaves[0].shape[1:], dtype=int)) if batch.leaves else 0
     states = {s: e.initial_state() for s, e in plan.estimators.items()}
     own = {s: e.initial_own(features) for s, e in plan.estimators.items()}
+    own["objective"] = objective.initial_own(features)
     return (
         {s: v for s, v in states.items() if v is not None},
         {s: v for s, v in own.items() if v},

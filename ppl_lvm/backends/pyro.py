@@ -274,6 +274,12 @@ class PyroBound:
         self, program: Program, example: Call, *, seed: int, dtype: str, data_plate: str | None = None
     ) -> None:
         self.program, self.dtype, self.asked_plate = program, dtype, data_plate
+        for role, call in (("model", program.model), ("guide", program.guide)):
+            if isinstance(call, pyro.nn.PyroModule):
+                raise BackendError(
+                    f"The {role} is a PyroModule ({type(call).__name__}), whose parameters cannot be given "
+                    f"functionally yet; write it as a function with pyro.param, and networks as torch.nn modules with pyro.module."
+                )
         self._model: Callable[..., Any] = program.model
         self._guide: Callable[..., Any] = program.guide
         if program.portable:
