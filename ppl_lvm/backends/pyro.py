@@ -278,7 +278,8 @@ class PyroBound:
             if isinstance(call, pyro.nn.PyroModule):
                 raise BackendError(
                     f"The {role} is a PyroModule ({type(call).__name__}), whose parameters cannot be given "
-                    f"functionally yet; write it as a function with pyro.param, and networks as torch.nn modules with pyro.module."
+                    f"functionally yet; write it as a function with pyro.param, and its networks as torch.nn "
+                    f"modules with pyro.module."
                 )
         self._model: Callable[..., Any] = program.model
         self._guide: Callable[..., Any] = program.guide
