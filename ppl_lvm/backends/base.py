@@ -15,7 +15,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 
 from ppl_lvm import ops
-from ppl_lvm.algorithm import Algorithm, Estimator, Objective, Schedule
+from ppl_lvm.algorithm import Algorithm, Estimator, Objective, Schedule, SiteDistribution
 from ppl_lvm.draws import Draws, Plate
 from ppl_lvm.errors import BackendError, ProgramError
 from ppl_lvm.ops import Array
@@ -94,6 +94,13 @@ class Structure:
         ]
 
 
+class Plain(Estimator):
+    """Draws that nothing is differentiated through."""
+
+    def sample(self, dist: SiteDistribution) -> Array:
+        return dist.sample()
+
+
 @dataclass(frozen=True)
 class Plan:
     """The static choices of a run: how many draws, carried how, and what else the table must hold."""
@@ -102,6 +109,11 @@ class Plan:
     M: int = 1
     estimators: Mapping[str, Estimator] = field(default_factory=dict)
     requests: frozenset[str] = frozenset()
+
+    @staticmethod
+    def of_values(structure: Structure, K: int, M: int) -> Plan:
+        """Plain draws, for evaluation."""
+        return Plan(K, M, {i.name: Plain() for i in structure.drawn()})
 
     @property
     def frozen(self) -> bool:
