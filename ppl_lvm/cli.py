@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 BACKENDS = ("pyro", "numpyro")
 DEMO_RECIPES = ("elbo", "iwae")
-DEMO_STEPS = 2000
+DEMO_STEPS = 1000
 
 
 class Kind(StrEnum):
