@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import pyro
 import torch
 from torch import Tensor
 from torch.distributions import kl_divergence
@@ -30,14 +31,31 @@ def draw(fn: Any) -> Tensor:
 
 
 def log_prob(fn: Any, value: Tensor) -> Tensor:
-    """`fn.log_prob`, but linear in the value of a one-hot, where torch takes the argmax and loses the gradient."""
+    """`fn.log_prob`, but linear in the value of a one-hot, where torch takes the argmax and loses the gradient.
+
+    Of a binomial, a common likelihood of images, the same number in fewer operations.
+    """
     if isinstance(fn, torch.distributions.Independent):
         inner = log_prob(fn.base_dist, value)
         n = fn.reinterpreted_batch_ndims
         return inner.reshape(inner.shape[: inner.dim() - n] + (-1,)).sum(-1) if n else inner
     if _one_hot(fn):
         return (value * fn.logits).sum(-1)
+    if _binomial(fn):
+        count = _unexpanded(fn.total_count)
+        choose = torch.lgamma(count + 1) - torch.lgamma(value + 1) - torch.lgamma(count - value + 1)
+        return value * fn.logits - count * torch.nn.functional.softplus(fn.logits, threshold=40) + choose
     return fn.log_prob(value)
+
+
+def _binomial(fn: Any) -> bool:
+    """Pyro's, whose own density takes `lgamma` of the same counts at every draw, and three times the operations."""
+    return type(fn) is pyro.distributions.Binomial and not fn.approx_log_prob_tol
+
+
+def _unexpanded(x: Tensor) -> Tensor:
+    """One entry along the axes that `x` was expanded over."""
+    return x[tuple(slice(0, 1) if stride == 0 else slice(None) for stride in x.stride())] if x.dim() else x
 
 
 def site_log_prob(site: Message) -> Tensor:
