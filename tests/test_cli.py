@@ -54,7 +54,9 @@ class FakeRun:
     def prior_predictive(self, rows: int, seed: int = 0) -> dict[str, np.ndarray]:
         return {"x": np.zeros((rows, 64))}
 
-    def active_units(self, threshold: float = 0.01) -> dict[str, int]:
+    def active_units(
+        self, threshold: float = 0.01, draws: int = 100, data: np.ndarray | None = None
+    ) -> dict[str, int]:
         return {"z": 6}
 
 

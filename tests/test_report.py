@@ -82,7 +82,9 @@ class FakeRun:
         self.asked["prior_predictive"] = (seed,)
         return {"z": np.zeros((rows, self.latent)), "x": np.full((rows, 64), 4.0)}
 
-    def active_units(self, threshold: float = 0.01) -> dict[str, int]:
+    def active_units(
+        self, threshold: float = 0.01, draws: int = 100, data: np.ndarray | None = None
+    ) -> dict[str, int]:
         return {"z": 2}
 
 

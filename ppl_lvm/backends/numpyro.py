@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -30,6 +30,7 @@ from ppl_lvm.backends.base import (
     Plan,
     Role,
     SiteInfo,
+    Steps,
     Structure,
     check_model_only,
     find_data_plate,
@@ -42,6 +43,9 @@ if TYPE_CHECKING:
 
 Array = jax.Array
 
+EVALUATIONS = Steps(64)
+"""Compiled runs without gradients, each with the bound that it was traced from."""
+
 
 class NumPyroBound:
     """A program on a batch: structure, initial parameters, and runs (see `backends.base.Bound`)."""
@@ -52,7 +56,6 @@ class NumPyroBound:
         self, program: Program, example: Call, *, seed: int, dtype: str, data_plate: str | None = None
     ) -> None:
         self.program, self.dtype, self.asked_plate = program, dtype, data_plate
-        self._evaluations: dict[Any, Any] = {}
         self._model: Callable[..., Any] = program.model
         self._guide: Callable[..., Any] = program.guide
         with precision(dtype):
@@ -408,15 +411,21 @@ class NumPyroBound:
         return jnp.moveaxis(value, 0, self.structure.nesting + self.structure.plate_dim)
 
     def evaluate(self, params: Params, batch: Call, key: Array, plan: Plan) -> dict[str, dict[str, Any]]:
-        """Values and densities of every site of one run, without gradients; compiled once per shape."""
+        """Values and densities of every site of one run, without gradients."""
 
-        def run(params: Params, args: Any, kwargs: Any, key: Array) -> dict[str, dict[str, Any]]:
-            sites = self.draws(params, Call(args, kwargs), key, plan).sites
+        def run(params: Params, batch: Call, key: Array) -> dict[str, dict[str, Any]]:
+            sites = self.draws(params, batch, key, plan).sites
             return {n: {"value": s.value, "log_p": s.log_p, "log_q": s.log_q} for n, s in sites.items()}
 
-        with precision(self.dtype):
-            compiled = self._evaluations.setdefault((plan.K, plan.M), jax.jit(run))
-            return compiled(dict(params), batch.args, dict(batch.kwargs), key)
+        return self._compiled(run, params, batch, key, _static(plan))
+
+    def log_w(self, params: Params, batch: Call, key: Array, plan: Plan) -> Array:
+        """Log weights `[M, K, B]` of one run, without gradients; nothing else is kept."""
+
+        def run(params: Params, batch: Call, key: Array) -> Array:
+            return self.draws(params, batch, key, plan).log_w
+
+        return self._compiled(run, params, batch, key, _static(plan))
 
     def simulate(
         self, params: Params, batch: Call, key: Array, draws: int, *, prior: bool = False
@@ -425,28 +434,42 @@ class NumPyroBound:
 
         Latent sites are drawn from the guide, or from the model where `prior` says so.
         """
+
+        def run(params: Params, batch: Call, key: Array) -> dict[str, Array]:
+            one = partial(self._simulate, self.constrain(params), batch, prior)
+            return jax.vmap(one)(jax.random.split(key, draws))
+
+        return self._compiled(run, params, batch, key, (draws, prior))
+
+    def _simulate(self, constrained: Params, batch: Call, prior: bool, key: Array) -> dict[str, Array]:
+        def anew(msg: Message) -> Array:
+            return draw(msg["fn"], site_key(key, msg["name"]), self.program.portable)
+
+        guide: dict[str, Message] = {}
+        if not prior:
+            guide = self._trace(self._guide, Handler(constrained, key, anew), batch)
+
+        def latent(msg: Message) -> Array:
+            return guide[msg["name"]]["value"] if msg["name"] in guide else anew(msg)
+
+        plates = {n: s["value"] for n, s in guide.items() if s["type"] == "plate"}
+        model = self._trace(self._model, Handler(constrained, key, latent, plates, anew), batch)
+        return {n: s["value"] for n, s in model.items() if s["type"] == "sample"}
+
+    def _compiled(
+        self, run: Callable[[Params, Call, Array], Any], params: Params, batch: Call, key: Array, static: Hashable
+    ) -> Any:
+        """`run(params, batch, key)`, compiled once for all fits of the program at this shape."""
+
+        def flat(params: Params, args: Any, kwargs: Any, key: Array) -> Any:
+            EVALUATIONS.traces += 1
+            return run(params, Call(args, kwargs), key)
+
+        shapes = tuple((a.shape, str(a.dtype)) for a in batch.leaves)
+        names = (len(batch.args), tuple(batch.kwargs))
+        what = (run.__qualname__, static, self.program, self.dtype, self.asked_plate, shapes, names)
         with precision(self.dtype):
-            return self._simulate(params, batch, key, draws, prior)
-
-    def _simulate(self, params: Params, batch: Call, key: Array, draws: int, prior: bool) -> dict[str, Array]:
-        constrained = self.constrain(params)
-
-        def run(draw_key: Array) -> dict[str, Array]:
-            def anew(msg: Message) -> Array:
-                return draw(msg["fn"], site_key(draw_key, msg["name"]), self.program.portable)
-
-            guide: dict[str, Message] = {}
-            if not prior:
-                guide = self._trace(self._guide, Handler(constrained, key, anew), batch)
-
-            def latent(msg: Message) -> Array:
-                return guide[msg["name"]]["value"] if msg["name"] in guide else anew(msg)
-
-            plates = {n: s["value"] for n, s in guide.items() if s["type"] == "plate"}
-            model = self._trace(self._model, Handler(constrained, key, latent, plates, anew), batch)
-            return {n: s["value"] for n, s in model.items() if s["type"] == "sample"}
-
-        return jax.vmap(run)(jax.random.split(key, draws))
+            return EVALUATIONS.get(what, lambda: jax.jit(flat))(dict(params), batch.args, dict(batch.kwargs), key)
 
     # Gradients.
 
@@ -502,6 +525,10 @@ class NumPyroBound:
                 n: from_model[n] if "model" in self.structure.groups[n] else from_guide[n] for n in params
             }
         return Gradients(loss, gradient, own_gradient, states_)
+
+
+def _static(plan: Plan) -> Hashable:
+    return plan.K, plan.M, plan.requests, tuple(plan.estimators.items())
 
 
 def is_tree(value: Any) -> bool:

@@ -473,6 +473,11 @@ class PyroBound:
             sites = self.draws(params, batch, key, plan).sites
         return {n: {"value": s.value, "log_p": s.log_p, "log_q": s.log_q} for n, s in sites.items()}
 
+    def log_w(self, params: Params, batch: Call, key: int, plan: Plan) -> Tensor:
+        """Log weights `[M, K, B]` of one run, without gradients."""
+        with torch.no_grad():
+            return self.draws(params, batch, key, plan).log_w
+
     def simulate(
         self, params: Params, batch: Call, key: int, draws: int, *, prior: bool = False
     ) -> dict[str, Tensor]:
