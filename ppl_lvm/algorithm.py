@@ -214,7 +214,7 @@ class Estimator(Algorithm):
     least_draws: ClassVar[int] = 1
     """Draws it needs at the site's level (K for local sites, M for global ones)."""
     refuses: ClassVar[Mapping[str, str]] = {}
-    """Verbs it must not serve, each with the reason and the remedy in one sentence."""
+    """Verbs it must not serve, each with the reason in one clause; legality adds what serves instead."""
 
     def sample(self, dist: SiteDistribution) -> "Array":
         """The value of one draw."""

@@ -48,6 +48,8 @@ class SiteInfo:
     user_scaled: bool = False
     fixed: bool = False
     """A guide site whose value is no draw (a factor): it has a density and needs no estimator."""
+    point: bool = False
+    """Its distribution is a point (Delta): the value is a function of parameters or of other guide sites."""
 
 
 @dataclass(frozen=True)
@@ -288,9 +290,34 @@ def find_data_plate(
     return min(dims, key=lambda name: dims[name])
 
 
-def check_model_only(guide: Sequence[str], model: Sequence[str], auxiliary: Sequence[str]) -> None:
-    """Refuse latent sites that only one of model and guide has."""
-    missing = [name for name in model if name not in guide]
+def innermost(fn: Any) -> Any:
+    """The distribution inside `to_event`, masks, expansions and transforms."""
+    while hasattr(fn, "base_dist"):
+        fn = fn.base_dist
+    return fn
+
+
+def is_factor(fn: Any) -> bool:
+    """Whether a site is a `factor`: a density without a value, which is no data."""
+    return type(innermost(fn)).__name__ == "Unit"
+
+
+def is_point(fn: Any) -> bool:
+    """Whether a site's value is a function of the distribution's parameters."""
+    return type(innermost(fn)).__name__ == "Delta"
+
+
+def check_sites(guide: Mapping[str, bool], model: Mapping[str, bool], auxiliary: Sequence[str]) -> None:
+    """Refuse sites that only one of model and guide has, or both observe (`guide`, `model`: site -> observed)."""
+    for name, observed in guide.items():
+        if name in model and (observed or model[name]):
+            raise ProgramError(
+                f"Site {name!r} is {'observed' if observed else 'latent'} in the guide and "
+                f"{'observed' if model[name] else 'latent'} in the model; a guide draws the model's latent sites, and "
+                f"terms of its own (factor) need names of their own."
+            )
+    latent = [name for name, observed in model.items() if not observed]
+    missing = [name for name in latent if name not in guide]
     if missing:
         raise ProgramError(
             f"Latent site {missing[0]!r} is in the model but not in the guide (guide sites: {list(guide)}). Sample it "
@@ -299,7 +326,7 @@ def check_model_only(guide: Sequence[str], model: Sequence[str], auxiliary: Sequ
     orphans = [name for name in guide if name not in model and name not in auxiliary]
     if orphans:
         raise ProgramError(
-            f"Guide site {orphans[0]!r} is not in the model (model sites: {list(model)}). Rename it, or mark it as "
+            f"Guide site {orphans[0]!r} is not in the model (model sites: {latent}). Rename it, or mark it as "
             f"auxiliary with infer={{'is_auxiliary': True}}."
         )
 

@@ -32,8 +32,10 @@ from ppl_lvm.backends.base import (
     Role,
     SiteInfo,
     Structure,
-    check_model_only,
+    check_sites,
     find_data_plate,
+    is_factor,
+    is_point,
     losses,
     product_support,
     rebuild,
@@ -300,14 +302,21 @@ class NumPyroBound:
         guide_sites = {n: s for n, s in guide.items() if s["type"] == "sample"}
         model_sites = {n: s for n, s in model.items() if s["type"] == "sample"}
         observed = {n: s for n, s in model_sites.items() if s["is_observed"]}
-        latent = [n for n, s in model_sites.items() if not s["is_observed"]]
-        auxiliary = [n for n, s in guide_sites.items() if s["infer"].get("is_auxiliary") or s["is_observed"]]
-        check_model_only(list(guide_sites), latent, auxiliary)
+        auxiliary = [
+            n
+            for n, s in guide_sites.items()
+            if n not in model_sites and (s["infer"].get("is_auxiliary") or s["is_observed"])
+        ]
+        check_sites(*({n: s["is_observed"] for n, s in t.items()} for t in (guide_sites, model_sites)), auxiliary)
         sizes = {n: s["args"] for t in (guide, model) for n, s in t.items() if s["type"] == "plate"}
         every = [*guide_sites.values(), *model_sites.values()]
         nesting = max((-f.dim for s in every for f in s["cond_indep_stack"]), default=0)
+        data = {n: s for n, s in observed.items() if not is_factor(s["fn"])} or observed
         data_plate = find_data_plate(
-            {n: [(f.name, f.dim) for f in s["cond_indep_stack"]] for n, s in observed.items()},
+            {
+                n: [(f.name, f.dim) for f in s["cond_indep_stack"]]
+                for n, s in data.items()
+            },
             asked,
             list(sizes),
         )
@@ -339,6 +348,7 @@ class NumPyroBound:
                     for s in (site, in_model)
                 ),
                 fixed=site["is_observed"] and role == "auxiliary",
+                point=is_point(site["fn"]),
             )
         frame = frames.get(data_plate) if data_plate else None
         size = sizes[frame.name][0] if frame is not None else None

@@ -35,8 +35,10 @@ from ppl_lvm.backends.base import (
     Role,
     SiteInfo,
     Structure,
-    check_model_only,
+    check_sites,
     find_data_plate,
+    is_factor,
+    is_point,
     losses,
     product_support,
     rebuild,
@@ -384,16 +386,18 @@ class PyroBound:
 
     def _structure(self, guide: dict[str, Message], model: dict[str, Message], asked: str | None) -> Structure:
         observed = {n: s for n, s in model.items() if s["is_observed"]}
-        latent = [n for n, s in model.items() if not s["is_observed"]]
-        auxiliary = [n for n, s in guide.items() if s["infer"].get("is_auxiliary") or s["is_observed"]]
-        check_model_only(list(guide), latent, auxiliary)
+        auxiliary = [
+            n for n, s in guide.items() if n not in model and (s["infer"].get("is_auxiliary") or s["is_observed"])
+        ]
+        check_sites(*({n: s["is_observed"] for n, s in t.items()} for t in (guide, model)), auxiliary)
         every = [*guide.values(), *model.values()]
         frames = {f.name: f for s in every for f in s["cond_indep_stack"] if f.vectorized}
         nesting = max((-f.dim for f in frames.values()), default=0)
+        data = {n: s for n, s in observed.items() if not is_factor(s["fn"])} or observed
         data_plate = find_data_plate(
             {
                 n: [(f.name, f.dim) for f in s["cond_indep_stack"] if f.vectorized]
-                for n, s in observed.items()
+                for n, s in data.items()
             },
             asked,
             list(frames),
@@ -423,6 +427,7 @@ class PyroBound:
                     abs(float(self._user_scale(s, data_plate)) - 1.0) > 1e-9 for s in (site, in_model)
                 ),
                 fixed=site["is_observed"] and role == "auxiliary",
+                point=is_point(site["fn"]),
             )
         frame = frames.get(data_plate) if data_plate else None
         return Structure(
