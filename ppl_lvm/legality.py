@@ -35,6 +35,8 @@ class Case:
     site: SiteInfo
     structure: Structure
     estimators: Mapping[str, Estimator]
+    offered: bool = False
+    """The estimator is one that a refusal might name, so no other is looked for."""
 
     @property
     def verbs(self) -> frozenset[str]:
@@ -59,8 +61,10 @@ class Case:
     @property
     def remedy(self) -> str:
         """The estimators that are legal for this site, the other sites' unchanged."""
+        if self.offered:
+            return ""
         name = self.site.name
-        cases = [replace(self, estimator=e, estimators={**self.estimators, name: e}) for e in OFFERED]
+        cases = [replace(self, estimator=e, estimators={**self.estimators, name: e}, offered=True) for e in OFFERED]
         legal = [repr(_name(c.estimator)) for c in cases if refusal(c) is None]
         if not legal:
             return "no estimator serves it here, use another objective"
@@ -258,7 +262,8 @@ def _whole_program(objective: Objective, structure: Structure) -> Iterator[str]:
     if objective.draws > 1 and objective.verbs != {"mean"} and still:
         yield (
             f"draws = {objective.draws}, but no latent site is drawn inside data plate {structure.data_plate!r}, so "
-            f"all draws of a row are equal; raise outer, or pass data_plate='none' to take the whole program as one row."
+            f"all draws of a row are equal; raise outer, or pass data_plate='none', which takes the whole program as "
+            f"one row."
         )
     shared = sorted(n for n, used in structure.groups.items() if len(used) == 2)
     if objective.separate and shared:

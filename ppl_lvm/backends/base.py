@@ -307,6 +307,15 @@ def is_point(fn: Any) -> bool:
     return type(innermost(fn)).__name__ == "Delta"
 
 
+def check_scale(name: str, shape: Sequence[int], plate_dim: int | None) -> None:
+    """Refuse a scale handler's array unless it is a number a row."""
+    if any(size > 1 and dim != plate_dim for dim, size in enumerate(shape, -len(shape))):
+        raise ProgramError(
+            f"Site {name!r} is scaled by an array of shape {tuple(shape)}; a scale is one number, or one for each row "
+            f"of the data plate. Sum elements that are weighted apart in a factor of your own."
+        )
+
+
 def check_sites(guide: Mapping[str, bool], model: Mapping[str, bool], auxiliary: Sequence[str]) -> None:
     """Refuse sites that only one of model and guide has, or both observe (`guide`, `model`: site -> observed)."""
     for name, observed in guide.items():
