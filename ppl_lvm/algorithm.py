@@ -149,6 +149,10 @@ class Objective(Algorithm):
         """Arrays that the backend must put into `Site.extra`, decided before the run: of {"kl"}."""
         return frozenset()
 
+    def initial_own(self, features: int) -> dict[str, list[float]]:
+        """Parameters of the objective itself, trained by `Loss.extra` and found in `d.own["objective"]`."""
+        return {}
+
     def __call__(self, d: "Draws") -> "Loss":
         raise NotImplementedError(f"Objective {type(self).__name__} defines no __call__(d).")
 

@@ -217,8 +217,8 @@ def _check_rows(bound: Any, rows: int | None) -> None:
         return
     if structure.rows != rows:
         raise ProgramError(
-            f"Data plate {structure.data_plate!r} has {structure.rows} rows where the program was given {rows}; size it "
-            f"by its data (len(x)), subsample inside the program, or name another data_plate."
+            f"Data plate {structure.data_plate!r} has {structure.rows} rows where the program was given {rows}; "
+            f"size it by its data (len(x)), subsample inside the program, or name another data_plate."
         )
 
 

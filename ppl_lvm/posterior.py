@@ -13,12 +13,12 @@ import numpy as np
 from ppl_lvm import backends
 from ppl_lvm.backends.base import Call, Plan
 from ppl_lvm.errors import DataError, ProgramError
-from ppl_lvm.estimators.score import score
 from ppl_lvm.program import Program
-from ppl_lvm.recipe import Recipe
 
 if TYPE_CHECKING:
     from xarray import DataTree
+
+    from ppl_lvm.recipe import Recipe
 
 ENTRIES = 2**24
 """Numbers held at once while draws are evaluated, roughly: draws x rows x the size of a row."""
@@ -273,8 +273,8 @@ class Fit:
     def _table(self, bound: Any, batch: Call, key: Any, draws: int) -> dict[str, Any]:
         """Arrays `[draws, rows, ...]` of one run without gradients."""
         globals_ = any(not i.local for i in bound.structure.drawn())
-        estimators = {i.name: score() for i in bound.structure.drawn()}
-        plan = Plan(K=1 if globals_ else draws, M=draws if globals_ else 1, estimators=estimators)
+        K, M = (1, draws) if globals_ else (draws, 1)
+        plan = Plan.of_values(bound.structure, K, M)
         table = bound.evaluate(self._trained, bound.batch(batch), key, plan)
         sites = bound.structure.sites
 

@@ -1,4 +1,4 @@
-"""An objective, an estimator and a program are one dropped file each: nothing else is touched, both backends run them."""
+"""An objective, an estimator and a program are one dropped file each: nothing else is touched, both backends run."""
 
 from __future__ import annotations
 
@@ -114,7 +114,8 @@ for backend in ("pyro", "numpyro"):
     assert np.abs(other - pair[1]).max() > 1e-3
 
     exact = gradient("elbo", backend, estimator="enumerate")
-    runs = np.stack([gradient("elbo", backend, draws=100, estimator="dropped_measure_valued", seed=s) for s in range(25)])
+    drawn = {"draws": 100, "estimator": "dropped_measure_valued"}
+    runs = np.stack([gradient("elbo", backend, seed=s, **drawn) for s in range(25)])
     error = runs.std(0, ddof=1) / 5.0
     assert (np.abs(runs.mean(0) - exact) < 4.5 * error).all(), (backend, runs.mean(0), exact, error)
     # Precise enough to tell: without its credits the guide's gradient would have mean zero.

@@ -35,9 +35,10 @@ ARROWS = {
     "legality": {"algorithm", "backends", "draws", "errors", "estimators"},  # "auto" prefers some by name
     "to_arviz": {"errors"},
     "posterior": {"algorithm", "backends", "draws", "errors", "ops", "program", "to_arviz"},
+    "progress": set[str](),
     "fit": {
         *("algorithm", "backend_of", "backends", "draws", "errors", "legality", "lookup", "ops", "posterior"),
-        *("program", "recipe", "to_arviz"),
+        *("program", "progress", "recipe", "to_arviz"),
     },
     "pictures": {"datasets", "errors", "to_arviz"},
     "report": {

@@ -1,7 +1,7 @@
-"""Both backends give the same value and gradients at the same parameters and noise: every objective, estimator, program.
+"""Both backends give the same value and gradients at the same parameters and noise.
 
-All three are found by globbing. The noise is what Pyro drew, injected into both; a pathwise site is rebuilt from it with
-its gradient. What one backend refuses, the other refuses with the same words.
+Objectives, estimators and programs are found by globbing. The noise is what Pyro drew, injected into both; a pathwise
+site is rebuilt from it with its gradient. What one backend refuses, the other refuses with the same words.
 """
 
 from __future__ import annotations

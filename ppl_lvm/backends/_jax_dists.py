@@ -1,4 +1,4 @@
-"""Distributions that latent-variable models need and NumPyro lacks, under Pyro's names."""
+"""Distributions of NumPyro as the engine needs them: those it lacks, supports, closed-form KL, a site's draw."""
 
 from __future__ import annotations
 
@@ -7,11 +7,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import numpyro.distributions as dist
 from numpyro.distributions import constraints
+from numpyro.distributions.kl import kl_divergence
 from numpyro.distributions.util import validate_sample
 
+from ppl_lvm.backends.base import product_support, rebuild
+
 Array = jax.Array
+Message = dict[str, Any]
 
 
 class _OneHot(type(constraints.simplex)):  # type: ignore[misc]
@@ -78,3 +83,94 @@ class OneHotCategorical(dist.Distribution):
 def namespace() -> Any:
     """`numpyro.distributions` with what it lacks."""
     return SimpleNamespace(**{**vars(dist), "OneHotCategorical": OneHotCategorical})
+
+
+def _strip(fn: Any) -> Any:
+    while isinstance(fn, (dist.ExpandedDistribution, dist.MaskedDistribution)):
+        fn = fn.base_dist
+    return fn
+
+
+def _boolean(fn: Any) -> bool:
+    support = fn.support
+    while hasattr(support, "base_constraint"):
+        support = support.base_constraint
+    return support is constraints.boolean
+
+
+def draw(fn: Any, key: Array, as_float: bool) -> Array:
+    """A draw; zeros and ones are floats in portable programs, as Pyro has them, and integers in native ones."""
+    value = fn.sample(key)
+    return value.astype(jnp.zeros(()).dtype) if as_float and _boolean(fn) else value
+
+
+def site_log_prob(site: Message) -> Array:
+    return site["fn"].log_prob(site["value"])
+
+
+def finite_support(fn: Any) -> np.ndarray | None:
+    base = _strip(fn)
+    while isinstance(base, dist.Independent):
+        base = _strip(base.base_dist)
+    if not base.has_enumerate_support:
+        return None
+    atoms = np.asarray(base.enumerate_support(expand=False))
+    return product_support(atoms.reshape(len(atoms), *base.event_shape), fn.event_shape)
+
+
+def kl(q: Any, p: Any) -> Array:
+    mask = q._mask if isinstance(q, dist.MaskedDistribution) else None
+    q, p = _strip(q), _strip(p)
+    if isinstance(q, dist.Independent) and isinstance(p, dist.Independent):
+        inner = kl(q.base_dist, p.base_dist)
+        inner = jnp.broadcast_to(
+            inner, jnp.broadcast_shapes(inner.shape, q.base_dist.batch_shape, p.base_dist.batch_shape)
+        )
+        value = inner.sum(tuple(range(-q.reinterpreted_batch_ndims, 0)))
+    elif isinstance(q, OneHotCategorical) and isinstance(p, OneHotCategorical):
+        value = (q.probs * (q.logits - p.logits)).sum(-1)
+    else:
+        value = kl_divergence(q, p)
+    return value if mask is None else jnp.where(mask, value, 0.0)
+
+
+def has_kl(q: Any, p: Any) -> bool:
+    try:
+        kl(q, p)
+    except NotImplementedError:
+        return False
+    return True
+
+
+def _solve(lower: Array, b: Array) -> Array:
+    return jax.scipy.linalg.solve_triangular(lower, b[..., None], lower=True)[..., 0]
+
+
+class GuideSite:
+    """A guide site as an estimator sees it (see `algorithm.SiteDistribution`)."""
+
+    def __init__(
+        self, fn: Any, key: Array, injected: Array | None, support: np.ndarray | None, as_float: bool
+    ) -> None:
+        self._fn, self._key, self._injected, self._support = fn, key, injected, support
+        self._as_float = as_float
+
+    def sample(self) -> Array:
+        value = self._injected
+        if value is None:
+            value = draw(self._fn, self._key, self._as_float)
+        return jax.lax.stop_gradient(value)
+
+    def rsample(self) -> Array:
+        if self._injected is None:
+            return self._fn.sample(self._key)
+        return rebuild(self._fn, self._injected, _solve)
+
+    def log_prob(self, value: Array) -> Array:
+        return self._fn.log_prob(value)
+
+    def select(self, index: Array) -> Array:
+        value = jnp.asarray(self._support)[index]
+        if self._as_float and _boolean(self._fn):
+            value = value.astype(jnp.zeros(()).dtype)
+        return jnp.broadcast_to(value, self._fn.batch_shape + self._fn.event_shape)

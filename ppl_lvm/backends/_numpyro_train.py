@@ -57,7 +57,7 @@ class Trainer:
             raise BackendError(f"compile={mode!r} was asked for; the NumPyro backend knows auto, compiled and eager.")
         self.mode = "eager" if mode == "eager" else "compiled"
         self.notes = [] if mode != "auto" else ["compile: one jitted loop"]
-        self._bound, self._plan, self._example = bound, plan, example
+        self._bound, self._plan, self._objective, self._example = bound, plan, objective, example
         self._rows, self._key = rows, jax.random.key(seed)
         name: str = optimizer.name  # type: ignore[attr-defined]
         self._transform = _TRANSFORMS[name]()
@@ -101,7 +101,7 @@ class Trainer:
 
     def initial(self) -> Tree:
         with precision(self._bound.dtype):
-            states, own = initial_extras(self._plan, self._example)
+            states, own = initial_extras(self._objective, self._plan, self._example)
             trained = {
                 "params": self._bound.initial,
                 "own": jax.tree.map(jnp.asarray, own, is_leaf=lambda x: isinstance(x, list)),

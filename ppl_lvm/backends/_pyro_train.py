@@ -71,6 +71,9 @@ class Trainer:
             )
         self.mode = mode
         self.notes: list[str] = []
+        # Asked here as a step that is being traced cannot look at values.
+        if bound.broadcasts(plan, example) != (True, True):
+            self.notes.append("draws: run one by one, as the program does not broadcast over them (see to_event, matmul)")
         self._bound, self._plan, self._objective = bound, plan, objective
         self._optimizer_name: str = optimizer.name  # type: ignore[attr-defined]
         self._example, self._seed, self._rows, self._steps = example, seed, rows, steps
@@ -170,7 +173,7 @@ class Trainer:
 
     def initial(self) -> Tree:
         dtype = getattr(torch, self._bound.dtype)
-        states, own = initial_extras(self._plan, self._example)
+        states, own = initial_extras(self._objective, self._plan, self._example)
         params = {n: p.detach().clone() for n, p in self._bound.initial.items()}
         own_params = {s: {n: torch.tensor(v, dtype=dtype) for n, v in ps.items()} for s, ps in own.items()}
         return self._with_optimizer(

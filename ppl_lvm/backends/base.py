@@ -15,7 +15,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 
 from ppl_lvm import ops
-from ppl_lvm.algorithm import Algorithm, Estimator, Objective, Schedule
+from ppl_lvm.algorithm import Algorithm, Estimator, Objective, Schedule, SiteDistribution
 from ppl_lvm.draws import Draws, Plate
 from ppl_lvm.errors import BackendError, ProgramError
 from ppl_lvm.ops import Array
@@ -96,6 +96,13 @@ class Structure:
         ]
 
 
+class Plain(Estimator):
+    """Draws that nothing is differentiated through."""
+
+    def sample(self, dist: SiteDistribution) -> Array:
+        return dist.sample()
+
+
 @dataclass(frozen=True)
 class Plan:
     """The static choices of a run: how many draws, carried how, and what else the table must hold."""
@@ -104,6 +111,11 @@ class Plan:
     M: int = 1
     estimators: Mapping[str, Estimator] = field(default_factory=dict)
     requests: frozenset[str] = frozenset()
+
+    @staticmethod
+    def of_values(structure: Structure, K: int, M: int) -> Plan:
+        """Plain draws, for evaluation."""
+        return Plan(K, M, {i.name: Plain() for i in structure.drawn()})
 
     @property
     def frozen(self) -> bool:
@@ -423,12 +435,13 @@ def check_state(found: Mapping[str, np.ndarray], needed: Mapping[str, np.ndarray
 
 
 def initial_extras(
-    plan: Plan, batch: Call
+    objective: Objective, plan: Plan, batch: Call
 ) -> tuple[dict[str, float], dict[str, dict[str, list[float]]]]:
-    """States and own parameters of the estimators, as plain numbers."""
+    """States of the estimators, and parameters of the estimators and the objective themselves, as plain numbers."""
     features = int(np.prod(batch.leaves[0].shape[1:], dtype=int)) if batch.leaves else 0
     states = {s: e.initial_state() for s, e in plan.estimators.items()}
     own = {s: e.initial_own(features) for s, e in plan.estimators.items()}
+    own["objective"] = objective.initial_own(features)
     return (
         {s: v for s, v in states.items() if v is not None},
         {s: v for s, v in own.items() if v},

@@ -2,29 +2,28 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
-from zlib import crc32
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import numpyro
-import numpyro.distributions as dist
 from numpyro import handlers
-from numpyro.distributions import constraints
-from numpyro.distributions.kl import kl_divergence
 from numpyro.distributions.transforms import biject_to
 from numpyro.ops.provenance import eval_provenance
-from numpyro.primitives import Messenger
 
-from ppl_lvm import nets, ops
 from ppl_lvm.algorithm import Objective, Variant
-from ppl_lvm.backends import _jax_nets
-from ppl_lvm.backends._jax_dists import OneHotCategorical, namespace
+from ppl_lvm.backends._jax_dists import (
+    GuideSite,
+    draw,
+    finite_support,
+    has_kl,
+    kl,
+    site_log_prob,
+)
+from ppl_lvm.backends._numpyro_handlers import Handler, Message, Namespace, Params, owned, precision, site_key
 from ppl_lvm.backends.base import (
     Call,
     Gradients,
@@ -38,196 +37,13 @@ from ppl_lvm.backends.base import (
     is_factor,
     is_point,
     losses,
-    product_support,
-    rebuild,
 )
 from ppl_lvm.draws import Draws, Plate, Site
-from ppl_lvm.errors import ProgramError
 
 if TYPE_CHECKING:
     from ppl_lvm.program import Program
 
 Array = jax.Array
-Params = Mapping[str, Any]
-Message = dict[str, Any]
-
-
-@contextlib.contextmanager
-def precision(dtype: str) -> Iterator[None]:
-    """float64, and no checks of distributions' arguments, inside this block only; the process's settings stay.
-
-    A check stops on the first value that is not finite; the loop stops there too, and names step and site.
-    """
-    with jax.enable_x64(dtype == "float64"), numpyro.validation_enabled(False):
-        yield
-
-
-def owned(a: Any, dtype: str | None = None) -> Array:
-    """A copy: `asarray` may borrow NumPy's memory, which the caller can change under a running fit."""
-    return jnp.array(a, dtype=dtype, copy=True)
-
-
-class Namespace:
-    """What a portable program calls, spoken by NumPyro; one object per fit, holding the networks it built."""
-
-    def __init__(self, seed: int, dtype: str) -> None:
-        self.dist = namespace()
-        self.nets, self.ops, self.xp = nets, ops, jnp
-        self.factor, self.deterministic = numpyro.factor, numpyro.deterministic
-        self._seed, self._dtype = seed, dtype
-        self._built: dict[str, tuple[nets.Network, Any, Any]] = {}
-
-    def sample(self, name: str, fn: Any, obs: Array | None = None, **options: Any) -> Array:
-        return numpyro.sample(name, fn, obs=obs, **options)
-
-    def plate(self, name: str, size: int, **options: Any) -> Any:
-        return numpyro.plate(name, size, **options)
-
-    def param(self, name: str, init: Any, constraint: Any = None) -> Array:
-        value = init() if callable(init) else init
-        kwargs = {} if constraint is None else {"constraint": constraint}
-        return numpyro.param(name, jnp.asarray(value, dtype=self._dtype), **kwargs)
-
-    def module(self, name: str, spec: nets.Network) -> Callable[[Array], Array]:
-        if name not in self._built:
-            with jax.ensure_compile_time_eval():
-                built = _jax_nets.build(spec, crc32(name.encode()) ^ self._seed, self._dtype)
-            self._built[name] = (spec, *built)
-        known, initial, bind = self._built[name]
-        if known != spec:
-            raise ProgramError(f"Module {name!r} is {known} and {spec} in one program; give them two names.")
-        return bind({leaf: numpyro.param(f"{name}.{leaf}", value) for leaf, value in initial.items()})
-
-
-class _Handler(Messenger):
-    """Outermost: answers parameters, noise, plates and latent sites; keeps what it saw of the first two."""
-
-    def __init__(
-        self,
-        params: Params,
-        key: Array,
-        latent: Callable[[Message], Any] | None = None,
-        subsamples: Mapping[str, Array] | None = None,
-        observed: Callable[[Message], Any] | None = None,
-    ) -> None:
-        super().__init__()
-        self.params, self.key, self.latent, self.observed = params, key, latent, observed
-        self.subsamples = subsamples or {}
-        self.found: dict[str, tuple[Any, Any]] = {}
-        self._anonymous = 0
-
-    def process_message(self, msg: Message) -> None:
-        kind = msg["type"]
-        if kind == "param" and msg["name"] in self.params:
-            msg["value"] = self.params[msg["name"]]
-        elif kind == "plate" and msg["value"] is None:
-            if msg["name"] in self.subsamples:
-                msg["value"] = self.subsamples[msg["name"]]
-            else:
-                msg["kwargs"]["rng_key"] = site_key(self.key, msg["name"])
-        elif kind in ("prng_key", "control_flow"):
-            self._anonymous += 1
-            msg["kwargs"]["rng_key"] = jax.random.fold_in(self.key, self._anonymous)
-        elif kind == "sample" and not msg["is_observed"] and msg["value"] is None and self.latent is not None:
-            msg["value"] = self.latent(msg)
-        elif kind == "sample" and msg["is_observed"] and self.observed is not None:
-            msg["value"] = self.observed(msg)
-
-    def postprocess_message(self, msg: Message) -> None:
-        if msg["type"] == "param":
-            self.found[msg["name"]] = (msg["value"], msg["kwargs"].get("constraint", constraints.real))
-
-
-def site_key(key: Array, name: str) -> Array:
-    """A site's own key: adding a site does not change the noise of the others."""
-    return jax.random.fold_in(key, crc32(name.encode()) & 0x7FFFFFFF)
-
-
-class _SiteDistribution:
-    """A guide site as an estimator sees it (see `algorithm.SiteDistribution`)."""
-
-    def __init__(
-        self, fn: Any, key: Array, injected: Array | None, support: np.ndarray | None, as_float: bool
-    ) -> None:
-        self._fn, self._key, self._injected, self._support = fn, key, injected, support
-        self._as_float = as_float
-
-    def sample(self) -> Array:
-        value = self._injected
-        if value is None:
-            value = _draw(self._fn, self._key, self._as_float)
-        return jax.lax.stop_gradient(value)
-
-    def rsample(self) -> Array:
-        if self._injected is None:
-            return self._fn.sample(self._key)
-        return rebuild(self._fn, self._injected, _solve)
-
-    def log_prob(self, value: Array) -> Array:
-        return self._fn.log_prob(value)
-
-    def select(self, index: Array) -> Array:
-        value = jnp.asarray(self._support)[index]
-        if self._as_float and _boolean(self._fn):
-            value = value.astype(jnp.zeros(()).dtype)
-        return jnp.broadcast_to(value, self._fn.batch_shape + self._fn.event_shape)
-
-
-def _boolean(fn: Any) -> bool:
-    support = fn.support
-    while hasattr(support, "base_constraint"):
-        support = support.base_constraint
-    return support is constraints.boolean
-
-
-def _draw(fn: Any, key: Array, as_float: bool) -> Array:
-    """A draw; zeros and ones are floats in portable programs, as Pyro has them, and integers in native ones."""
-    value = fn.sample(key)
-    return value.astype(jnp.zeros(()).dtype) if as_float and _boolean(fn) else value
-
-
-def _solve(lower: Array, b: Array) -> Array:
-    return jax.scipy.linalg.solve_triangular(lower, b[..., None], lower=True)[..., 0]
-
-
-def _strip(fn: Any) -> Any:
-    while isinstance(fn, (dist.ExpandedDistribution, dist.MaskedDistribution)):
-        fn = fn.base_dist
-    return fn
-
-
-def _support(fn: Any) -> np.ndarray | None:
-    base = _strip(fn)
-    while isinstance(base, dist.Independent):
-        base = _strip(base.base_dist)
-    if not base.has_enumerate_support:
-        return None
-    atoms = np.asarray(base.enumerate_support(expand=False))
-    return product_support(atoms.reshape(len(atoms), *base.event_shape), fn.event_shape)
-
-
-def _kl(q: Any, p: Any) -> Array:
-    mask = q._mask if isinstance(q, dist.MaskedDistribution) else None
-    q, p = _strip(q), _strip(p)
-    if isinstance(q, dist.Independent) and isinstance(p, dist.Independent):
-        inner = _kl(q.base_dist, p.base_dist)
-        inner = jnp.broadcast_to(
-            inner, jnp.broadcast_shapes(inner.shape, q.base_dist.batch_shape, p.base_dist.batch_shape)
-        )
-        value = inner.sum(tuple(range(-q.reinterpreted_batch_ndims, 0)))
-    elif isinstance(q, OneHotCategorical) and isinstance(p, OneHotCategorical):
-        value = (q.probs * (q.logits - p.logits)).sum(-1)
-    else:
-        value = kl_divergence(q, p)
-    return value if mask is None else jnp.where(mask, value, 0.0)
-
-
-def _has_kl(q: Any, p: Any) -> bool:
-    try:
-        _kl(q, p)
-    except NotImplementedError:
-        return False
-    return True
 
 
 class NumPyroBound:
@@ -265,16 +81,16 @@ class NumPyroBound:
 
     # Structure and parameters, from probe runs on one draw.
 
-    def _trace(self, program: Callable[..., Any], handler: _Handler, batch: Call) -> dict[str, Message]:
+    def _trace(self, program: Callable[..., Any], handler: Handler, batch: Call) -> dict[str, Message]:
         with handler, handlers.trace() as trace:
             program(*batch.args, **batch.kwargs)
         return trace
 
     def _probe(self, batch: Call, key: Array, asked: str | None) -> None:
         def prior(msg: Message) -> Array:
-            return _draw(msg["fn"], site_key(key, msg["name"]), self.program.portable)
+            return draw(msg["fn"], site_key(key, msg["name"]), self.program.portable)
 
-        guide_handler = _Handler({}, key, prior)
+        guide_handler = Handler({}, key, prior)
         guide = self._trace(self._guide, guide_handler, batch)
         values = {n: s["value"] for n, s in guide.items() if s["type"] == "sample"}
         plates = {n: s["value"] for n, s in guide.items() if s["type"] == "plate"}
@@ -282,7 +98,7 @@ class NumPyroBound:
         def replayed(msg: Message) -> Array:
             return values[msg["name"]] if msg["name"] in values else prior(msg)
 
-        model_handler = _Handler(
+        model_handler = Handler(
             {n: v for n, (v, _) in guide_handler.found.items()}, key, replayed, subsamples=plates
         )
         model = self._trace(self._model, model_handler, batch)
@@ -313,14 +129,11 @@ class NumPyroBound:
         sizes = {n: s["args"] for t in (guide, model) for n, s in t.items() if s["type"] == "plate"}
         every = [*guide_sites.values(), *model_sites.values()]
         # A batch dimension without a plate counts too: rows and draws must not meet it.
-        ranks = [len(jax.eval_shape(partial(_log_prob, s)).shape) for s in every]
+        ranks = [len(jax.eval_shape(partial(site_log_prob, s)).shape) for s in every]
         nesting = max([*ranks, *(-f.dim for s in every for f in s["cond_indep_stack"])], default=0)
         data = {n: s for n, s in observed.items() if not is_factor(s["fn"])} or observed
         data_plate = find_data_plate(
-            {
-                n: [(f.name, f.dim) for f in s["cond_indep_stack"]]
-                for n, s in data.items()
-            },
+            {n: [(f.name, f.dim) for f in s["cond_indep_stack"]] for n, s in data.items()},
             asked,
             list(sizes),
         )
@@ -347,12 +160,12 @@ class NumPyroBound:
                 role=role,
                 local=local(site),
                 reparameterised=bool(site["fn"].has_rsample),
-                support=_support(site["fn"]) if role != "observed" and not site["is_observed"] else None,
+                support=finite_support(site["fn"]) if role != "observed" and not site["is_observed"] else None,
                 plates=plates(site),
                 local_in_model=local(of_model),
                 closed_kl=role == "latent"
                 and np.array_equal(scales[0], scales[1])
-                and _has_kl(site["fn"], of_model["fn"]),
+                and has_kl(site["fn"], of_model["fn"]),
                 user_scaled=any(np.abs(scale - 1.0).max() > 1e-9 for scale in scales),
                 fixed=site["is_observed"] and role == "auxiliary",
                 point=is_point(site["fn"]),
@@ -381,13 +194,13 @@ class NumPyroBound:
         params = self.constrain(self.initial)
 
         def densities(**given: Array) -> dict[str, dict[str, Array]]:
-            guide = self._trace(self._guide, _Handler(params, key, lambda m: given[m["name"]]), batch)
+            guide = self._trace(self._guide, Handler(params, key, lambda m: given[m["name"]]), batch)
             plates = {n: s["value"] for n, s in guide.items() if s["type"] == "plate"}
             model = self._trace(
-                self._model, _Handler(params, key, lambda m: given[m["name"]], plates), batch
+                self._model, Handler(params, key, lambda m: given[m["name"]], plates), batch
             )
             return {
-                side: {n: _log_prob(s) for n, s in trace.items() if s["type"] == "sample"}
+                side: {n: site_log_prob(s) for n, s in trace.items() if s["type"] == "sample"}
                 for side, trace in (("guide", guide), ("model", model))
             }
 
@@ -408,12 +221,12 @@ class NumPyroBound:
             return v.astype(self.dtype) if jnp.issubdtype(v.dtype, jnp.floating) else v
 
         value = jax.tree.map(leaf, value)
-        return value if _is_tree(value) else self._transforms[name]._inverse(value)
+        return value if is_tree(value) else self._transforms[name]._inverse(value)
 
     def constrain(self, params: Params) -> dict[str, Any]:
         """Constrained values of unconstrained parameters."""
         with precision(self.dtype):
-            return {n: v if _is_tree(v) else self._transforms[n](v) for n, v in params.items()}
+            return {n: v if is_tree(v) else self._transforms[n](v) for n, v in params.items()}
 
     # One run.
 
@@ -451,7 +264,7 @@ class NumPyroBound:
                 layout, t, own_key = (
                     (local_layout, k, draw_key) if info.local else (outer_layout, m, outer_key)
                 )
-                site = _SiteDistribution(
+                site = GuideSite(
                     msg["fn"],
                     site_key(own_key, info.name),
                     self._to_site(injected.get(info.name), info),
@@ -466,17 +279,17 @@ class NumPyroBound:
                 variants[info.name] = variant
                 return variant.value
 
-            guide = self._trace(self._guide, _Handler(constrained, key, latent), batch)
+            guide = self._trace(self._guide, Handler(constrained, key, latent), batch)
             plates = {n: s["value"] for n, s in guide.items() if s["type"] == "plate"}
             drawn = {n: s["value"] for n, s in guide.items() if s["type"] == "sample"}
 
             def replayed(msg: Message) -> Array:
                 return drawn[msg["name"]]
 
-            model = self._trace(self._model, _Handler(constrained, key, replayed, plates), batch)
+            model = self._trace(self._model, Handler(constrained, key, replayed, plates), batch)
             frozen: dict[str, Message] = {}
             if stopped is not None:
-                frozen = self._trace(self._guide, _Handler(stopped, key, replayed, plates), batch)
+                frozen = self._trace(self._guide, Handler(stopped, key, replayed, plates), batch)
             sizes = {n: s["args"] for t in (guide, model) for n, s in t.items() if s["type"] == "plate"}
             table: dict[str, dict[str, Any]] = {"local": {}, "outer": {}}
             for info in structure.sites.values():
@@ -529,10 +342,10 @@ class NumPyroBound:
         row: dict[str, Any] = {"value": self._from_site(site["value"], site["fn"].event_dim, info)}
         for label, message in (("log_p", in_model), ("log_q", in_guide)):
             if message is not None:
-                row[label + "_full"] = self._full(_log_prob(message), info)
+                row[label + "_full"] = self._full(site_log_prob(message), info)
                 row[label] = self._rows(row[label + "_full"], info)
         if name in frozen and name in plan.estimators and plan.estimators[name].frozen:
-            row["log_q_frozen"] = self._rows(self._full(_log_prob(frozen[name]), info), info)
+            row["log_q_frozen"] = self._rows(self._full(site_log_prob(frozen[name]), info), info)
         if variant is not None:
             for label in ("weight", "credit", "through"):
                 value = getattr(variant, label)
@@ -540,7 +353,7 @@ class NumPyroBound:
                     value = jnp.broadcast_to(value, site["fn"].batch_shape)
                     row[label] = self._only(self._full(value, info), info)
         if "kl" in plan.requests and in_guide is not None and in_model is not None:
-            row["kl"] = self._rows(self._full(_kl(in_guide["fn"], in_model["fn"]), info), info)
+            row["kl"] = self._rows(self._full(kl(in_guide["fn"], in_model["fn"]), info), info)
         if info.user_scaled:
             for label, message in (("user_scale", in_model), ("guide_scale", in_guide)):
                 if message is not None:
@@ -639,18 +452,18 @@ class NumPyroBound:
         constrained = self.constrain(params)
 
         def run(draw_key: Array) -> dict[str, Array]:
-            def draw(msg: Message) -> Array:
-                return _draw(msg["fn"], site_key(draw_key, msg["name"]), self.program.portable)
+            def anew(msg: Message) -> Array:
+                return draw(msg["fn"], site_key(draw_key, msg["name"]), self.program.portable)
 
             guide: dict[str, Message] = {}
             if not prior:
-                guide = self._trace(self._guide, _Handler(constrained, key, draw), batch)
+                guide = self._trace(self._guide, Handler(constrained, key, anew), batch)
 
             def latent(msg: Message) -> Array:
-                return guide[msg["name"]]["value"] if msg["name"] in guide else draw(msg)
+                return guide[msg["name"]]["value"] if msg["name"] in guide else anew(msg)
 
             plates = {n: s["value"] for n, s in guide.items() if s["type"] == "plate"}
-            model = self._trace(self._model, _Handler(constrained, key, latent, plates, draw), batch)
+            model = self._trace(self._model, Handler(constrained, key, latent, plates, anew), batch)
             return {n: s["value"] for n, s in model.items() if s["type"] == "sample"}
 
         return jax.vmap(run)(jax.random.split(key, draws))
@@ -711,10 +524,7 @@ class NumPyroBound:
         return Gradients(loss, gradient, own_gradient, states_)
 
 
-def _is_tree(value: Any) -> bool:
+def is_tree(value: Any) -> bool:
     return not jax.tree_util.all_leaves([value])
 
-
-def _log_prob(site: Message) -> Array:
-    return site["fn"].log_prob(site["value"])
 

@@ -10,27 +10,24 @@ from __future__ import annotations
 import contextlib
 import itertools
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
-from zlib import crc32
 
-import array_api_compat.torch as xp
 import numpy as np
 import pyro
 import torch
 from pyro import poutine
-from pyro.distributions import constraints
 from pyro.ops.provenance import get_provenance, track_provenance
-from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
-from torch.distributions import kl_divergence, transform_to
+from torch.distributions import transform_to
 
-from ppl_lvm import nets, ops
-from ppl_lvm.algorithm import Estimator, Objective, SiteDistribution, Variant
-from ppl_lvm.backends import _torch_nets
+from ppl_lvm.algorithm import Objective, Variant
+from ppl_lvm.backends._pyro_handlers import Handler, Holder, Message, Namespace, Params, sealed, seeded
+from ppl_lvm.backends._torch_dists import GuideSite, draw, finite_support, has_kl, kl, site_log_prob
+from ppl_lvm.backends._torch_tables import equal, joined
 from ppl_lvm.backends.base import (
     Call,
     Gradients,
@@ -44,8 +41,6 @@ from ppl_lvm.backends.base import (
     is_factor,
     is_point,
     losses,
-    product_support,
-    rebuild,
 )
 from ppl_lvm.draws import Draws, Plate, Site
 from ppl_lvm.errors import BackendError, ProgramError
@@ -53,276 +48,6 @@ from ppl_lvm.errors import BackendError, ProgramError
 if TYPE_CHECKING:
     from ppl_lvm.program import Program
 
-Params = Mapping[str, Tensor]
-Message = Any
-Memo = dict[Any, Tensor]
-"""Draws that several runs share, by site and entry of the table."""
-
-
-@contextlib.contextmanager
-def sealed(dtype: str) -> Iterator[None]:
-    """Default dtype and validation switches as the engine needs them, and as they were before afterwards."""
-    before = torch.get_default_dtype()
-    with pyro.validation_enabled(False):
-        torch.set_default_dtype(getattr(torch, dtype))
-        try:
-            yield
-        finally:
-            torch.set_default_dtype(before)
-
-
-@contextlib.contextmanager
-def seeded(key: int) -> Iterator[None]:
-    """torch's CPU generator seeded inside this block, restored afterwards."""
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(key)
-        yield
-
-
-class Namespace:
-    """What a portable program calls, spoken by Pyro; one object per fit, holding the networks it built."""
-
-    def __init__(self, seed: int, dtype: str) -> None:
-        self.dist = pyro.distributions
-        self.nets, self.ops, self.xp = nets, ops, xp
-        self.factor, self.deterministic = pyro.factor, pyro.deterministic
-        self._seed, self._dtype = seed, dtype
-        self._built: dict[str, tuple[nets.Network, Any, Any]] = {}
-
-    def sample(self, name: str, fn: Any, obs: Tensor | None = None, **options: Any) -> Tensor:
-        return pyro.sample(name, fn, obs=obs, **options)
-
-    def plate(self, name: str, size: int, **options: Any) -> Any:
-        return pyro.plate(name, size, **options)
-
-    def param(self, name: str, init: Any, constraint: Any = None) -> Tensor:
-        def initial() -> Tensor:
-            return torch.as_tensor(init() if callable(init) else init, dtype=getattr(torch, self._dtype))
-
-        return pyro.param(name, initial, constraints.real if constraint is None else constraint)
-
-    def module(self, name: str, spec: nets.Network) -> Callable[[Tensor], Tensor]:
-        if name not in self._built:
-            self._built[name] = (spec, *_torch_nets.build(spec, crc32(name.encode()) ^ self._seed, self._dtype))
-        known, initial, bind = self._built[name]
-        if known != spec:
-            raise ProgramError(f"Module {name!r} is {known} and {spec} in one program; give them two names.")
-        return bind({leaf: pyro.param(f"{name}.{leaf}", value) for leaf, value in initial.items()})
-
-
-class _Holder(torch.nn.Module):
-    """The modules of a native program, so that one functional call swaps all their parameters."""
-
-    def forward(self, f: Callable[[], Any]) -> Any:
-        return f()
-
-
-class _Handler(Messenger):
-    """Outermost: answers parameters, plates and latent sites, so that neither store nor generator is asked.
-
-    Parameters of modules are offered by the module itself, whose tensors a functional call has swapped: they are
-    answered with what was offered.
-    """
-
-    def __init__(
-        self,
-        params: Params,
-        latent: Callable[[Message], None],
-        subsamples: Mapping[str, Tensor] | None = None,
-        observed: Callable[[Message], None] | None = None,
-    ) -> None:
-        super().__init__()
-        self.params, self.latent, self.observed = params, latent, observed
-        self.subsamples = dict(subsamples or {})
-        self.constraints: dict[str, Any] = {}
-        self.offered: dict[str, torch.nn.Parameter] = {}
-        self.values: dict[str, Tensor] = {}
-
-    def _pyro_param(self, msg: Message) -> None:
-        name = msg["name"]
-        offer = msg["args"][1] if len(msg["args"]) > 1 else None
-        if isinstance(offer, torch.nn.Parameter):
-            self.offered[name] = offer
-        value: Any
-        if "$$$" in name:
-            value = offer
-        elif name in self.params:
-            value = self.params[name]
-        elif name in self.values:
-            value = self.values[name]
-        elif offer is None:
-            raise ProgramError(f"Parameter {name!r} is read before it is given an initial value.")
-        else:
-            value = offer() if callable(offer) and not isinstance(offer, Tensor) else offer
-            value = torch.as_tensor(value).detach().clone()
-        if offer is not None:
-            self.constraints.setdefault(name, msg["kwargs"].get("constraint", constraints.real))
-        self.values[name] = value
-        msg["value"], msg["done"] = value, True
-
-    def _pyro_sample(self, msg: Message) -> None:
-        if site_is_subsample(msg):
-            if msg["name"] in self.subsamples:
-                msg["value"], msg["done"] = self.subsamples[msg["name"]], True
-        elif not msg["is_observed"] and not msg["infer"].get("_deterministic"):
-            self.latent(msg)
-            msg["done"] = True
-        elif msg["is_observed"] and self.observed is not None:
-            self.observed(msg)
-
-    def _pyro_post_sample(self, msg: Message) -> None:
-        if site_is_subsample(msg):
-            self.subsamples[msg["name"]] = msg["value"]
-
-
-def _one_hot(fn: Any) -> bool:
-    return isinstance(fn, torch.distributions.OneHotCategorical)
-
-
-def _sample(fn: Any) -> Tensor:
-    if isinstance(fn, torch.distributions.Independent):
-        return _sample(fn.base_dist)
-    if _one_hot(fn):
-        # torch's own sampler reads the value back to the host, which stalls a GPU and cannot be traced.
-        index = torch.multinomial(fn.probs.reshape(-1, fn.event_shape[0]), 1)
-        return ops.one_hot(index.reshape(fn.batch_shape), fn.event_shape[0]).to(fn.probs.dtype)
-    return fn.sample()
-
-
-def _log_prob(fn: Any, value: Tensor) -> Tensor:
-    """`fn.log_prob`, but linear in the value of a one-hot, where torch takes the argmax and loses the gradient."""
-    if isinstance(fn, torch.distributions.Independent):
-        inner = _log_prob(fn.base_dist, value)
-        n = fn.reinterpreted_batch_ndims
-        return inner.reshape(inner.shape[: inner.dim() - n] + (-1,)).sum(-1) if n else inner
-    if _one_hot(fn):
-        return (value * fn.logits).sum(-1)
-    return fn.log_prob(value)
-
-
-def _site_log_prob(site: Message) -> Tensor:
-    log_prob = _log_prob(site["fn"], site["value"])
-    mask = site["mask"]
-    if mask is None or mask is True:
-        return log_prob
-    return torch.where(torch.as_tensor(mask), log_prob, torch.zeros_like(log_prob))
-
-
-def _kl(q: Message, p: Message) -> Tensor:
-    value = kl_divergence(q["fn"], p["fn"])
-    mask = q["mask"]
-    return value if mask is None or mask is True else torch.where(mask, value, torch.zeros_like(value))
-
-
-def _has_kl(q: Message, p: Message) -> bool:
-    try:
-        _kl(q, p)
-    except NotImplementedError:
-        return False
-    return True
-
-
-def _support(fn: Any) -> np.ndarray | None:
-    base = fn
-    while isinstance(base, torch.distributions.Independent) or type(base).__name__ == "MaskedDistribution":
-        base = base.base_dist
-    if not base.has_enumerate_support:
-        return None
-    atoms = base.enumerate_support(expand=False)
-    return product_support(atoms.reshape(len(atoms), *base.event_shape).numpy(), fn.event_shape)
-
-
-def _solve(lower: Tensor, b: Tensor) -> Tensor:
-    return torch.linalg.solve_triangular(lower, b.unsqueeze(-1), upper=False).squeeze(-1)
-
-
-class _SiteDistribution:
-    """A guide site as an estimator sees it (see `algorithm.SiteDistribution`); its draws axis is `dim`."""
-
-    def __init__(
-        self,
-        fn: Any,
-        injected: Tensor | None,
-        support: np.ndarray | None,
-        stride: int,
-        dim: int,
-        remember: Callable[[Callable[[], Tensor]], Tensor],
-    ) -> None:
-        self._fn, self._injected, self._support = fn, injected, support
-        self._stride, self._dim, self._remember = stride, dim, remember
-
-    def _share(self, value: Tensor) -> Tensor:
-        """One value for the entries that differ only in variants drawn later."""
-        if self._stride == 1:
-            return value
-        dim = self._dim - self._fn.event_dim
-        t = torch.arange(value.shape[dim], device=value.device)
-        return value.index_select(dim, t // self._stride * self._stride)
-
-    def sample(self) -> Tensor:
-        if self._injected is not None:
-            return self._injected.detach()
-        return self._remember(lambda: self._share(_sample(self._fn).detach()))
-
-    def rsample(self) -> Tensor:
-        if self._injected is not None:
-            return rebuild(self._fn, self._injected, _solve)
-        return self._remember(lambda: self._share(self._fn.rsample()))
-
-    def log_prob(self, value: Tensor) -> Tensor:
-        return _log_prob(self._fn, value)
-
-    def select(self, index: Tensor) -> Tensor:
-        assert self._support is not None
-        like = torch.as_tensor(self._support)
-        support = like.to(torch.get_default_dtype()) if like.is_floating_point() else like
-        return support[index].expand(self._fn.batch_shape + self._fn.event_shape)
-
-
-class _Still(Estimator):
-    """Draws without gradient, for runs whose values alone matter."""
-
-    def sample(self, dist: SiteDistribution) -> Tensor:
-        return dist.sample()
-
-
-_ARRAYS = (
-    *("value", "log_p", "log_q", "log_q_frozen", "weight", "credit", "through", "log_p_full", "log_q_full"),
-    *("user_scale", "guide_scale"),
-)
-
-
-def _joined(tables: list[dict[str, Site]], axis: int) -> dict[str, Site]:
-    """The tables of several runs as one, along the outer axis (0) or the draws axis (1), which global sites lack."""
-    first = tables[0]
-    if len(tables) == 1:
-        return first
-
-    def along(arrays: list[Any]) -> Any:
-        return torch.cat(arrays, axis) if isinstance(arrays[0], Tensor) and arrays[0].dim() else arrays[0]
-
-    def join(name: str, site: Site) -> Site:
-        if axis == 1 and not site.local:
-            return site
-        found = [t[name] for t in tables]
-        extra = {label: along([s.extra[label] for s in found]) for label in site.extra}
-        return replace(site, extra=extra, **{label: along([getattr(s, label) for s in found]) for label in _ARRAYS})
-
-    return {name: join(name, site) for name, site in first.items()}
-
-
-def _equal(one: Mapping[str, Site], other: Mapping[str, Site]) -> bool:
-    """Whether two tables hold the same densities, to rounding."""
-
-    def close(a: Tensor | None, b: Tensor | None) -> bool:
-        if a is None or b is None:
-            return a is b
-        tolerance = 1e-3 if a.dtype == torch.float32 else 1e-8
-        finite = b[b.isfinite()].abs()
-        size = max(float(finite.max()), 1.0) if finite.numel() else 1.0
-        return a.shape == b.shape and torch.allclose(a, b, rtol=tolerance, atol=tolerance * size, equal_nan=True)
-
-    return all(close(s.log_p, other[n].log_p) and close(s.log_q, other[n].log_q) for n, s in one.items())
 
 
 class PyroBound:
@@ -334,12 +59,19 @@ class PyroBound:
         self, program: Program, example: Call, *, seed: int, dtype: str, data_plate: str | None = None
     ) -> None:
         self.program, self.dtype, self.asked_plate = program, dtype, data_plate
+        for role, call in (("model", program.model), ("guide", program.guide)):
+            if isinstance(call, pyro.nn.PyroModule):
+                raise BackendError(
+                    f"The {role} is a PyroModule ({type(call).__name__}), whose parameters cannot be given "
+                    f"functionally yet; write it as a function with pyro.param, and its networks as torch.nn "
+                    f"modules with pyro.module."
+                )
         self._model: Callable[..., Any] = program.model
         self._guide: Callable[..., Any] = program.guide
         if program.portable:
             ppl = Namespace(seed, dtype)
             self._model, self._guide = partial(program.model, ppl), partial(program.guide, ppl)
-        self._holder = _Holder()
+        self._holder = Holder()
         self._paths: dict[str, str] = {}
         self._broadcasts: dict[tuple[bool, bool], tuple[bool, bool]] = {}
         with sealed(dtype), seeded(seed):
@@ -361,7 +93,7 @@ class PyroBound:
     # Structure and parameters, from probe runs on one draw.
 
     def _trace(
-        self, program: Callable[..., Any], handler: _Handler, batch: Call, params: Params | None = None
+        self, program: Callable[..., Any], handler: Handler, batch: Call, params: Params | None = None
     ) -> dict[str, Message]:
         def run() -> dict[str, Message]:
             with handler:
@@ -386,12 +118,12 @@ class PyroBound:
             called.append(module)
 
         def prior(msg: Message) -> None:
-            msg["value"] = _sample(msg["fn"]).detach()
+            msg["value"] = draw(msg["fn"]).detach()
 
         with contextlib.ExitStack() as stack:
             hook = torch.nn.modules.module.register_module_forward_pre_hook(notice)
             stack.callback(hook.remove)
-            guide_handler = _Handler({}, prior)
+            guide_handler = Handler({}, prior)
             with torch.no_grad():
                 guide = self._trace(self._guide, guide_handler, batch)
             values = {n: s["value"] for n, s in guide.items()}
@@ -402,7 +134,7 @@ class PyroBound:
                 else:
                     prior(msg)
 
-            model_handler = _Handler(guide_handler.values, replayed, guide_handler.subsamples)
+            model_handler = Handler(guide_handler.values, replayed, guide_handler.subsamples)
             with torch.no_grad():
                 model = self._trace(self._model, model_handler, batch)
         self._supports = {n: s["fn"].support for n, s in model.items() if s["is_observed"]}
@@ -453,7 +185,7 @@ class PyroBound:
         every = [*guide.values(), *model.values()]
         frames = {f.name: f for s in every for f in s["cond_indep_stack"] if f.vectorized}
         # A batch dimension without a plate counts too: rows and draws must not meet it.
-        ranks = [_site_log_prob(s).dim() for s in every]
+        ranks = [site_log_prob(s).dim() for s in every]
         nesting = max([*ranks, *(-f.dim for f in frames.values())], default=0)
         self._ranks = {n: len(s["fn"].batch_shape) for t in (model, guide) for n, s in t.items()}
         data = {n: s for n, s in observed.items() if not is_factor(s["fn"])} or observed
@@ -486,12 +218,12 @@ class PyroBound:
                 role=role,
                 local=local(site),
                 reparameterised=bool(site["fn"].has_rsample),
-                support=_support(site["fn"]) if role != "observed" and not site["is_observed"] else None,
+                support=finite_support(site["fn"]) if role != "observed" and not site["is_observed"] else None,
                 plates=tuple(
                     Plate(f.name, f.full_size or f.size, f.size) for f in site["cond_indep_stack"]
                 ),
                 local_in_model=local(of_model),
-                closed_kl=role == "latent" and torch.equal(*scales) and _has_kl(site, of_model),
+                closed_kl=role == "latent" and torch.equal(*scales) and has_kl(site, of_model),
                 user_scaled=any(float((scale - 1.0).abs().max()) > 1e-9 for scale in scales),
                 fixed=site["is_observed"] and role == "auxiliary",
                 point=is_point(site["fn"]),
@@ -525,9 +257,9 @@ class PyroBound:
             msg["value"] = marked[msg["name"]]
 
         def parents(program: Callable[..., Any]) -> dict[str, frozenset[str]]:
-            handler = _Handler(params, replayed, subsamples)
+            handler = Handler(params, replayed, subsamples)
             trace = self._trace(program, handler, batch, self.initial)
-            return {n: frozenset(get_provenance(_site_log_prob(s))) for n, s in trace.items()}
+            return {n: frozenset(get_provenance(site_log_prob(s))) for n, s in trace.items()}
 
         with torch.no_grad():
             guide, model = parents(self._guide), parents(self._model)
@@ -614,7 +346,7 @@ class PyroBound:
         return self._broadcasts.get(many, (True, True))
 
     def _try(self, outer: bool, inner: bool, batch: Call) -> tuple[bool, bool]:
-        plan = Plan(estimators={i.name: _Still() for i in self.structure.drawn()})
+        plan = Plan.of_values(self.structure, 1, 1)
         sizes, subsamples = (3 if outer else 1, 2 if inner else 1), dict[str, Tensor]()
         constrained = self.constrain(self.initial)
 
@@ -627,10 +359,10 @@ class PyroBound:
             # Whatever a program raises on shapes it was not written for, and warns about, it is not to be run on them.
             with contextlib.suppress(Exception), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                if _equal(run(values, whole), one_by_one):
+                if equal(run(values, whole), one_by_one):
                     return whole
         # A program that is random by itself (dropout) cannot be compared with itself; it gets the benefit of the doubt.
-        return (False, False) if _equal(run(values, (False, False)), one_by_one) else (True, True)
+        return (False, False) if equal(run(values, (False, False)), one_by_one) else (True, True)
 
     def _sites(
         self,
@@ -644,16 +376,16 @@ class PyroBound:
         subsamples: dict[str, Tensor],
     ) -> dict[str, Site]:
         """The table's sites from one run, or from several that are put together, on one mini-batch."""
-        memo: Memo = {}
+        memo: dict[Any, Tensor] = {}
         outer, inner = (
             [range(n)] if at_once else [range(i, i + 1) for i in range(n)]
             for n, at_once in zip(sizes, whole, strict=True)
         )
         tables = [
-            _joined([self._run(params, constrained, batch, plan, given, m, k, memo, subsamples) for k in inner], 1)
+            joined([self._run(params, constrained, batch, plan, given, m, k, memo, subsamples) for k in inner], 1)
             for m in outer
         ]
-        return _joined(tables, 0)
+        return joined(tables, 0)
 
     def _run(
         self,
@@ -664,7 +396,7 @@ class PyroBound:
         given: Mapping[str, Tensor],
         outer: range,
         inner: range,
-        memo: Memo,
+        memo: dict[Any, Tensor],
         subsamples: dict[str, Tensor],
     ) -> dict[str, Site]:
         """The sites of one run, for these entries of the outer axis and of the draws axis."""
@@ -684,7 +416,6 @@ class PyroBound:
             injected = self._to_site(given[info.name], info, outer, inner) if info.name in given else None
             count, stride = layouts[info.name]
             span, entries = count * stride, inner if info.local else outer
-
             number = itertools.count()
 
             def remember(draw: Callable[[], Tensor]) -> Tensor:
@@ -694,7 +425,7 @@ class PyroBound:
                 return memo[entry]
 
             axis = -(n + 1) if info.local else -(n + 2)
-            site = _SiteDistribution(fn, injected, info.support, span, axis, remember)
+            site = GuideSite(fn, injected, info.support, span, axis, remember)
             estimator = plan.estimators[info.name]
             if count == 1:
                 msg["value"] = estimator.sample(site)
@@ -704,14 +435,14 @@ class PyroBound:
             variants[info.name] = variant
             msg["value"] = variant.value
 
-        handler = _Handler(constrained, latent, subsamples)
+        handler = Handler(constrained, latent, subsamples)
         guide = self._trace(self._guide, handler, batch, params)
         drawn = {name: s["value"] for name, s in guide.items()}
 
         def replayed(msg: Message) -> None:
             msg["value"] = drawn[msg["name"]]
 
-        model_handler = _Handler(constrained, replayed, handler.subsamples)
+        model_handler = Handler(constrained, replayed, handler.subsamples)
         model = self._trace(self._model, model_handler, batch, params)
         subsamples.update(model_handler.subsamples)
         frozen: dict[str, Message] = {}
@@ -719,7 +450,7 @@ class PyroBound:
             stopped = {name: p.detach() for name, p in params.items()}
             frozen = self._trace(
                 self._guide,
-                _Handler(self.constrain(stopped), replayed, handler.subsamples),
+                Handler(self.constrain(stopped), replayed, handler.subsamples),
                 batch,
                 stopped,
             )
@@ -747,10 +478,10 @@ class PyroBound:
         row: dict[str, Any] = {}
         for label, message in (("log_p", in_model), ("log_q", in_guide)):
             if message is not None:
-                row[label + "_full"] = self._full(_site_log_prob(message), info)
+                row[label + "_full"] = self._full(site_log_prob(message), info)
                 row[label] = self._rows(row[label + "_full"], info)
         if name in frozen and name in plan.estimators and plan.estimators[name].frozen:
-            row["log_q_frozen"] = self._rows(self._full(_site_log_prob(frozen[name]), info), info)
+            row["log_q_frozen"] = self._rows(self._full(site_log_prob(frozen[name]), info), info)
         if variant is not None:
             for label in ("weight", "credit", "through"):
                 value = getattr(variant, label)
@@ -759,7 +490,7 @@ class PyroBound:
                     row[label] = self._only(self._full(value, info), info)
         extra = {}
         if "kl" in plan.requests and in_guide is not None and in_model is not None:
-            extra["kl"] = self._rows(self._full(_kl(in_guide, in_model), info), info)
+            extra["kl"] = self._rows(self._full(kl(in_guide, in_model), info), info)
         scales: dict[str, Any] = {}
         if info.user_scaled:
             for label, message in (("user_scale", in_model), ("guide_scale", in_guide)):
@@ -865,14 +596,14 @@ class PyroBound:
         """
         constrained = self.constrain(params)
 
-        def draw(msg: Message) -> None:
-            msg["value"] = _sample(msg["fn"])
+        def anew(msg: Message) -> None:
+            msg["value"] = draw(msg["fn"])
 
         values: list[dict[str, Tensor]] = []
         with sealed(self.dtype), seeded(key), torch.no_grad():
             for _ in range(draws):
                 guide: dict[str, Message] = {}
-                handler = _Handler(constrained, draw)
+                handler = Handler(constrained, anew)
                 if not prior:
                     guide = self._trace(self._guide, handler, batch, params)
 
@@ -880,9 +611,9 @@ class PyroBound:
                     if msg["name"] in guide:
                         msg["value"] = guide[msg["name"]]["value"]
                     else:
-                        draw(msg)
+                        anew(msg)
 
-                model_handler = _Handler(constrained, latent, handler.subsamples, draw)
+                model_handler = Handler(constrained, latent, handler.subsamples, anew)
                 model = self._trace(self._model, model_handler, batch, params)
                 values.append({n: s["value"] for n, s in model.items()})
         return {n: torch.stack([v[n] for v in values]) for n in values[0]} if values else {}

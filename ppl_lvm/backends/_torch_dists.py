@@ -1,0 +1,123 @@
+"""Distributions of torch as the engine needs them: traceable draws, densities linear in one-hots, supports, KL."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.distributions import kl_divergence
+
+from ppl_lvm import ops
+from ppl_lvm.backends.base import product_support, rebuild
+
+Message = Any
+
+
+def _one_hot(fn: Any) -> bool:
+    return isinstance(fn, torch.distributions.OneHotCategorical)
+
+
+def draw(fn: Any) -> Tensor:
+    if isinstance(fn, torch.distributions.Independent):
+        return draw(fn.base_dist)
+    if _one_hot(fn):
+        # torch's own sampler reads the value back to the host, which stalls a GPU and cannot be traced.
+        index = torch.multinomial(fn.probs.reshape(-1, fn.event_shape[0]), 1)
+        return ops.one_hot(index.reshape(fn.batch_shape), fn.event_shape[0]).to(fn.probs.dtype)
+    return fn.sample()
+
+
+def log_prob(fn: Any, value: Tensor) -> Tensor:
+    """`fn.log_prob`, but linear in the value of a one-hot, where torch takes the argmax and loses the gradient."""
+    if isinstance(fn, torch.distributions.Independent):
+        inner = log_prob(fn.base_dist, value)
+        n = fn.reinterpreted_batch_ndims
+        return inner.reshape(inner.shape[: inner.dim() - n] + (-1,)).sum(-1) if n else inner
+    if _one_hot(fn):
+        return (value * fn.logits).sum(-1)
+    return fn.log_prob(value)
+
+
+def site_log_prob(site: Message) -> Tensor:
+    value = log_prob(site["fn"], site["value"])
+    mask = site["mask"]
+    if mask is None or mask is True:
+        return value
+    return torch.where(torch.as_tensor(mask), value, torch.zeros_like(value))
+
+
+def kl(q: Message, p: Message) -> Tensor:
+    value = kl_divergence(q["fn"], p["fn"])
+    mask = q["mask"]
+    return value if mask is None or mask is True else torch.where(mask, value, torch.zeros_like(value))
+
+
+def has_kl(q: Message, p: Message) -> bool:
+    try:
+        kl(q, p)
+    except NotImplementedError:
+        return False
+    return True
+
+
+def finite_support(fn: Any) -> np.ndarray | None:
+    base = fn
+    while isinstance(base, torch.distributions.Independent) or type(base).__name__ == "MaskedDistribution":
+        base = base.base_dist
+    if not base.has_enumerate_support:
+        return None
+    atoms = base.enumerate_support(expand=False)
+    return product_support(atoms.reshape(len(atoms), *base.event_shape).numpy(), fn.event_shape)
+
+
+def _solve(lower: Tensor, b: Tensor) -> Tensor:
+    return torch.linalg.solve_triangular(lower, b.unsqueeze(-1), upper=False).squeeze(-1)
+
+
+class GuideSite:
+    """A guide site as an estimator sees it (see `algorithm.SiteDistribution`); its draws axis is `dim`.
+
+    `remember(draw)` gives a draw that an earlier run of the same table made, where the two share it.
+    """
+
+    def __init__(
+        self,
+        fn: Any,
+        injected: Tensor | None,
+        support: np.ndarray | None,
+        stride: int,
+        dim: int,
+        remember: Callable[[Callable[[], Tensor]], Tensor],
+    ) -> None:
+        self._fn, self._injected, self._support = fn, injected, support
+        self._stride, self._dim, self._remember = stride, dim, remember
+
+    def _share(self, value: Tensor) -> Tensor:
+        """One value for the entries that differ only in variants drawn later."""
+        if self._stride == 1:
+            return value
+        dim = self._dim - self._fn.event_dim
+        t = torch.arange(value.shape[dim], device=value.device)
+        return value.index_select(dim, t // self._stride * self._stride)
+
+    def sample(self) -> Tensor:
+        if self._injected is not None:
+            return self._injected.detach()
+        return self._remember(lambda: self._share(draw(self._fn).detach()))
+
+    def rsample(self) -> Tensor:
+        if self._injected is not None:
+            return rebuild(self._fn, self._injected, _solve)
+        return self._remember(lambda: self._share(self._fn.rsample()))
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        return log_prob(self._fn, value)
+
+    def select(self, index: Tensor) -> Tensor:
+        assert self._support is not None
+        like = torch.as_tensor(self._support)
+        support = like.to(torch.get_default_dtype()) if like.is_floating_point() else like
+        return support[index].expand(self._fn.batch_shape + self._fn.event_shape)
