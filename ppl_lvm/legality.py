@@ -9,9 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from fnmatch import fnmatchcase
 
-from ppl_lvm.algorithm import Estimator, Objective
+from ppl_lvm.algorithm import Estimator, Objective, best_pattern
 from ppl_lvm.backends.base import LARGEST_SUPPORT, Plan, SiteInfo, Structure
 from ppl_lvm.errors import LegalityError
 from ppl_lvm.estimators.enumerate import enumerate as enumerated
@@ -224,24 +223,15 @@ def plan(
 def _named(patterns: Mapping[str, Estimator | None], structure: Structure) -> Iterator[tuple[str, Estimator]]:
     names = [i.name for i in structure.drawn()]
     for pattern in patterns:
-        if pattern != "*" and not any(_matches(n, pattern) for n in names):
+        if pattern != "*" and all(best_pattern([pattern], n) is None for n in names):
             raise LegalityError(
                 f"estimator has an entry for {pattern!r}, which matches none of the guide's sites {names}."
             )
     for name in names:
-        matching = [p for p in patterns if _matches(name, p)]
-        if not matching:
-            continue
-        # An exact name first, then the longest pattern.
-        best = max(matching, key=lambda p: (p == name, len(p)))
-        chosen = patterns[best]
+        best = best_pattern(patterns, name)
+        chosen = None if best is None else patterns[best]
         if chosen is not None:
             yield name, chosen
-
-
-def _matches(name: str, pattern: str) -> bool:
-    """Exactly or as a wildcard, as the names of sites may hold brackets."""
-    return name == pattern or fnmatchcase(name, pattern)
 
 
 def _whole_program(objective: Objective, structure: Structure) -> Iterator[str]:

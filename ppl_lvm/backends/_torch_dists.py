@@ -55,7 +55,18 @@ def kl(q: Message, p: Message) -> Tensor:
     return value if mask is None or mask is True else torch.where(mask, value, torch.zeros_like(value))
 
 
+def _masks(site: Message) -> list[Tensor]:
+    found, fn = [site["mask"]], site["fn"]
+    while hasattr(fn, "base_dist"):
+        found.append(getattr(fn, "_mask", None))
+        fn = fn.base_dist
+    return [torch.as_tensor(m) for m in found if m is not None and m is not True]
+
+
 def has_kl(q: Message, p: Message) -> bool:
+    """Whether the library knows it, and both densities count at the same elements."""
+    if len(_masks(q)) != len(_masks(p)) or not all(map(torch.equal, _masks(q), _masks(p))):
+        return False
     try:
         kl(q, p)
     except NotImplementedError:

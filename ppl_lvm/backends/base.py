@@ -10,7 +10,7 @@ import itertools
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 
@@ -19,6 +19,9 @@ from ppl_lvm.algorithm import Algorithm, Estimator, Objective, Schedule, SiteDis
 from ppl_lvm.draws import Draws, Plate
 from ppl_lvm.errors import BackendError, ProgramError
 from ppl_lvm.ops import Array
+
+if TYPE_CHECKING:
+    from ppl_lvm.program import Program
 
 LARGEST_SUPPORT = 4096
 """Values of a finite site that are enumerated at most."""
@@ -205,6 +208,35 @@ class Call:
             return None if a is None else f(a)
 
         return Call(tuple(each(a) for a in self.args), {k: each(a) for k, a in self.kwargs.items()})
+
+    def map_named(self, names: Sequence[str], f: Callable[[str, Any], Any]) -> Call:
+        """The same for a function of an argument's name and array; `names` are those of positional ones."""
+
+        def each(name: str, a: Any) -> Any:
+            return None if a is None else f(name, a)
+
+        args = tuple(each(n, a) for n, a in itertools.zip_longest(names[: len(self.args)], self.args, fillvalue=""))
+        return Call(args, {k: each(k, a) for k, a in self.kwargs.items()})
+
+
+def example_kinds(program: Program) -> dict[str, str] | None:
+    """NumPy's kinds of a portable program's example by argument, or None for a native program."""
+    if not program.portable:
+        return None
+    call = Call.of(None if program.example is None else program.example(np.random.default_rng(0)))
+    named = {**dict(zip(program.arguments, call.args, strict=False)), **call.kwargs}
+    return {name: np.asarray(a).dtype.kind for name, a in named.items()}
+
+
+def as_float(kinds: Mapping[str, str] | None, name: str, kind: str) -> bool:
+    """Whether data of this argument and NumPy kind go to the program as floats of the fit's precision.
+
+    Integers of portable programs do, so that counts multiply with parameters on both backends and bytes do not wrap
+    around; unless the program's example has integers there too (labels, indices). Native programs keep theirs.
+    """
+    if kind == "f" or kinds is None:
+        return kind == "f"
+    return kinds[name] == "f" if name in kinds else kind in "iu"
 
 
 def losses(

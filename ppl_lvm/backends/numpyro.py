@@ -31,8 +31,10 @@ from ppl_lvm.backends.base import (
     Role,
     SiteInfo,
     Structure,
+    as_float,
     check_scale,
     check_sites,
+    example_kinds,
     find_data_plate,
     is_factor,
     is_point,
@@ -57,6 +59,7 @@ class NumPyroBound:
         self.program, self.dtype, self.asked_plate = program, dtype, data_plate
         self._evaluations: dict[Any, Any] = {}
         self._model: Callable[..., Any] = program.model
+        self._kinds = example_kinds(program)
         self._guide: Callable[..., Any] = program.guide
         with precision(dtype):
             if program.portable:
@@ -67,12 +70,12 @@ class NumPyroBound:
     def batch(self, call: Call) -> Call:
         """Arrays of this fit's dtype."""
 
-        def convert(a: Any) -> Array:
+        def convert(name: str, a: Any) -> Array:
             a = np.asarray(a) if not isinstance(a, jax.Array) else a
-            return owned(a, self.dtype if a.dtype.kind == "f" else None)
+            return owned(a, self.dtype if as_float(self._kinds, name, a.dtype.kind) else None)
 
         with precision(self.dtype):
-            return call.map(convert)
+            return call.map_named(self.program.arguments, convert)
 
     def in_support(self, site: str, value: np.ndarray) -> bool:
         """Whether data of the probe's shape are values of an observed site."""
@@ -141,7 +144,8 @@ class NumPyroBound:
         dims = {n: f.dim for n, f in frames.items()}
 
         def plates(site: Message) -> tuple[Plate, ...]:
-            return tuple(Plate(f.name, sizes[f.name][0], f.size) for f in site["cond_indep_stack"])
+            stack = sorted(site["cond_indep_stack"], key=lambda f: f.dim)
+            return tuple(Plate(f.name, sizes[f.name][0], f.size) for f in stack)
 
         def local(site: Message) -> bool:
             return data_plate is None or any(f.name == data_plate for f in site["cond_indep_stack"])

@@ -35,8 +35,10 @@ from ppl_lvm.backends.base import (
     Role,
     SiteInfo,
     Structure,
+    as_float,
     check_scale,
     check_sites,
+    example_kinds,
     find_data_plate,
     is_factor,
     is_point,
@@ -71,6 +73,7 @@ class PyroBound:
         if program.portable:
             ppl = Namespace(seed, dtype)
             self._model, self._guide = partial(program.model, ppl), partial(program.guide, ppl)
+        self._kinds = example_kinds(program)
         self._holder = Holder()
         self._paths: dict[str, str] = {}
         self._broadcasts: dict[tuple[bool, bool], tuple[bool, bool]] = {}
@@ -80,11 +83,12 @@ class PyroBound:
     def batch(self, call: Call) -> Call:
         """Tensors of this fit's dtype."""
 
-        def convert(a: Any) -> Tensor:
+        def convert(name: str, a: Any) -> Tensor:
             a = a if isinstance(a, Tensor) else torch.as_tensor(np.asarray(a))
-            return a.to(getattr(torch, self.dtype)) if a.is_floating_point() else a
+            kind = "f" if a.is_floating_point() else "b" if a.dtype == torch.bool else "i"
+            return a.to(getattr(torch, self.dtype)) if as_float(self._kinds, name, kind) else a
 
-        return call.map(convert)
+        return call.map_named(self.program.arguments, convert)
 
     def in_support(self, site: str, value: np.ndarray) -> bool:
         """Whether data of the probe's shape are values of an observed site."""
@@ -220,7 +224,8 @@ class PyroBound:
                 reparameterised=bool(site["fn"].has_rsample),
                 support=finite_support(site["fn"]) if role != "observed" and not site["is_observed"] else None,
                 plates=tuple(
-                    Plate(f.name, f.full_size or f.size, f.size) for f in site["cond_indep_stack"]
+                    Plate(f.name, f.full_size or f.size, f.size)
+                    for f in sorted(site["cond_indep_stack"], key=lambda f: f.dim or 0)
                 ),
                 local_in_model=local(of_model),
                 closed_kl=role == "latent" and torch.equal(*scales) and has_kl(site, of_model),
