@@ -1,8 +1,9 @@
 """What objectives and estimators share: frozen, validated options, some of which may be schedules."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Protocol, Self, get_args
 
 import numpy as np
@@ -126,6 +127,26 @@ def plain(value: object) -> object:
     return value
 
 
+def specificity(pattern: str) -> tuple[bool, int, str]:
+    """Sorts patterns of site names: names first, then by how many characters are no wildcards."""
+    wild = any(c in pattern for c in "*?[")
+    return wild, -len(pattern.translate(_NO_WILDCARDS)), pattern
+
+
+_NO_WILDCARDS = str.maketrans("", "", "*?")
+
+
+def best_pattern(patterns: Iterable[str], site: str) -> str | None:
+    """The most specific pattern that matches a site; its own name, which may hold brackets, before all others.
+
+    Example:
+        >>> best_pattern(["*", "z?", "z*2"], "z12"), best_pattern(["z[0]", "z*"], "z[0]")
+        ('z*2', 'z[0]')
+    """
+    matching = [p for p in patterns if p == site or fnmatchcase(site, p)]
+    return min(matching, key=lambda p: (p != site, specificity(p)), default=None)
+
+
 class Objective(Algorithm):
     """What is optimised, as expectations over draws of the guide: `draws` K per row, `outer` M of the globals.
 
@@ -218,7 +239,7 @@ class Estimator(Algorithm):
     least_draws: ClassVar[int] = 1
     """Draws it needs at the site's level (K for local sites, M for global ones)."""
     refuses: ClassVar[Mapping[str, str]] = {}
-    """Verbs it must not serve, each with the reason and the remedy in one sentence."""
+    """Verbs it must not serve, each with the reason in one clause; legality adds what serves instead."""
 
     def sample(self, dist: SiteDistribution) -> "Array":
         """The value of one draw."""

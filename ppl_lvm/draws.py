@@ -65,7 +65,9 @@ class Site:
     extra: Mapping[str, Array] = field(default_factory=dict)
     """What the objective requested before the run, by name: "kl" of shape `[M, K, B]` or `[M]`."""
     user_scale: Array | float = 1.0
-    """`poutine.scale` or `handlers.scale`, the plates' part divided out."""
+    """What `poutine.scale` or `handlers.scale` multiply the model's density by, the plates' part divided out."""
+    guide_scale: Array | float = 1.0
+    """The same of the guide's density."""
 
 
 @dataclass(frozen=True)

@@ -195,7 +195,13 @@ def _bind(
         _check_rows(bound, rows)
         return bound, call, False
     example = call.map(lambda a: a[:size])
-    bound = bind(example)
+    try:
+        bound = bind(example)
+    except Exception:
+        # A program that takes its own mini-batch may not run on fewer rows than it wants.
+        bound = bind(call)
+        if bound.structure.plate_size is None:
+            raise
     plate = bound.structure.data_plate
     if plate is None or bound.structure.plate_size is not None:
         why = "has no data plate" if plate is None else f"subsamples plate {plate!r} itself"

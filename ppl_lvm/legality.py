@@ -8,12 +8,12 @@ site at fault.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from fnmatch import fnmatchcase
+from dataclasses import dataclass, replace
 
-from ppl_lvm.algorithm import Estimator, Objective
-from ppl_lvm.backends.base import Plan, SiteInfo, Structure
+from ppl_lvm.algorithm import Estimator, Objective, best_pattern
+from ppl_lvm.backends.base import LARGEST_SUPPORT, Plan, SiteInfo, Structure
 from ppl_lvm.errors import LegalityError
+from ppl_lvm.estimators.enumerate import enumerate as enumerated
 from ppl_lvm.estimators.pathwise import pathwise
 from ppl_lvm.estimators.rloo import rloo
 from ppl_lvm.estimators.score import score
@@ -21,6 +21,8 @@ from ppl_lvm.estimators.vimco import vimco
 
 PREFERRED: tuple[Estimator, ...] = (pathwise(), vimco(), rloo(), score())
 """What "auto" tries for each site, in this order: the first legal one is taken."""
+OFFERED: tuple[Estimator, ...] = (*PREFERRED, enumerated())
+"""What a refusal may name instead: those of them that are legal for the site."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,8 @@ class Case:
     site: SiteInfo
     structure: Structure
     estimators: Mapping[str, Estimator]
+    offered: bool = False
+    """The estimator is one that a refusal might name, so no other is looked for."""
 
     @property
     def verbs(self) -> frozenset[str]:
@@ -44,18 +48,38 @@ class Case:
 
     def live(self, name: str) -> bool:
         """Whether another site's value carries gradient."""
+        if self.moved(name):
+            return any(self.live(parent) for parent in self.structure.ancestors(name))
         estimator = self.estimators.get(name)
         return estimator is not None and not estimator.scored and not estimator.exhaustive
+
+    def moved(self, name: str) -> bool:
+        """Whether a point is a function of other guide sites; parameters of its own are not looked for then."""
+        return self.structure.sites[name].point and bool(self.structure.ancestors(name))
+
+    @property
+    def remedy(self) -> str:
+        """The estimators that are legal for this site, the other sites' unchanged."""
+        if self.offered:
+            return ""
+        name = self.site.name
+        cases = [replace(self, estimator=e, estimators={**self.estimators, name: e}, offered=True) for e in OFFERED]
+        legal = [repr(_name(c.estimator)) for c in cases if refusal(c) is None]
+        if not legal:
+            return "no estimator serves it here, use another objective"
+        return "use " + " or ".join(filter(None, (", ".join(legal[:-1]), legal[-1])))
 
 
 Rule = Callable[[Case], str | None]
 
 
 def _kind_of_site(c: Case) -> str | None:
+    if c.site.point and not isinstance(c.estimator, pathwise):
+        return f"its distribution is a point, which is no draw; {c.remedy}."
     if c.estimator.site == "reparameterised" and not c.site.reparameterised:
-        return "its distribution has no reparameterised draw; use 'score', 'rloo' or 'vimco'."
+        return f"its distribution has no reparameterised draw; {c.remedy}."
     if c.estimator.site == "finite" and c.site.support is None:
-        return "its distribution has no finite support of at most 4096 values; use 'score', 'rloo' or 'vimco'."
+        return f"its distribution has no finite support of at most {LARGEST_SUPPORT} values; {c.remedy}."
     return None
 
 
@@ -63,14 +87,17 @@ def _one_draw_a_row(c: Case) -> str | None:
     support = 0 if c.site.support is None else len(c.site.support)
     inner = [p.name for p in c.site.plates if p.name != c.structure.data_plate]
     if c.estimator.count(support) > 1 and inner:
-        return f"it has one draw for every element of plates {inner}, not one a row; declare them with to_event."
+        return (
+            f"it has one draw for every element of plates {inner}, not one a row; declare them with to_event, or "
+            f"{c.remedy}."
+        )
     return None
 
 
 def _verb(c: Case) -> str | None:
     for verb in sorted(c.verbs):
         if verb in c.estimator.refuses:
-            return f"inside `{verb}` {c.estimator.refuses[verb]}"
+            return f"inside `{verb}` {c.estimator.refuses[verb]}; {c.remedy}."
     return None
 
 
@@ -85,8 +112,8 @@ def _enough_draws(c: Case) -> str | None:
 
 
 def _detached(c: Case) -> str | None:
-    if c.objective.detached and not c.estimator.scored:
-        return "the objective differentiates densities at fixed draws, which a live draw would bias; use 'score'."
+    if c.objective.detached and not c.estimator.scored and not c.moved(c.site.name):
+        return f"the objective differentiates densities at fixed draws, which a live draw would bias; {c.remedy}."
     return None
 
 
@@ -98,15 +125,28 @@ def _doubly_reparameterised(c: Case) -> str | None:
         return f"model and guide share parameters {shared}, and it gives them two gradients; use 'pathwise'."
     if not c.site.local or "joint" not in c.verbs:
         return None
-    above = sorted(n for n in c.structure.ancestors(c.site.name) if not c.structure.sites[n].local and c.live(n))
+    sites = c.structure.sites
+    above = sorted(
+        i.name
+        for i in c.structure.drawn(local=False)
+        if c.live(i.name) and any(sites[n].local for n in c.structure.downstream(i.name))
+    )
     if above:
+        instead = "" if sites[above[0]].point else f", or 'score' for {above[0]!r}"
         return (
-            f"global site {above[0]!r} above it carries a pathwise gradient, which the surrogate would reweigh; use "
-            f"'pathwise' here, or 'score' for {above[0]!r}."
+            f"global site {above[0]!r} carries a pathwise gradient into the rows, which the surrogate would reweigh; "
+            f"use 'pathwise' here{instead}."
         )
-    for other in c.structure.drawn(local=True):
+    for other in sites.values():
+        if not other.local or other.role == "observed" or other.name == c.site.name or c.moved(other.name):
+            continue
+        if other.fixed or other.point:
+            return (
+                f"site {other.name!r} of the same row is {'a factor' if other.fixed else 'a point'}, whose gradient "
+                f"the surrogate would reweigh; use 'pathwise'."
+            )
         estimator = c.estimators.get(other.name)
-        if other.name == c.site.name or estimator is None or estimator.frozen:
+        if estimator is None or estimator.frozen:
             continue
         if not estimator.scored:
             return f"site {other.name!r} of the same row is {_name(estimator)!r}; make both 'dreg' or both 'pathwise'."
@@ -127,13 +167,13 @@ def _level(c: Case) -> str | None:
 
 
 RULES: tuple[Rule, ...] = (
+    _level,
     _kind_of_site,
     _one_draw_a_row,
     _verb,
     _enough_draws,
     _detached,
     _doubly_reparameterised,
-    _level,
 )
 
 
@@ -151,8 +191,15 @@ def plan(
         LegalityError: with every refused site and what to use instead.
     """
     estimators = dict(_named(patterns, structure))
-    automatic = [i for i in structure.drawn() if i.name not in estimators]
     notes = []
+    for info in structure.drawn():
+        if info.point:
+            # A point is no draw: a score would lose the gradient of its place, which pathwise has exactly.
+            asked = estimators.get(info.name, pathwise())
+            estimators[info.name] = pathwise()
+            if asked != pathwise():
+                notes.append(f"{info.name}: pathwise (its distribution is a point, which {_name(asked)} cannot draw)")
+    automatic = [i for i in structure.drawn() if i.name not in estimators]
     for info in automatic:
         chosen = next(
             (e for e in PREFERRED if refusal(Case(objective, e, info, structure, estimators)) is None), score()
@@ -176,32 +223,37 @@ def plan(
 def _named(patterns: Mapping[str, Estimator | None], structure: Structure) -> Iterator[tuple[str, Estimator]]:
     names = [i.name for i in structure.drawn()]
     for pattern in patterns:
-        if pattern != "*" and not any(fnmatchcase(n, pattern) for n in names):
+        if pattern != "*" and all(best_pattern([pattern], n) is None for n in names):
             raise LegalityError(
                 f"estimator has an entry for {pattern!r}, which matches none of the guide's sites {names}."
             )
     for name in names:
-        matching = [p for p in patterns if fnmatchcase(name, p)]
-        if not matching:
-            continue
-        # An exact name first, then the longest pattern.
-        best = max(matching, key=lambda p: (p == name, len(p)))
-        chosen = patterns[best]
+        best = best_pattern(patterns, name)
+        chosen = None if best is None else patterns[best]
         if chosen is not None:
             yield name, chosen
 
 
 def _whole_program(objective: Objective, structure: Structure) -> Iterator[str]:
+    for name, info in structure.sites.items():
+        rows = sorted(n for n in info.model_parents | info.guide_parents if structure.sites[n].local)
+        if rows and not info.local:
+            yield (
+                f"Site {name!r} is outside data plate {structure.data_plate!r} and its density looks at {rows} inside "
+                f"it, so the rows are not independent; pass data_plate='none' to take the whole program as one row."
+            )
     scaled = sorted(n for n, i in structure.sites.items() if i.user_scaled)
     if scaled and not objective.user_scale:
         yield (
             f"Sites {scaled} are scaled (a scale handler, or a subsampled plate inside a row), which has no meaning "
             f"inside a function of several draws; remove the scale or use 'elbo'."
         )
-    if objective.draws > 1 and objective.verbs != {"mean"} and not structure.drawn(local=True):
+    still = all(i.point for i in structure.drawn(local=True))
+    if objective.draws > 1 and objective.verbs != {"mean"} and still:
         yield (
-            f"draws = {objective.draws}, but no latent site is inside data plate {structure.data_plate!r}, so all "
-            f"draws of a row are equal; raise outer, or pass data_plate='none' to take the whole program as one row."
+            f"draws = {objective.draws}, but no latent site is drawn inside data plate {structure.data_plate!r}, so "
+            f"all draws of a row are equal; raise outer, or pass data_plate='none', which takes the whole program as "
+            f"one row."
         )
     shared = sorted(n for n, used in structure.groups.items() if len(used) == 2)
     if objective.separate and shared:

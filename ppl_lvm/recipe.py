@@ -4,7 +4,6 @@ import inspect
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self, TypeGuard, TypeVar, get_args
 
@@ -56,7 +55,7 @@ class Recipe(BaseModel):
     @classmethod
     def _most_specific_first(cls, chosen: dict[str, Estimator | None]) -> dict[str, Estimator | None]:
         # One order for equal recipes, and the first match is the best one however the table was written.
-        return {pattern: chosen[pattern] for pattern in sorted(chosen, key=_specificity)}
+        return {pattern: chosen[pattern] for pattern in sorted(chosen, key=specificity)}
 
     def __hash__(self) -> int:
         return hash(
@@ -70,10 +69,8 @@ class Recipe(BaseModel):
             >>> recipe({"objective": "elbo", "estimator": {"z*": "pathwise"}}).estimator_for("z1")
             pathwise()
         """
-        return next(
-            (e for pattern, e in self.estimator.items() if pattern == site or fnmatchcase(site, pattern)),
-            None,
-        )
+        pattern = best_pattern(self.estimator, site)
+        return None if pattern is None else self.estimator[pattern]
 
     def to_dict(self) -> dict[str, Any]:
         """The recipe as plain values, ready for JSON or TOML; `recipe` reads it back."""
@@ -381,11 +378,3 @@ class _Draft:
 
 def _is_schedule(value: object) -> TypeGuard[Mapping[str, Any]]:
     return isinstance(value, Mapping) and "schedule" in value
-
-
-def _specificity(pattern: str) -> tuple[bool, int, str]:
-    wild = any(c in pattern for c in "*?[")
-    return wild, -len(pattern.translate(_NO_WILDCARDS)), pattern
-
-
-_NO_WILDCARDS = str.maketrans("", "", "*?")

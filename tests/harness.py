@@ -33,6 +33,15 @@ class Loss(NamedTuple):
     gradient: dict[str, np.ndarray]
 
 
+class Row(NamedTuple):
+    """One site of a table, as numpy arrays."""
+
+    value: Array
+    log_p: Array
+    log_q: Array
+    extra: dict[str, Array]
+
+
 class Engine:
     """A model and guide bound to a backend and data, with the parameters they start from."""
 
@@ -44,12 +53,13 @@ class Engine:
         data: Values,
         *,
         portable: bool,
+        data_plate: str | None = None,
     ) -> None:
         program = Program("toy", model, guide, portable=portable, arguments=tuple(data))
         self.backend = backend
         kind = PyroBound if backend == "pyro" else NumPyroBound
         with self._precision():
-            self.bound: Any = kind(program, Call.of(dict(data)), seed=0, dtype="float64")
+            self.bound: Any = kind(program, Call.of(dict(data)), seed=0, dtype="float64", data_plate=data_plate)
             self.batch = self.bound.batch(Call.of(dict(data)))
 
     @classmethod
@@ -117,6 +127,23 @@ class Engine:
         if runs is None:
             return Loss(losses[0], {name: value[0] for name, value in gradients.items()})
         return Loss(losses, gradients)
+
+    def sites(
+        self, objective: Objective, estimators: Mapping[str, Estimator], *, values: Values | None = None, seed: int = 0
+    ) -> dict[str, Row]:
+        """The table of one run."""
+        chosen = self.plan(objective, estimators)
+
+        def run(key: Any, given: dict[str, Array]) -> dict[str, Row]:
+            found = self.bound.draws(self.bound.initial, self.batch, key, chosen, values=given)
+            return {n: Row(s.value, s.log_p, s.log_q, dict(s.extra)) for n, s in found.sites.items()}
+
+        with self._precision():
+            given = {name: self._array(value) for name, value in (values or {}).items()}
+            if self.backend == "numpyro":
+                table = jax.jit(run, compiler_options=_QUICK)(jax.random.key(seed), given)
+                return jax.tree.map(np.asarray, table)
+            return jax.tree.map(lambda t: t.detach().numpy(), run(seed, given))
 
     def log_w(self, objective: Objective, estimators: Mapping[str, Estimator], seed: int = 0) -> np.ndarray:
         """Log weights `[M, K, B]` of one run."""

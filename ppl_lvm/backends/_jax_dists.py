@@ -118,6 +118,11 @@ def finite_support(fn: Any) -> np.ndarray | None:
     return product_support(atoms.reshape(len(atoms), *base.event_shape), fn.event_shape)
 
 
+def _family(fn: Any) -> str:
+    """The name that probabilities and logits have in common."""
+    return type(fn).__name__.removesuffix("Probs").removesuffix("Logits")
+
+
 def kl(q: Any, p: Any) -> Array:
     mask = q._mask if isinstance(q, dist.MaskedDistribution) else None
     q, p = _strip(q), _strip(p)
@@ -129,12 +134,27 @@ def kl(q: Any, p: Any) -> Array:
         value = inner.sum(tuple(range(-q.reinterpreted_batch_ndims, 0)))
     elif isinstance(q, OneHotCategorical) and isinstance(p, OneHotCategorical):
         value = (q.probs * (q.logits - p.logits)).sum(-1)
+    elif q.has_enumerate_support and _family(q) == _family(p):
+        values = q.enumerate_support(expand=False)
+        log_q, log_p = q.log_prob(values), p.log_prob(values)
+        value = (jnp.exp(log_q) * (log_q - log_p)).sum(0)
     else:
         value = kl_divergence(q, p)
     return value if mask is None else jnp.where(mask, value, 0.0)
 
 
+def _masks(fn: Any) -> list[np.ndarray]:
+    found = []
+    while hasattr(fn, "base_dist"):
+        found.append(getattr(fn, "_mask", None))
+        fn = fn.base_dist
+    return [np.asarray(m) for m in found if m is not None and m is not True]
+
+
 def has_kl(q: Any, p: Any) -> bool:
+    """Whether it is known, and both densities count at the same elements."""
+    if len(_masks(q)) != len(_masks(p)) or not all(map(np.array_equal, _masks(q), _masks(p))):
+        return False
     try:
         kl(q, p)
     except NotImplementedError:

@@ -71,6 +71,9 @@ class Trainer:
             )
         self.mode = mode
         self.notes: list[str] = []
+        # Asked here as a step that is being traced cannot look at values.
+        if bound.broadcasts(plan, example) != (True, True):
+            self.notes.append("draws: run one by one, as the program does not broadcast over them")
         self._bound, self._plan, self._objective = bound, plan, objective
         self._optimizer_name: str = optimizer.name  # type: ignore[attr-defined]
         self._example, self._seed, self._rows, self._steps = example, seed, rows, steps

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -72,7 +73,18 @@ def kl(q: Message, p: Message) -> Tensor:
     return value if mask is None or mask is True else torch.where(mask, value, torch.zeros_like(value))
 
 
+def _masks(site: Message) -> list[Tensor]:
+    found, fn = [site["mask"]], site["fn"]
+    while hasattr(fn, "base_dist"):
+        found.append(getattr(fn, "_mask", None))
+        fn = fn.base_dist
+    return [torch.as_tensor(m) for m in found if m is not None and m is not True]
+
+
 def has_kl(q: Message, p: Message) -> bool:
+    """Whether the library knows it, and both densities count at the same elements."""
+    if len(_masks(q)) != len(_masks(p)) or not all(map(torch.equal, _masks(q), _masks(p))):
+        return False
     try:
         kl(q, p)
     except NotImplementedError:
@@ -95,13 +107,22 @@ def _solve(lower: Tensor, b: Tensor) -> Tensor:
 
 
 class GuideSite:
-    """A guide site as an estimator sees it (see `algorithm.SiteDistribution`); its draws axis is `dim`."""
+    """A guide site as an estimator sees it (see `algorithm.SiteDistribution`); its draws axis is `dim`.
+
+    `remember(draw)` gives a draw that an earlier run of the same table made, where the two share it.
+    """
 
     def __init__(
-        self, fn: Any, injected: Tensor | None, support: np.ndarray | None, stride: int, dim: int
+        self,
+        fn: Any,
+        injected: Tensor | None,
+        support: np.ndarray | None,
+        stride: int,
+        dim: int,
+        remember: Callable[[Callable[[], Tensor]], Tensor],
     ) -> None:
         self._fn, self._injected, self._support = fn, injected, support
-        self._stride, self._dim = stride, dim
+        self._stride, self._dim, self._remember = stride, dim, remember
 
     def _share(self, value: Tensor) -> Tensor:
         """One value for the entries that differ only in variants drawn later."""
@@ -114,12 +135,12 @@ class GuideSite:
     def sample(self) -> Tensor:
         if self._injected is not None:
             return self._injected.detach()
-        return self._share(draw(self._fn).detach())
+        return self._remember(lambda: self._share(draw(self._fn).detach()))
 
     def rsample(self) -> Tensor:
         if self._injected is not None:
             return rebuild(self._fn, self._injected, _solve)
-        return self._share(self._fn.rsample())
+        return self._remember(lambda: self._share(self._fn.rsample()))
 
     def log_prob(self, value: Tensor) -> Tensor:
         return log_prob(self._fn, value)

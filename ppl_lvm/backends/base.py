@@ -10,7 +10,7 @@ import itertools
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 
@@ -19,6 +19,9 @@ from ppl_lvm.algorithm import Algorithm, Estimator, Objective, Schedule, SiteDis
 from ppl_lvm.draws import Draws, Plate
 from ppl_lvm.errors import BackendError, ProgramError
 from ppl_lvm.ops import Array
+
+if TYPE_CHECKING:
+    from ppl_lvm.program import Program
 
 LARGEST_SUPPORT = 4096
 """Values of a finite site that are enumerated at most."""
@@ -48,6 +51,8 @@ class SiteInfo:
     user_scaled: bool = False
     fixed: bool = False
     """A guide site whose value is no draw (a factor): it has a density and needs no estimator."""
+    point: bool = False
+    """Its distribution is a point (Delta): the value is a function of parameters or of other guide sites."""
 
 
 @dataclass(frozen=True)
@@ -204,6 +209,35 @@ class Call:
 
         return Call(tuple(each(a) for a in self.args), {k: each(a) for k, a in self.kwargs.items()})
 
+    def map_named(self, names: Sequence[str], f: Callable[[str, Any], Any]) -> Call:
+        """The same for a function of an argument's name and array; `names` are those of positional ones."""
+
+        def each(name: str, a: Any) -> Any:
+            return None if a is None else f(name, a)
+
+        args = tuple(each(n, a) for n, a in itertools.zip_longest(names[: len(self.args)], self.args, fillvalue=""))
+        return Call(args, {k: each(k, a) for k, a in self.kwargs.items()})
+
+
+def example_kinds(program: Program) -> dict[str, str] | None:
+    """NumPy's kinds of a portable program's example by argument, or None for a native program."""
+    if not program.portable:
+        return None
+    call = Call.of(None if program.example is None else program.example(np.random.default_rng(0)))
+    named = {**dict(zip(program.arguments, call.args, strict=False)), **call.kwargs}
+    return {name: np.asarray(a).dtype.kind for name, a in named.items()}
+
+
+def as_float(kinds: Mapping[str, str] | None, name: str, kind: str) -> bool:
+    """Whether data of this argument and NumPy kind go to the program as floats of the fit's precision.
+
+    Integers of portable programs do, so that counts multiply with parameters on both backends and bytes do not wrap
+    around; unless the program's example has integers there too (labels, indices). Native programs keep theirs.
+    """
+    if kind == "f" or kinds is None:
+        return kind == "f"
+    return kinds[name] == "f" if name in kinds else kind in "iu"
+
 
 def losses(
     draws: Draws, objective: Objective, plan: Plan
@@ -300,9 +334,43 @@ def find_data_plate(
     return min(dims, key=lambda name: dims[name])
 
 
-def check_model_only(guide: Sequence[str], model: Sequence[str], auxiliary: Sequence[str]) -> None:
-    """Refuse latent sites that only one of model and guide has."""
-    missing = [name for name in model if name not in guide]
+def innermost(fn: Any) -> Any:
+    """The distribution inside `to_event`, masks, expansions and transforms."""
+    while hasattr(fn, "base_dist"):
+        fn = fn.base_dist
+    return fn
+
+
+def is_factor(fn: Any) -> bool:
+    """Whether a site is a `factor`: a density without a value, which is no data."""
+    return type(innermost(fn)).__name__ == "Unit"
+
+
+def is_point(fn: Any) -> bool:
+    """Whether a site's value is a function of the distribution's parameters."""
+    return type(innermost(fn)).__name__ == "Delta"
+
+
+def check_scale(name: str, shape: Sequence[int], plate_dim: int | None) -> None:
+    """Refuse a scale handler's array unless it is a number a row."""
+    if any(size > 1 and dim != plate_dim for dim, size in enumerate(shape, -len(shape))):
+        raise ProgramError(
+            f"Site {name!r} is scaled by an array of shape {tuple(shape)}; a scale is one number, or one for each row "
+            f"of the data plate. Sum elements that are weighted apart in a factor of your own."
+        )
+
+
+def check_sites(guide: Mapping[str, bool], model: Mapping[str, bool], auxiliary: Sequence[str]) -> None:
+    """Refuse sites that only one of model and guide has, or both observe (`guide`, `model`: site -> observed)."""
+    for name, observed in guide.items():
+        if name in model and (observed or model[name]):
+            raise ProgramError(
+                f"Site {name!r} is {'observed' if observed else 'latent'} in the guide and "
+                f"{'observed' if model[name] else 'latent'} in the model; a guide draws the model's latent sites, and "
+                f"terms of its own (factor) need names of their own."
+            )
+    latent = [name for name, observed in model.items() if not observed]
+    missing = [name for name in latent if name not in guide]
     if missing:
         raise ProgramError(
             f"Latent site {missing[0]!r} is in the model but not in the guide (guide sites: {list(guide)}). Sample it "
@@ -311,7 +379,7 @@ def check_model_only(guide: Sequence[str], model: Sequence[str], auxiliary: Sequ
     orphans = [name for name in guide if name not in model and name not in auxiliary]
     if orphans:
         raise ProgramError(
-            f"Guide site {orphans[0]!r} is not in the model (model sites: {list(model)}). Rename it, or mark it as "
+            f"Guide site {orphans[0]!r} is not in the model (model sites: {latent}). Rename it, or mark it as "
             f"auxiliary with infer={{'is_auxiliary': True}}."
         )
 

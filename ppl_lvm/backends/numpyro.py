@@ -32,8 +32,13 @@ from ppl_lvm.backends.base import (
     SiteInfo,
     Steps,
     Structure,
-    check_model_only,
+    as_float,
+    check_scale,
+    check_sites,
+    example_kinds,
     find_data_plate,
+    is_factor,
+    is_point,
     losses,
 )
 from ppl_lvm.draws import Draws, Plate, Site
@@ -57,6 +62,7 @@ class NumPyroBound:
     ) -> None:
         self.program, self.dtype, self.asked_plate = program, dtype, data_plate
         self._model: Callable[..., Any] = program.model
+        self._kinds = example_kinds(program)
         self._guide: Callable[..., Any] = program.guide
         with precision(dtype):
             if program.portable:
@@ -67,12 +73,12 @@ class NumPyroBound:
     def batch(self, call: Call) -> Call:
         """Arrays of this fit's dtype."""
 
-        def convert(a: Any) -> Array:
+        def convert(name: str, a: Any) -> Array:
             a = np.asarray(a) if not isinstance(a, jax.Array) else a
-            return owned(a, self.dtype if a.dtype.kind == "f" else None)
+            return owned(a, self.dtype if as_float(self._kinds, name, a.dtype.kind) else None)
 
         with precision(self.dtype):
-            return call.map(convert)
+            return call.map_named(self.program.arguments, convert)
 
     def in_support(self, site: str, value: np.ndarray) -> bool:
         """Whether data of the probe's shape are values of an observed site."""
@@ -119,21 +125,30 @@ class NumPyroBound:
         guide_sites = {n: s for n, s in guide.items() if s["type"] == "sample"}
         model_sites = {n: s for n, s in model.items() if s["type"] == "sample"}
         observed = {n: s for n, s in model_sites.items() if s["is_observed"]}
-        latent = [n for n, s in model_sites.items() if not s["is_observed"]]
-        auxiliary = [n for n, s in guide_sites.items() if s["infer"].get("is_auxiliary") or s["is_observed"]]
-        check_model_only(list(guide_sites), latent, auxiliary)
+        auxiliary = [
+            n
+            for n, s in guide_sites.items()
+            if n not in model_sites and (s["infer"].get("is_auxiliary") or s["is_observed"])
+        ]
+        in_guide, in_model = ({n: bool(s["is_observed"]) for n, s in t.items()} for t in (guide_sites, model_sites))
+        check_sites(in_guide, in_model, auxiliary)
         sizes = {n: s["args"] for t in (guide, model) for n, s in t.items() if s["type"] == "plate"}
         every = [*guide_sites.values(), *model_sites.values()]
-        nesting = max((-f.dim for s in every for f in s["cond_indep_stack"]), default=0)
+        # A batch dimension without a plate counts too: rows and draws must not meet it.
+        ranks = [len(jax.eval_shape(partial(site_log_prob, s)).shape) for s in every]
+        nesting = max([*ranks, *(-f.dim for s in every for f in s["cond_indep_stack"])], default=0)
+        data = {n: s for n, s in observed.items() if not is_factor(s["fn"])} or observed
         data_plate = find_data_plate(
-            {n: [(f.name, f.dim) for f in s["cond_indep_stack"]] for n, s in observed.items()},
+            {n: [(f.name, f.dim) for f in s["cond_indep_stack"]] for n, s in data.items()},
             asked,
             list(sizes),
         )
         frames = {f.name: f for s in every for f in s["cond_indep_stack"]}
+        dims = {n: f.dim for n, f in frames.items()}
 
         def plates(site: Message) -> tuple[Plate, ...]:
-            return tuple(Plate(f.name, sizes[f.name][0], f.size) for f in site["cond_indep_stack"])
+            stack = sorted(site["cond_indep_stack"], key=lambda f: f.dim)
+            return tuple(Plate(f.name, sizes[f.name][0], f.size) for f in stack)
 
         def local(site: Message) -> bool:
             return data_plate is None or any(f.name == data_plate for f in site["cond_indep_stack"])
@@ -143,7 +158,10 @@ class NumPyroBound:
             role: Role = "observed" if name in observed and name not in guide_sites else "latent"
             if name in auxiliary:
                 role = "auxiliary"
-            in_model = model_sites.get(name, site)
+            of_model = model_sites.get(name, site)
+            scales = [np.asarray(self._user_scale(s, data_plate, sizes)) for s in (site, of_model)]
+            for scale in scales:
+                check_scale(name, scale.shape, dims.get(data_plate) if local(site) else None)
             infos[name] = SiteInfo(
                 name=name,
                 role=role,
@@ -151,13 +169,13 @@ class NumPyroBound:
                 reparameterised=bool(site["fn"].has_rsample),
                 support=finite_support(site["fn"]) if role != "observed" and not site["is_observed"] else None,
                 plates=plates(site),
-                local_in_model=local(in_model),
-                closed_kl=role == "latent" and has_kl(site["fn"], in_model["fn"]),
-                user_scaled=any(
-                    abs(self._user_scale(s, data_plate, sizes) - 1.0) > 1e-9
-                    for s in (site, in_model)
-                ),
+                local_in_model=local(of_model),
+                closed_kl=role == "latent"
+                and np.array_equal(scales[0], scales[1])
+                and has_kl(site["fn"], of_model["fn"]),
+                user_scaled=any(np.abs(scale - 1.0).max() > 1e-9 for scale in scales),
                 fixed=site["is_observed"] and role == "auxiliary",
+                point=is_point(site["fn"]),
             )
         frame = frames.get(data_plate) if data_plate else None
         size = sizes[frame.name][0] if frame is not None else None
@@ -343,10 +361,10 @@ class NumPyroBound:
                     row[label] = self._only(self._full(value, info), info)
         if "kl" in plan.requests and in_guide is not None and in_model is not None:
             row["kl"] = self._rows(self._full(kl(in_guide["fn"], in_model["fn"]), info), info)
-        row["user_scale"] = 1.0
         if info.user_scaled:
-            scaled = site if in_model is None else in_model
-            row["user_scale"] = self._user_scale(scaled, self.structure.data_plate, sizes)
+            for label, message in (("user_scale", in_model), ("guide_scale", in_guide)):
+                if message is not None:
+                    row[label] = self._scale(self._user_scale(message, self.structure.data_plate, sizes), info)
         return row
 
     def _site(
@@ -366,9 +384,8 @@ class NumPyroBound:
             downstream=self.structure.downstream(info.name),
             variants=layout.get(info.name, (1, 1))[0],
             extra=extra,
-            user_scale=(row["user_scale"][..., None] if info.local else row["user_scale"])
-            if info.user_scaled
-            else 1.0,
+            user_scale=row.get("user_scale", 1.0),
+            guide_scale=row.get("guide_scale", 1.0),
             **{label: row.get(label) for label in optional},
         )
 
@@ -389,6 +406,13 @@ class NumPyroBound:
         if info.local and self.structure.plate_dim is None:
             return full.sum()[None]
         return full.reshape(full.shape[0], -1).sum(1) if info.local else full.sum()
+
+    def _scale(self, scale: Any, info: SiteInfo) -> Array:
+        """A scale as `[B]` or `[1]` (local), or as a number (global)."""
+        scale = jnp.asarray(scale)
+        if not info.local:
+            return scale.reshape(())
+        return (self._full(scale, info) if scale.ndim else scale).reshape(-1)
 
     def _only(self, full: Array, info: SiteInfo) -> Array:
         """Coefficients of variants: one number a row, as a site with variants is one draw a row."""

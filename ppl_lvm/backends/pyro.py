@@ -1,12 +1,15 @@
 """Pyro: one run of a program as a table of arrays, draws as extra batch dimensions on the left of every plate.
 
 With n plate dimensions, draws stand at `-(n + 1)` and outer draws at `-(n + 2)` of a local site's batch shape. A size
-of one is left out, so that with M = 1 a global value keeps its own shape and `z @ W` runs at any K.
+of one is left out, so that with M = 1 a global value keeps its own shape and `z @ W` runs at any K. A program that does
+not broadcast over draws is run for one after the other (`PyroBound.broadcasts`).
 """
 
 from __future__ import annotations
 
 import contextlib
+import itertools
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
@@ -24,6 +27,7 @@ from torch.distributions import transform_to
 from ppl_lvm.algorithm import Objective, Variant
 from ppl_lvm.backends._pyro_handlers import Handler, Holder, Message, Namespace, Params, sealed, seeded
 from ppl_lvm.backends._torch_dists import GuideSite, draw, finite_support, has_kl, kl, site_log_prob
+from ppl_lvm.backends._torch_tables import equal, joined
 from ppl_lvm.backends.base import (
     Call,
     Gradients,
@@ -31,8 +35,13 @@ from ppl_lvm.backends.base import (
     Role,
     SiteInfo,
     Structure,
-    check_model_only,
+    as_float,
+    check_scale,
+    check_sites,
+    example_kinds,
     find_data_plate,
+    is_factor,
+    is_point,
     losses,
 )
 from ppl_lvm.draws import Draws, Plate, Site
@@ -64,19 +73,22 @@ class PyroBound:
         if program.portable:
             ppl = Namespace(seed, dtype)
             self._model, self._guide = partial(program.model, ppl), partial(program.guide, ppl)
+        self._kinds = example_kinds(program)
         self._holder = Holder()
         self._paths: dict[str, str] = {}
+        self._broadcasts: dict[tuple[bool, bool], tuple[bool, bool]] = {}
         with sealed(dtype), seeded(seed):
             self._probe(self.batch(example), data_plate)
 
     def batch(self, call: Call) -> Call:
         """Tensors of this fit's dtype."""
 
-        def convert(a: Any) -> Tensor:
+        def convert(name: str, a: Any) -> Tensor:
             a = a if isinstance(a, Tensor) else torch.as_tensor(np.asarray(a))
-            return a.to(getattr(torch, self.dtype)) if a.is_floating_point() else a
+            kind = "f" if a.is_floating_point() else "b" if a.dtype == torch.bool else "i"
+            return a.to(getattr(torch, self.dtype)) if as_float(self._kinds, name, kind) else a
 
-        return call.map(convert)
+        return call.map_named(self.program.arguments, convert)
 
     def in_support(self, site: str, value: np.ndarray) -> bool:
         """Whether data of the probe's shape are values of an observed site."""
@@ -169,16 +181,22 @@ class PyroBound:
 
     def _structure(self, guide: dict[str, Message], model: dict[str, Message], asked: str | None) -> Structure:
         observed = {n: s for n, s in model.items() if s["is_observed"]}
-        latent = [n for n, s in model.items() if not s["is_observed"]]
-        auxiliary = [n for n, s in guide.items() if s["infer"].get("is_auxiliary") or s["is_observed"]]
-        check_model_only(list(guide), latent, auxiliary)
+        auxiliary = [
+            n for n, s in guide.items() if n not in model and (s["infer"].get("is_auxiliary") or s["is_observed"])
+        ]
+        in_guide, in_model = ({n: bool(s["is_observed"]) for n, s in t.items()} for t in (guide, model))
+        check_sites(in_guide, in_model, auxiliary)
         every = [*guide.values(), *model.values()]
         frames = {f.name: f for s in every for f in s["cond_indep_stack"] if f.vectorized}
-        nesting = max((-f.dim for f in frames.values()), default=0)
+        # A batch dimension without a plate counts too: rows and draws must not meet it.
+        ranks = [site_log_prob(s).dim() for s in every]
+        nesting = max([*ranks, *(-f.dim for f in frames.values())], default=0)
+        self._ranks = {n: len(s["fn"].batch_shape) for t in (model, guide) for n, s in t.items()}
+        data = {n: s for n, s in observed.items() if not is_factor(s["fn"])} or observed
         data_plate = find_data_plate(
             {
                 n: [(f.name, f.dim) for f in s["cond_indep_stack"] if f.vectorized]
-                for n, s in observed.items()
+                for n, s in data.items()
             },
             asked,
             list(frames),
@@ -192,7 +210,13 @@ class PyroBound:
             role: Role = "observed" if name in observed and name not in guide else "latent"
             if name in auxiliary:
                 role = "auxiliary"
-            in_model = model.get(name, site)
+            of_model = model.get(name, site)
+            scales = [
+                torch.as_tensor(self._user_scale(s, data_plate), dtype=torch.get_default_dtype())
+                for s in (site, of_model)
+            ]
+            for scale in scales:
+                check_scale(name, scale.shape, frames[data_plate].dim if data_plate and local(site) else None)
             infos[name] = SiteInfo(
                 name=name,
                 role=role,
@@ -200,14 +224,14 @@ class PyroBound:
                 reparameterised=bool(site["fn"].has_rsample),
                 support=finite_support(site["fn"]) if role != "observed" and not site["is_observed"] else None,
                 plates=tuple(
-                    Plate(f.name, f.full_size or f.size, f.size) for f in site["cond_indep_stack"]
+                    Plate(f.name, f.full_size or f.size, f.size)
+                    for f in sorted(site["cond_indep_stack"], key=lambda f: f.dim or 0)
                 ),
-                local_in_model=local(in_model),
-                closed_kl=role == "latent" and has_kl(site, in_model),
-                user_scaled=any(
-                    abs(float(self._user_scale(s, data_plate)) - 1.0) > 1e-9 for s in (site, in_model)
-                ),
+                local_in_model=local(of_model),
+                closed_kl=role == "latent" and torch.equal(*scales) and has_kl(site, of_model),
+                user_scaled=any(float((scale - 1.0).abs().max()) > 1e-9 for scale in scales),
                 fixed=site["is_observed"] and role == "auxiliary",
+                point=is_point(site["fn"]),
             )
         frame = frames.get(data_plate) if data_plate else None
         return Structure(
@@ -291,63 +315,13 @@ class PyroBound:
         states: Mapping[str, Tensor] | None,
         own: Mapping[str, Mapping[str, Tensor]] | None,
     ) -> Draws:
-        structure, n = self.structure, self.structure.nesting
         constrained = self.constrain(params)
-        v_local, local_layout = plan.layout(structure, True)
-        v_outer, outer_layout = plan.layout(structure, False)
-        K, M = plan.K * v_local, plan.M * v_outer
-        self._sizes = (M, K)
-        variants: dict[str, Variant] = {}
-        layouts = local_layout | outer_layout
-
-        def latent(msg: Message) -> None:
-            info = structure.sites[msg["name"]]
-            fn = msg["fn"]
-            lead = ((M, K) if M > 1 else (K,) if K > 1 else ()) if info.local else (M, 1) if M > 1 else ()
-            if lead:
-                base = tuple(fn.batch_shape)[-n:] if n else ()
-                fn = fn.expand(torch.Size(lead + (1,) * (n - len(base)) + base))
-                msg["fn"] = fn
-            injected = self._to_site(given[info.name], info) if info.name in given else None
-            count, stride = layouts[info.name]
-            axis = -(n + 1) if info.local else -(n + 2)
-            site = GuideSite(fn, injected, info.support, count * stride, axis)
-            estimator = plan.estimators[info.name]
-            if count == 1:
-                msg["value"] = estimator.sample(site)
-                return
-            t = torch.arange(K if info.local else M).reshape((-1,) + (1,) * (-axis - 1))
-            variant = estimator.variants(site, t // stride % count)
-            variants[info.name] = variant
-            msg["value"] = variant.value
-
-        handler = Handler(constrained, latent)
-        guide = self._trace(self._guide, handler, batch, params)
-        drawn = {name: s["value"] for name, s in guide.items()}
-
-        def replayed(msg: Message) -> None:
-            msg["value"] = drawn[msg["name"]]
-
-        model = self._trace(
-            self._model, Handler(constrained, replayed, handler.subsamples), batch, params
-        )
-        frozen: dict[str, Message] = {}
-        if plan.frozen:
-            stopped = {name: p.detach() for name, p in params.items()}
-            frozen = self._trace(
-                self._guide,
-                Handler(self.constrain(stopped), replayed, handler.subsamples),
-                batch,
-                stopped,
-            )
-        sites = {
-            info.name: self._site(
-                info, guide, model, frozen, plan, variants.get(info.name), layouts.get(info.name, (1, 1))[0]
-            )
-            for info in structure.sites.values()
-        }
-        rows = structure.rows
-        N = structure.plate_size or (rows if total_rows is None else total_rows)
+        K = plan.K * plan.layout(self.structure, True)[0]
+        M = plan.M * plan.layout(self.structure, False)[0]
+        whole = self.broadcasts(plan, batch)
+        sites = self._sites(params, constrained, batch, plan, given, (M, K), whole, {})
+        rows = self.structure.rows
+        N = self.structure.plate_size or (rows if total_rows is None else total_rows)
         return Draws(
             sites=sites,
             M=plan.M,
@@ -360,6 +334,137 @@ class PyroBound:
             states=states or {},
             own=own or {},
         )
+
+    def broadcasts(self, plan: Plan, batch: Call) -> tuple[bool, bool]:
+        """Whether this program broadcasts over outer draws and over draws; where it does not, they run one by one.
+
+        Found once per bound, by running it both ways on the same values: `z @ W` with a global W fails at M > 1, or
+        worse, goes through with other numbers. A step that is traced must have asked before.
+        """
+        many = (
+            plan.M * plan.layout(self.structure, False)[0] > 1,
+            plan.K * plan.layout(self.structure, True)[0] > 1,
+        )
+        if any(many) and many not in self._broadcasts:
+            with sealed(self.dtype), seeded(0), torch.no_grad():
+                self._broadcasts[many] = self._try(*many, batch)
+        return self._broadcasts.get(many, (True, True))
+
+    def _try(self, outer: bool, inner: bool, batch: Call) -> tuple[bool, bool]:
+        plan = Plan.of_values(self.structure, 1, 1)
+        sizes, subsamples = (3 if outer else 1, 2 if inner else 1), dict[str, Tensor]()
+        constrained = self.constrain(self.initial)
+
+        def run(given: Mapping[str, Tensor], whole: tuple[bool, bool]) -> dict[str, Site]:
+            return self._sites(self.initial, constrained, batch, plan, given, sizes, whole, subsamples)
+
+        one_by_one = run({}, (False, False))
+        values = {n: one_by_one[n].value for n in plan.estimators}
+        for whole in ((True, True), (False, True)) if outer and inner else ((True, True),):
+            # Whatever a program raises on shapes it was not written for, and warns about, it is not to be run on them.
+            with contextlib.suppress(Exception), warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                if equal(run(values, whole), one_by_one):
+                    return whole
+        # A program that is random by itself (dropout) cannot be compared with itself; it gets the benefit of the doubt.
+        return (False, False) if equal(run(values, (False, False)), one_by_one) else (True, True)
+
+    def _sites(
+        self,
+        params: Params,
+        constrained: Params,
+        batch: Call,
+        plan: Plan,
+        given: Mapping[str, Tensor],
+        sizes: tuple[int, int],
+        whole: tuple[bool, bool],
+        subsamples: dict[str, Tensor],
+    ) -> dict[str, Site]:
+        """The table's sites from one run, or from several that are put together, on one mini-batch."""
+        memo: dict[Any, Tensor] = {}
+        outer, inner = (
+            [range(n)] if at_once else [range(i, i + 1) for i in range(n)]
+            for n, at_once in zip(sizes, whole, strict=True)
+        )
+        tables = [
+            joined([self._run(params, constrained, batch, plan, given, m, k, memo, subsamples) for k in inner], 1)
+            for m in outer
+        ]
+        return joined(tables, 0)
+
+    def _run(
+        self,
+        params: Params,
+        constrained: Params,
+        batch: Call,
+        plan: Plan,
+        given: Mapping[str, Tensor],
+        outer: range,
+        inner: range,
+        memo: dict[Any, Tensor],
+        subsamples: dict[str, Tensor],
+    ) -> dict[str, Site]:
+        """The sites of one run, for these entries of the outer axis and of the draws axis."""
+        structure, n = self.structure, self.structure.nesting
+        layouts = plan.layout(structure, True)[1] | plan.layout(structure, False)[1]
+        M, K = self._sizes = len(outer), len(inner)
+        variants: dict[str, Variant] = {}
+
+        def latent(msg: Message) -> None:
+            info = structure.sites[msg["name"]]
+            fn = msg["fn"]
+            lead = ((M, K) if M > 1 else (K,) if K > 1 else ()) if info.local else (M, 1) if M > 1 else ()
+            if lead:
+                base = tuple(fn.batch_shape)[-n:] if n else ()
+                fn = fn.expand(torch.Size(lead + (1,) * (n - len(base)) + base))
+                msg["fn"] = fn
+            injected = self._to_site(given[info.name], info, outer, inner) if info.name in given else None
+            count, stride = layouts[info.name]
+            span, entries = count * stride, inner if info.local else outer
+            number = itertools.count()
+
+            def remember(draw: Callable[[], Tensor]) -> Tensor:
+                entry = (info.name, next(number), outer.start if info.local else None, entries.start // span)
+                if entry not in memo:
+                    memo[entry] = draw()
+                return memo[entry]
+
+            axis = -(n + 1) if info.local else -(n + 2)
+            site = GuideSite(fn, injected, info.support, span, axis, remember)
+            estimator = plan.estimators[info.name]
+            if count == 1:
+                msg["value"] = estimator.sample(site)
+                return
+            t = torch.arange(entries.start, entries.stop).reshape((-1,) + (1,) * (-axis - 1 if len(entries) > 1 else 0))
+            variant = estimator.variants(site, t // stride % count)
+            variants[info.name] = variant
+            msg["value"] = variant.value
+
+        handler = Handler(constrained, latent, subsamples)
+        guide = self._trace(self._guide, handler, batch, params)
+        drawn = {name: s["value"] for name, s in guide.items()}
+
+        def replayed(msg: Message) -> None:
+            msg["value"] = drawn[msg["name"]]
+
+        model_handler = Handler(constrained, replayed, handler.subsamples)
+        model = self._trace(self._model, model_handler, batch, params)
+        subsamples.update(model_handler.subsamples)
+        frozen: dict[str, Message] = {}
+        if plan.frozen:
+            stopped = {name: p.detach() for name, p in params.items()}
+            frozen = self._trace(
+                self._guide,
+                Handler(self.constrain(stopped), replayed, handler.subsamples),
+                batch,
+                stopped,
+            )
+        return {
+            info.name: self._site(
+                info, guide, model, frozen, plan, variants.get(info.name), layouts.get(info.name, (1, 1))[0]
+            )
+            for info in structure.sites.values()
+        }
 
     def _site(
         self,
@@ -391,9 +496,11 @@ class PyroBound:
         extra = {}
         if "kl" in plan.requests and in_guide is not None and in_model is not None:
             extra["kl"] = self._rows(self._full(kl(in_guide, in_model), info), info)
-        scale = 1.0
+        scales: dict[str, Any] = {}
         if info.user_scaled:
-            scale = self._user_scale(site if in_model is None else in_model, self.structure.data_plate)
+            for label, message in (("user_scale", in_model), ("guide_scale", in_guide)):
+                if message is not None:
+                    scales[label] = self._scale(self._user_scale(message, self.structure.data_plate), info)
         optional = ("log_p", "log_q", "log_q_frozen", "weight", "credit", "through", "log_p_full", "log_q_full")
         return Site(
             name=name,
@@ -405,7 +512,7 @@ class PyroBound:
             downstream=self.structure.downstream(name),
             variants=count,
             extra=extra,
-            user_scale=scale,
+            **scales,
             **{label: row.get(label) for label in optional},
         )
 
@@ -439,30 +546,42 @@ class PyroBound:
         M, K = self._sizes
         return full.reshape(M, K, -1) if info.local else full.reshape(M)
 
+    def _scale(self, scale: Any, info: SiteInfo) -> Any:
+        """A scale as a number, or as `[M, K, B]` (local) or `[M]` (global)."""
+        if not isinstance(scale, Tensor) or not scale.dim():
+            return scale
+        full = self._full(scale, info)
+        return full.reshape(*self._sizes, -1) if info.local else full.reshape(len(full), -1)[:, 0]
+
     def _from_site(self, value: Tensor, event_dim: int, info: SiteInfo) -> Tensor:
         value = self._pad(value, event_dim, info.local)
         if not info.local:
-            return value[:, 0].reshape((value.shape[0],) + self._squeezed(value.shape[2:], event_dim))
+            return value[:, 0].reshape((value.shape[0],) + self._own(value.shape[2:], event_dim, info))
         if self.structure.plate_dim is None:
-            return value.unsqueeze(2)
+            return value.reshape(tuple(value.shape[:2]) + (1,) + self._own(value.shape[2:], event_dim, info))
         return value.movedim(2 + self.structure.nesting + self.structure.plate_dim, 2)
 
-    def _squeezed(self, shape: torch.Size, event_dim: int) -> tuple[int, ...]:
-        """A global value's plate dimensions without the leading ones of size one."""
-        batch, event = list(shape[: len(shape) - event_dim]), tuple(shape[len(shape) - event_dim :])
-        while batch and batch[0] == 1:
-            batch.pop(0)
-        return (*batch, *event)
+    def _own(self, shape: torch.Size, event_dim: int, info: SiteInfo) -> tuple[int, ...]:
+        """A value's shape without the plate dimensions that its site is not in."""
+        return tuple(shape[self.structure.nesting - self._ranks[info.name] :])
 
-    def _to_site(self, value: Tensor, info: SiteInfo) -> Tensor:
-        M, K = self._sizes
-        n = self.structure.nesting
+    def _to_site(self, value: Tensor, info: SiteInfo, outer: range, inner: range) -> Tensor:
+        """A table's value as the site has it in a run of these entries."""
+        M, K = len(outer), len(inner)
+        n, dim = self.structure.nesting, self.structure.plate_dim
+        value = value[outer.start : outer.stop]
+        if info.local:
+            value = value[:, inner.start : inner.stop]
+        missing = (1,) * (n - self._ranks[info.name])
         if not info.local:
-            if M == 1:
-                return value[0]
-            return value.reshape((M,) + (1,) * (1 + n) + tuple(value.shape[1:]))
-        dim = self.structure.plate_dim
-        value = value.squeeze(2) if dim is None else value.movedim(2, 2 + n + dim)
+            return value[0] if M == 1 else value.reshape((M, 1) + missing + tuple(value.shape[1:]))
+        if dim is None:
+            value = value.squeeze(2)
+            if (M, K) == (1, 1):
+                return value[0, 0]
+            value = value.reshape((M, K) + missing + tuple(value.shape[2:]))
+        else:
+            value = value.movedim(2, 2 + n + dim)
         if M > 1:
             return value
         return value[0] if K > 1 else value[0, 0]

@@ -21,8 +21,8 @@ class dreg(Estimator):
     frozen = True
     site = "reparameterised"
     refuses = {
-        "log_mean_exp": "its surrogate is derived for functions of all draws; use 'pathwise', or 'score'.",
-        "weights": "a self-normalised weight has no doubly reparameterised form here; use 'score'.",
+        "log_mean_exp": "its surrogate is derived for functions of all draws",
+        "weights": "a self-normalised weight has no doubly reparameterised form here",
     }
 
     def sample(self, dist: SiteDistribution) -> Array:

@@ -18,9 +18,8 @@ class enumerate(Estimator):
     exhaustive = True
     site = "finite"
     refuses = {
-        "joint": "its values are no draws: laid out as more of them the bound would be another one; "
-        "use 'vimco', or 'score'.",
-        "variance": "it has no detached draws; use 'score'.",
+        "joint": "its values are no draws: laid out as more of them the bound would be another one",
+        "variance": "it has no detached draws",
     }
 
     def count(self, support: int) -> int:

@@ -21,8 +21,7 @@ class rloo(Estimator):
     scored = True
     least_draws = 2
     refuses = {
-        "joint": "its baseline, the mean of the other draws' values, is no baseline for a function of all draws; "
-        "use 'vimco', or 'score'.",
+        "joint": "its baseline, the mean of the other draws' values, is no baseline for a function of all draws",
     }
 
     def sample(self, dist: SiteDistribution) -> Array:

@@ -39,9 +39,14 @@ class elbo(Objective):
         return Loss(-d.total(rows, sum(globals_, 0.0 * d.log_w_global)))
 
     def _term(self, d: Draws, site: Site) -> Array:
+        """What one site adds; scale handlers of the program multiply the densities of their side."""
         scale: Array = site.user_scale
         if site.role == "observed":
             return scale * site.log_p
         # In a step beta is an array, as a schedule may move it.
         beta: Array = self.beta
-        return beta * scale * (-site.extra["kl"] if "kl" in site.extra else d.log_ratio(site))
+        if "kl" in site.extra:
+            return -beta * scale * site.extra["kl"]
+        log_p = 0.0 if site.log_p is None else scale * site.log_p
+        log_q = 0.0 if site.log_q is None else site.guide_scale * d.density(site)
+        return beta * (log_p - log_q)
