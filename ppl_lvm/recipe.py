@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self, TypeGuard, TypeVar, get_ar
 from pydantic import BaseModel, ConfigDict, Field, InstanceOf, ValidationError, field_validator
 
 from ppl_lvm import lookup
-from ppl_lvm.algorithm import Algorithm, Estimator, NonNegative, Objective, Schedule
+from ppl_lvm.algorithm import Algorithm, Estimator, NonNegative, Objective, Schedule, best_pattern, specificity
 from ppl_lvm.catalogue import BASES, Kind, estimators, objectives, resolve, to_dict
 from ppl_lvm.errors import RecipeError
 

@@ -131,7 +131,7 @@ class Engine:
     def sites(
         self, objective: Objective, estimators: Mapping[str, Estimator], *, values: Values | None = None, seed: int = 0
     ) -> dict[str, Row]:
-        """The table of one run."""
+        """The table of the run that `loss` makes with the same seed."""
         chosen = self.plan(objective, estimators)
 
         def run(key: Any, given: dict[str, Array]) -> dict[str, Row]:
@@ -141,9 +141,10 @@ class Engine:
         with self._precision():
             given = {name: self._array(value) for name, value in (values or {}).items()}
             if self.backend == "numpyro":
-                table = jax.jit(run, compiler_options=_QUICK)(jax.random.key(seed), given)
+                key = jax.random.split(jax.random.key(seed), 1)[0]
+                table = jax.jit(run, compiler_options=_QUICK)(key, given)
                 return jax.tree.map(np.asarray, table)
-            return jax.tree.map(lambda t: t.detach().numpy(), run(seed, given))
+            return jax.tree.map(lambda t: t.detach().numpy(), run(seed * 100_000, given))
 
     def log_w(self, objective: Objective, estimators: Mapping[str, Estimator], seed: int = 0) -> np.ndarray:
         """Log weights `[M, K, B]` of one run."""
