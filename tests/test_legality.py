@@ -579,7 +579,7 @@ def test_a_name_with_brackets_is_a_name_first() -> None:
         ("normal", still(draws=2), {"z": vimco()}),
         ("normal", still(), {"z": score()}),
     ],
-    ids=str,
+    ids=lambda v: v.name if isinstance(v, Toy) else str(v) if isinstance(v, str) else None,
 )
 def test_auto(case: Toy | str, objective: Objective, chosen: dict[str, Estimator]) -> None:
     for found in structures(case):

@@ -506,7 +506,7 @@ def test_the_engine_takes_no_mini_batch_of_a_mini_batch(backend: Backend, batch_
             ppl.sample("z", ppl.dist.Normal(0.5 * x[rows], 0.5**0.5 * ppl.xp.exp(ppl.array(params["log_scale"]))))
 
     words = Native(backend)
-    options: dict[str, Any] = {"steps": 12, "learning_rate": 0.0, "dtype": "float64", "compile": "eager"}
+    options: dict[str, Any] = {"steps": 12, "learning_rate": 0.0, "dtype": "float64"}
     run = fit(
         lambda x: model(words, x),
         lambda x: guide(words, x),
@@ -557,7 +557,7 @@ def matrix_terms(p: Numbers, eps_W: np.ndarray, eps_z: np.ndarray) -> dict[str, 
 
 @pytest.mark.parametrize(
     ("objective", "broadcasts"),
-    [(elbo(outer=3), (False, False)), (iwae(outer=2, draws=3), (False, True)), (iwae(draws=3), (True, True))],
+    [(elbo(outer=3), (False, True)), (iwae(outer=2, draws=3), (False, True)), (iwae(draws=3), (True, True))],
     ids=["outer", "outer and draws", "draws"],
 )
 @on_both
@@ -633,6 +633,8 @@ def test_a_program_that_is_random_by_itself_is_taken_to_broadcast() -> None:
             pyro.sample("z", pyro_dist.Normal(pyro.param("loc", torch.zeros(2)) + x, 1.0).to_event(1))
 
     engine = Engine("pyro", model, guide, {"x": POINTS[:, :2]}, portable=False)
+    assert engine.bound.initial["layer$$$0.weight"].dtype == torch.float64
+    assert layer[0].weight.dtype == torch.float32
     assert engine.bound.broadcasts(engine.plan(elbo(draws=4), {"z": pathwise()}), engine.batch) == (True, True)
 
 
@@ -711,14 +713,21 @@ def test_a_fit_keeps_its_precision(backend: Backend, dtype: str) -> None:
     bound: Any = kind(toy, Call.of(GRID), seed=0, dtype=dtype)
     batch, key = bound.batch(Call.of(GRID)), (0 if backend == "pyro" else jax.random.key(0))
     plan = Plan(2, 1, {"z": pathwise(), "w": dreg()})
+
+    def run(batch: Any, key: Any) -> dict[str, Array]:
+        draws = bound.draws(bound.initial, Call((batch,)), key, plan)
+        found = bound.gradients(bound.initial, Call((batch,)), key, plan, elbo(draws=2), total_rows=9)
+        arrays = {**{f"{n}'": g for n, g in found.params.items()}, "loss": found.loss}
+        for name, site in draws.sites.items():
+            for label in ("value", "log_p", "log_q", "log_q_frozen"):
+                if getattr(site, label) is not None:
+                    arrays[f"{name}.{label}"] = getattr(site, label)
+        return arrays
+
     with precision(dtype) if backend == "numpyro" else nullcontext():
-        draws = bound.draws(bound.initial, batch, key, plan)
-        found = bound.gradients(bound.initial, batch, key, plan, elbo(draws=2), total_rows=9)
-    arrays = {**bound.initial, **{f"{n}'": g for n, g in found.params.items()}, "loss": found.loss}
-    for name, site in draws.sites.items():
-        for label in ("value", "log_p", "log_q", "log_q_frozen"):
-            if getattr(site, label) is not None:
-                arrays[f"{name}.{label}"] = getattr(site, label)
+        run_once = jax.jit(run) if backend == "numpyro" else run
+        arrays = {**bound.initial, **run_once(batch.args[0], key)}
+    assert {"w.log_q_frozen", "x.log_p", "a'"} <= set(arrays)
     assert {n: str(a.dtype).removeprefix("torch.") for n, a in arrays.items()} == dict.fromkeys(arrays, dtype)
 
 
@@ -729,7 +738,7 @@ def test_counts_as_integers_are_the_same_as_floats(backend: Backend, name: str, 
     counts = np.random.default_rng(0).integers(0, 17, size=(8, 5))
     options: dict[str, Any] = {"recipe": "elbo", "steps": 2, "batch_size": 4, "backend": backend, "dtype": dtype}
     runs = [
-        fit(program(name), data=data, compile="eager", **options)
+        fit(program(name), data=data, **options)
         for data in (counts.astype(float), counts, counts.astype(np.uint8))
     ]
     for run in runs:
@@ -762,8 +771,7 @@ def test_which_integers_stay(backend: Backend) -> None:
     with_example = Program("p", model, guide, portable=True, arguments=names, example=example)
     bound: Any = kind(with_example, call, seed=0, dtype="float64")
     assert "float64" in seen["x"] and "int64" in seen["y"]
-    values = bound.batch(call).args[0]
-    np.testing.assert_array_equal(np.asarray(2 * values), [6.0, 400.0, 200.0])
+    np.testing.assert_array_equal(np.asarray(bound.batch(call).args[0]), [3.0, 200.0, 100.0])
 
     kind(Program("p", model, guide, portable=True, arguments=names), call, seed=0, dtype="float64")
     assert "float64" in seen["x"] and "float64" in seen["y"]
@@ -1040,7 +1048,7 @@ def test_closed_form_kl(backend: Backend, name: str) -> None:
 
     engine = portable(backend, model, guide, {"x": x})
     assert engine.structure.sites["z"].closed_kl
-    found = engine.loss(elbo(kl="closed_form"), {"z": pathwise() if name == "Normal" else score()})
+    found = engine.loss(elbo(kl="closed_form"), {"z": pathwise() if name == "Normal" else enumerated()})
     expected = differentiated(loss, {"q": q, "p": p, "mu": np.array(0.1)})
     np.testing.assert_allclose(found.value, expected.value, rtol=0, atol=TO_ROUNDING)
     for parameter, gradient in expected.gradient.items():

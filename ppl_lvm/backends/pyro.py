@@ -117,15 +117,26 @@ class PyroBound:
 
     def _probe(self, batch: Call, asked: str | None) -> None:
         called: list[torch.nn.Module] = []
+        cast: dict[int, tuple[torch.nn.Parameter, Tensor]] = {}
 
         def notice(module: torch.nn.Module, _: Any) -> None:
+            # Until its parameters are known and can be swapped, a module of another precision is cast for the probe.
             called.append(module)
+            for parameter in module.parameters(recurse=False):
+                if self._cast(parameter.data).dtype != parameter.dtype:
+                    cast[id(parameter)] = (parameter, parameter.data)
+                    parameter.data = self._cast(parameter.data)
+
+        def restore() -> None:
+            for parameter, data in cast.values():
+                parameter.data = data
 
         def prior(msg: Message) -> None:
             msg["value"] = draw(msg["fn"]).detach()
 
         with contextlib.ExitStack() as stack:
             hook = torch.nn.modules.module.register_module_forward_pre_hook(notice)
+            stack.callback(restore)
             stack.callback(hook.remove)
             guide_handler = Handler({}, prior)
             with torch.no_grad():
@@ -367,7 +378,7 @@ class PyroBound:
                 if equal(run(values, whole), one_by_one):
                     return whole
         # A program that is random by itself (dropout) cannot be compared with itself; it gets the benefit of the doubt.
-        return (False, False) if equal(run(values, (False, False)), one_by_one) else (True, True)
+        return (not outer, not inner) if equal(run(values, (False, False)), one_by_one) else (True, True)
 
     def _sites(
         self,
@@ -435,7 +446,8 @@ class PyroBound:
             if count == 1:
                 msg["value"] = estimator.sample(site)
                 return
-            t = torch.arange(entries.start, entries.stop).reshape((-1,) + (1,) * (-axis - 1 if len(entries) > 1 else 0))
+            t = torch.arange(entries.start, entries.stop)
+            t = t.reshape((-1,) + (1,) * (-axis - 1) if len(entries) > 1 else ())
             variant = estimator.variants(site, t // stride % count)
             variants[info.name] = variant
             msg["value"] = variant.value
