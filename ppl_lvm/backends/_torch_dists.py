@@ -68,7 +68,9 @@ def site_log_prob(site: Message) -> Tensor:
 
 
 def kl(q: Message, p: Message) -> Tensor:
-    value = kl_divergence(q["fn"], p["fn"])
+    # Some of torch's formulas index one distribution's terms by the other's shape.
+    shape = torch.broadcast_shapes(q["fn"].batch_shape, p["fn"].batch_shape)
+    value = kl_divergence(*(fn if fn.batch_shape == shape else fn.expand(shape) for fn in (q["fn"], p["fn"])))
     mask = q["mask"]
     return value if mask is None or mask is True else torch.where(mask, value, torch.zeros_like(value))
 

@@ -441,7 +441,7 @@ class PyroBound:
                 return memo[entry]
 
             axis = -(n + 1) if info.local else -(n + 2)
-            site = GuideSite(fn, injected, info.support, span, axis, remember)
+            site = GuideSite(fn, injected, info.support, span if len(entries) > 1 else 1, axis, remember)
             estimator = plan.estimators[info.name]
             if count == 1:
                 msg["value"] = estimator.sample(site)
