@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from ppl_lvm import backends, legality, progress
-from ppl_lvm.algorithm import Schedule
+from ppl_lvm.algorithm import GuideFamily, Schedule
 from ppl_lvm.backends.base import Call, numbers_of
 from ppl_lvm.errors import DataError, LegalityError, PplLvmError, ProgramError
 from ppl_lvm.posterior import Fit, State
@@ -24,7 +25,7 @@ CHUNK = 100
 
 def fit(
     model: Program | str | Callable[..., Any],
-    guide: Callable[..., Any] | None = None,
+    guide: Callable[..., Any] | GuideFamily | str | None = None,
     data: object = None,
     recipe: Any = None,
     *,
@@ -41,7 +42,8 @@ def fit(
 
     Args:
         model: a portable program (`program("vae", latent=8)` or its name), or a native model of Pyro or NumPyro.
-        guide: the native model's guide or autoguide.
+        guide: the native model's guide or autoguide; or a family that writes one from the model, by name
+            ("auto_normal", "multivariate_normal", "low_rank", "flow", "amortized", "delta"), for any program.
         data: the program's arguments: an array, a tuple of arrays or a dict by name, whose first axis is rows.
         recipe: a name, a path to a TOML file, a mapping or a Recipe; None: the program's own.
         backend: "pyro" or "numpyro"; found from a native program, the first one installed for a portable one.
@@ -67,17 +69,25 @@ def fit(
         (20,)
     """
     started = time.perf_counter()
+    if isinstance(guide, str | GuideFamily):
+        guide, overrides = None, {"guide": guide, **overrides}
     chosen = _program(model, guide)
     how = load_recipe(chosen.recipe if recipe is None else recipe, **overrides)
+    messages: list[str] = []
+    chosen = _guided(chosen, how, messages)
     name = _backend(chosen, backend)
     if dtype not in ("float32", "float64"):
         raise DataError(f"dtype={dtype!r} was asked for; use 'float32' or 'float64'.")
     call = Call.of(data)
     rows = _rows(call)
-    messages: list[str] = []
+    if rows is not None and chosen.takes_rows:
+        call = call.with_rows(rows)
 
     library = backends.load(name)
     bound, example, batched = _bind(library, chosen, call, rows, how, seed, dtype, data_plate, messages)
+    if rows is not None and bound.row_params:
+        size, call = len(example.leaves[0]), call.with_rows(rows)
+        example = call.map(lambda a: a[:size])
     _check_support(bound, chosen, call, example)
     plan, notes = legality.plan(how.objective, how.estimator, bound.structure)
     messages += [f"estimator: {note}" for note in notes]
@@ -133,10 +143,22 @@ def _program(model: Program | str | Callable[..., Any], guide: Callable[..., Any
             raise ProgramError(f"Program {model!r} brings its guide; pass a guide only beside a native model.")
         found = load_program(model)
     else:
-        if guide is None:
-            raise ProgramError(f"Model {model!r} came without a guide; pass one, or an autoguide of its library.")
         found = Program.from_callables(model, guide)
     return found
+
+
+def _guided(chosen: Program, how: Recipe, messages: list[str]) -> Program:
+    """The program with the recipe's family of guides in place of its own guide."""
+    if how.guide is not None:
+        if chosen.guide is not None:
+            messages.append(f"guide: {type(how.guide).__name__}, in place of the program's own")
+        return replace(chosen, guide=how.guide)
+    if chosen.guide is None:
+        raise ProgramError(
+            f"Model {chosen.name!r} came without a guide; pass one, an autoguide of its library, or the name of a "
+            f"family, as in guide='auto_normal'."
+        )
+    return chosen
 
 
 def _backend(chosen: Program, asked: str | None) -> str:
@@ -147,7 +169,7 @@ def _backend(chosen: Program, asked: str | None) -> str:
         if not available:
             raise ProgramError("No backend is installed; pip install 'ppl_lvm[numpyro]' or 'ppl_lvm[pyro]'.")
         return available[-1]
-    found = backend_of(chosen.model, chosen.guide)
+    found = backend_of(chosen.model, None if isinstance(chosen.guide, GuideFamily) else chosen.guide)
     if found is None:
         raise ProgramError(
             f"Cannot tell which library {chosen.name!r} is written for; pass backend='pyro' or 'numpyro'."
@@ -187,7 +209,7 @@ def _bind(
     """The program bound to a batch's shape; whether the engine takes mini-batches."""
 
     def bind(example: Call) -> Any:
-        return library.Bound(chosen, example, seed=seed, dtype=dtype, data_plate=data_plate)
+        return library.Bound(chosen, example, seed=seed, dtype=dtype, data_plate=data_plate, total=rows)
 
     size = how.batch_size
     if rows is None or size is None or size >= rows:

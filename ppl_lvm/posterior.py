@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ppl_lvm import backends
-from ppl_lvm.backends.base import Call, Plan
+from ppl_lvm.backends.base import ROWS, Call, Plan
 from ppl_lvm.errors import DataError, ProgramError
 from ppl_lvm.program import Program
 
@@ -228,6 +228,11 @@ class Fit:
 
     def _call(self, data: object) -> Call:
         call = self._data if data is None else Call.of(data)
+        if self._bound.row_params and ROWS not in call.kwargs:
+            raise DataError(
+                f"Parameters {sorted(self._bound.row_params)} have an entry for every row of the fit, so they say "
+                f"nothing of other rows; call run.refit(data) first, which fits them with all others frozen."
+            )
         for name, given, known in zip(
             self.program.arguments, call.args, self._data.args, strict=False
         ):
@@ -286,7 +291,7 @@ class Fit:
         if key not in self._bounds:
             known = self._bound
             self._bounds[key] = type(known)(
-                self.program, call, seed=0, dtype=known.dtype, data_plate=known.asked_plate
+                self.program, call, seed=0, dtype=known.dtype, data_plate=known.asked_plate, total=known.total
             )
         return self._bounds[key]
 

@@ -11,7 +11,7 @@ from typing import Any, Literal, Self
 from pydantic import TypeAdapter, ValidationError
 
 from ppl_lvm import lookup
-from ppl_lvm.algorithm import plain
+from ppl_lvm.algorithm import GuideFamily, plain
 from ppl_lvm.backend_of import Backend as Backend
 from ppl_lvm.backend_of import backend_of as backend_of
 from ppl_lvm.errors import ProgramError
@@ -27,7 +27,7 @@ class Program:
     Args:
         name: the stem of the file, or the name of the model.
         model: `model(ppl, *data)` if portable, `model(*data)` if native.
-        guide: called like the model.
+        guide: called like the model; or a family that writes one from the model, or None while none is chosen.
         options: all keyword-only options of model and guide with their values, sorted by name.
         portable: whether it is written against `ppl` and runs on both backends.
         path: the file, or None.
@@ -40,7 +40,7 @@ class Program:
 
     name: str
     model: Callable[..., Any]
-    guide: Callable[..., Any]
+    guide: Callable[..., Any] | GuideFamily | None
     options: tuple[tuple[str, Any], ...] = ()
     portable: bool = False
     path: str | None = None
@@ -52,7 +52,7 @@ class Program:
 
     @classmethod
     def from_callables(
-        cls, model: Callable[..., Any], guide: Callable[..., Any], recipe: str = "elbo"
+        cls, model: Callable[..., Any], guide: Callable[..., Any] | None = None, recipe: str = "elbo"
     ) -> Self:
         """A native program: any Pyro or NumPyro callables, autoguides included.
 
@@ -60,7 +60,7 @@ class Program:
             ProgramError: one of them cannot be called.
         """
         for role, call in (("model", model), ("guide", guide)):
-            if not callable(call):
+            if call is not None and not callable(call):
                 raise ProgramError(f"The {role} is {call!r}, which cannot be called.")
         return cls(
             _name(model), model, guide, recipe=recipe, arguments=_positional(getattr(model, "forward", model))
@@ -71,10 +71,16 @@ class Program:
         call = self.model if role == "model" else self.guide
         return dict(call.keywords) if self.path and isinstance(call, functools.partial) else {}
 
+    @property
+    def takes_rows(self) -> bool:
+        """Whether it is a native program with an argument `rows`, which gets the indices of the rows in a batch."""
+        return not self.portable and any("rows" in _positional(c) for c in (self.model, self.guide) if callable(c))
+
     def _key(self) -> tuple[object, ...]:
         if self.path is None:
             return _identity(self.model), _identity(self.guide)
-        return self.path, self.source_hash, self.options
+        family = self.guide if isinstance(self.guide, GuideFamily) else None
+        return self.path, self.source_hash, self.options, family
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Program) and self._key() == other._key()
@@ -272,6 +278,8 @@ def _name(call: Callable[..., Any]) -> str:
 
 def _identity(call: object) -> object:
     """What stays the same where `obj.method` and `partial(f, 3)` are written twice."""
+    if isinstance(call, GuideFamily):
+        return call
     if isinstance(call, MethodType):
         return id(call.__self__), call.__func__
     if isinstance(call, functools.partial):

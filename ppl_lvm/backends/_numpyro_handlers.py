@@ -9,6 +9,7 @@ from zlib import crc32
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import numpyro
 from numpyro.distributions import constraints
 from numpyro.primitives import Messenger
@@ -41,11 +42,16 @@ def owned(a: Any, dtype: str | None = None) -> Array:
 class Namespace:
     """What a portable program calls, spoken by NumPyro; one object per fit, holding the networks it built."""
 
-    def __init__(self, seed: int, dtype: str) -> None:
+    def __init__(self, seed: int, dtype: str, total: int | None = None) -> None:
         self.dist = namespace()
         self.nets, self.ops, self.xp = nets, ops, jnp
         self.factor, self.deterministic = numpyro.factor, numpyro.deterministic
         self._seed, self._dtype = seed, dtype
+        self.total = total
+        """N, the rows of all data, where there are any."""
+        self.rows: Any = None
+        """Indices of this run's rows among them."""
+        self.row_params: set[str] = set()
         self._built: dict[str, tuple[nets.Network, Any, Any]] = {}
 
     def sample(self, name: str, fn: Any, obs: Array | None = None, **options: Any) -> Array:
@@ -58,6 +64,27 @@ class Namespace:
         value = init() if callable(init) else init
         kwargs = {} if constraint is None else {"constraint": constraint}
         return numpyro.param(name, jnp.asarray(value, dtype=self._dtype), **kwargs)
+
+    def row_param(
+        self, name: str, init: Any, constraint: Any = None, *, rows: Any = None, size: int | None = None
+    ) -> Array:
+        """A parameter with an entry for each of the N rows of the data, `[B, *init.shape]` at the rows of this run.
+
+        `init` is that of one row. A plate of the program's own size takes its indices and its size.
+        """
+        index, total = (self.rows, self.total) if rows is None else (rows, size)
+        if index is None or total is None:
+            raise ProgramError(
+                f"Parameter {name!r} has an entry for every row, but this run does not say which rows it is on; pass "
+                f"data whose first axis is rows, and refit it for new ones."
+            )
+        self.row_params.add(name)
+
+        def table() -> np.ndarray:
+            one = np.asarray(init() if callable(init) else init)
+            return np.array(np.broadcast_to(one, (total, *one.shape)))
+
+        return self.param(name, table, constraint)[index]
 
     def module(self, name: str, spec: nets.Network) -> Callable[[Array], Array]:
         if name not in self._built:

@@ -8,6 +8,7 @@ from typing import Any
 from zlib import crc32
 
 import array_api_compat.torch as xp
+import numpy as np
 import pyro
 import torch
 from pyro.distributions import constraints
@@ -46,11 +47,16 @@ def seeded(key: int) -> Iterator[None]:
 class Namespace:
     """What a portable program calls, spoken by Pyro; one object per fit, holding the networks it built."""
 
-    def __init__(self, seed: int, dtype: str) -> None:
+    def __init__(self, seed: int, dtype: str, total: int | None = None) -> None:
         self.dist = pyro.distributions
         self.nets, self.ops, self.xp = nets, ops, xp
         self.factor, self.deterministic = pyro.factor, pyro.deterministic
         self._seed, self._dtype = seed, dtype
+        self.total = total
+        """N, the rows of all data, where there are any."""
+        self.rows: Any = None
+        """Indices of this run's rows among them."""
+        self.row_params: set[str] = set()
         self._built: dict[str, tuple[nets.Network, Any, Any]] = {}
 
     def sample(self, name: str, fn: Any, obs: Tensor | None = None, **options: Any) -> Tensor:
@@ -64,6 +70,27 @@ class Namespace:
             return torch.as_tensor(init() if callable(init) else init, dtype=getattr(torch, self._dtype))
 
         return pyro.param(name, initial, constraints.real if constraint is None else constraint)
+
+    def row_param(
+        self, name: str, init: Any, constraint: Any = None, *, rows: Any = None, size: int | None = None
+    ) -> Tensor:
+        """A parameter with an entry for each of the N rows of the data, `[B, *init.shape]` at the rows of this run.
+
+        `init` is that of one row. A plate of the program's own size takes its indices and its size.
+        """
+        index, total = (self.rows, self.total) if rows is None else (rows, size)
+        if index is None or total is None:
+            raise ProgramError(
+                f"Parameter {name!r} has an entry for every row, but this run does not say which rows it is on; pass "
+                f"data whose first axis is rows, and refit it for new ones."
+            )
+        self.row_params.add(name)
+
+        def table() -> np.ndarray:
+            one = np.asarray(init() if callable(init) else init)
+            return np.array(np.broadcast_to(one, (total, *one.shape)))
+
+        return self.param(name, table, constraint)[index]
 
     def module(self, name: str, spec: nets.Network) -> Callable[[Tensor], Tensor]:
         if name not in self._built:

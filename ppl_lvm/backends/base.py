@@ -6,6 +6,7 @@ backend's are, and `ops` tells them apart.
 
 from __future__ import annotations
 
+import inspect
 import itertools
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping, Sequence
@@ -15,9 +16,10 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 import numpy as np
 
 from ppl_lvm import ops
-from ppl_lvm.algorithm import Algorithm, Estimator, Objective, Schedule, SiteDistribution
+from ppl_lvm.algorithm import Algorithm, Estimator, GuideFamily, Objective, Schedule, SiteDistribution
 from ppl_lvm.draws import Draws, Plate
 from ppl_lvm.errors import BackendError, ProgramError
+from ppl_lvm.latents import Discrete, Latent, Sketch
 from ppl_lvm.ops import Array
 
 if TYPE_CHECKING:
@@ -25,6 +27,12 @@ if TYPE_CHECKING:
 
 LARGEST_SUPPORT = 4096
 """Values of a finite site that are enumerated at most."""
+
+ROWS = "rows"
+"""Argument by which a native program asks for the indices of its rows among all of the data."""
+
+PRIOR_DRAWS = 15
+"""Runs of the model whose median is where a family of guides starts."""
 
 
 Role = Literal["latent", "observed", "auxiliary"]
@@ -203,6 +211,10 @@ class Call:
     def leaves(self) -> list[Any]:
         return [a for a in (*self.args, *self.kwargs.values()) if a is not None]
 
+    def with_rows(self, rows: int) -> Call:
+        """With the indices of rows 0 to `rows - 1`, which mini-batches pick from as from any other argument."""
+        return self if ROWS in self.kwargs else Call(self.args, {**self.kwargs, ROWS: np.arange(rows)})
+
     def map(self, f: Callable[[Any], Any]) -> Call:
         def each(a: Any) -> Any:
             return None if a is None else f(a)
@@ -234,9 +246,95 @@ def as_float(kinds: Mapping[str, str] | None, name: str, kind: str) -> bool:
     Integers of portable programs do, so that counts multiply with parameters on both backends and bytes do not wrap
     around; unless the program's example has integers there too (labels, indices). Native programs keep theirs.
     """
-    if kind == "f" or kinds is None:
+    if kind == "f" or kinds is None or name == ROWS:
         return kind == "f"
     return kinds[name] == "f" if name in kinds else kind in "iu"
+
+
+def given_rows(call: Callable[..., Any], ppl: Any) -> Callable[..., Any]:
+    """`call`, which gets the row indices if it asks for them: by an argument, or through its namespace `ppl`."""
+    try:
+        named = ROWS in inspect.signature(call).parameters
+    except (TypeError, ValueError):  # a callable of C code
+        named = False
+    if ppl is None and not named:
+        return call
+
+    def run(*args: Any, rows: Any = None, **kwargs: Any) -> Any:
+        if ppl is not None:
+            ppl.rows = rows
+        try:
+            return call(*args, **kwargs, **({ROWS: rows} if named else {}))
+        finally:
+            if ppl is not None:
+                ppl.rows = None
+
+    return run
+
+
+def written(
+    family: GuideFamily, ppl: Any, latents: Sequence[Latent], arguments: Sequence[str]
+) -> Callable[..., None]:
+    """The guide that a family writes for these sites, called like the model."""
+
+    def guide(*args: Any, **kwargs: Any) -> None:
+        data = {**dict(zip(arguments, args, strict=False)), **kwargs}
+        family(Sketch(ppl, latents, {n: a for n, a in data.items() if a is not None}))
+
+    return guide
+
+
+def row_params(program: Program, ppl: Any, initial: Mapping[str, Any], total: int | None) -> frozenset[str]:
+    """Parameters with an entry for every row: those that a namespace gave out, and of a native program that takes the
+    row indices those whose first axis is as long as the data."""
+    if ppl is not None and ppl.row_params:
+        return frozenset(ppl.row_params)
+    if not program.takes_rows or total is None:
+        return frozenset()
+    return frozenset(n for n, p in initial.items() if np.shape(p)[:1] == (total,))
+
+
+def is_real(support: Any) -> bool:
+    """Whether a support is the reals, so that its bijection is the identity."""
+    while hasattr(support, "base_constraint"):
+        support = support.base_constraint
+    return type(support).__name__.strip("_") in ("Real", "RealVector")
+
+
+def median_start(latent: Latent, draws: Sequence[np.ndarray]) -> Latent:
+    """Where a guide starts: the median of unconstrained prior draws `[*batch, *event]`, over rows too."""
+    values = np.stack(draws).astype(np.float64)
+    if latent.row_dim is None:
+        middle = np.nanmedian(values, axis=0)
+    else:
+        row = 1 + len(latent.batch) + latent.row_dim
+        middle = np.nanmedian(np.moveaxis(values, row, 0).reshape(-1, *latent.inner, *latent.event), axis=0)
+    return replace(latent, initial=np.nan_to_num(middle, nan=0.0, posinf=0.0, neginf=0.0))
+
+
+def discrete_kind(name: str, fn: Any) -> Discrete | None:
+    """How a family of guides treats a site's distribution; None: as continuous.
+
+    Raises:
+        ProgramError: discrete, and of no kind that families know.
+    """
+    kind = type(innermost(fn)).__name__
+    for prefix, discrete in _DISCRETE.items():
+        if kind.startswith(prefix):
+            return discrete
+    if fn.support.is_discrete:
+        raise ProgramError(
+            f"Families of guides know discrete sites that are Bernoulli, Categorical or OneHotCategorical; "
+            f"{name!r} is {kind}. Write a guide for it, or sum it out in the model."
+        )
+    return None
+
+
+_DISCRETE: dict[str, Discrete] = {
+    "Bernoulli": "bernoulli",
+    "OneHotCategorical": "one_hot",
+    "Categorical": "categorical",
+}
 
 
 def losses(

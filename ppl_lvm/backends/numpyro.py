@@ -14,7 +14,7 @@ from numpyro import handlers
 from numpyro.distributions.transforms import biject_to
 from numpyro.ops.provenance import eval_provenance
 
-from ppl_lvm.algorithm import Objective, Variant
+from ppl_lvm.algorithm import GuideFamily, Objective, Variant
 from ppl_lvm.backends._jax_dists import (
     GuideSite,
     draw,
@@ -25,6 +25,7 @@ from ppl_lvm.backends._jax_dists import (
 )
 from ppl_lvm.backends._numpyro_handlers import Handler, Message, Namespace, Params, owned, precision, site_key
 from ppl_lvm.backends.base import (
+    PRIOR_DRAWS,
     Call,
     Gradients,
     Plan,
@@ -35,13 +36,21 @@ from ppl_lvm.backends.base import (
     as_float,
     check_scale,
     check_sites,
+    discrete_kind,
     example_kinds,
     find_data_plate,
+    given_rows,
+    innermost,
     is_factor,
     is_point,
+    is_real,
     losses,
+    median_start,
+    row_params,
+    written,
 )
 from ppl_lvm.draws import Draws, Plate, Site
+from ppl_lvm.latents import Latent, PlateOf
 
 if TYPE_CHECKING:
     from ppl_lvm.program import Program
@@ -58,17 +67,33 @@ class NumPyroBound:
     name = "numpyro"
 
     def __init__(
-        self, program: Program, example: Call, *, seed: int, dtype: str, data_plate: str | None = None
+        self,
+        program: Program,
+        example: Call,
+        *,
+        seed: int,
+        dtype: str,
+        data_plate: str | None = None,
+        total: int | None = None,
     ) -> None:
         self.program, self.dtype, self.asked_plate = program, dtype, data_plate
-        self._model: Callable[..., Any] = program.model
+        size = len(example.leaves[0]) if example.leaves and np.ndim(example.leaves[0]) else None
+        self.total = size if total is None else total
         self._kinds = example_kinds(program)
-        self._guide: Callable[..., Any] = program.guide
+        family = program.guide if isinstance(program.guide, GuideFamily) else None
         with precision(dtype):
-            if program.portable:
-                ppl = Namespace(seed, dtype)
-                self._model, self._guide = partial(program.model, ppl), partial(program.guide, ppl)
-            self._probe(self.batch(example), jax.random.key(seed), data_plate)
+            key, batch = jax.random.key(seed), self.batch(example)
+            ppl = Namespace(seed, dtype, self.total) if program.portable or family is not None else None
+            if ppl is not None and size is not None:
+                batch = self.batch(example.with_rows(size))
+            self._model = given_rows(partial(program.model, ppl) if program.portable else program.model, ppl)
+            if family is not None:
+                latents = self._latents(batch, key, data_plate)
+                self._guide = given_rows(written(family, ppl, latents, program.arguments), ppl)
+            else:
+                self._guide = given_rows(partial(program.guide, ppl) if program.portable else program.guide, ppl)
+            self._probe(batch, key, data_plate)
+        self.row_params = row_params(program, ppl, self.initial, self.total)
 
     def batch(self, call: Call) -> Call:
         """Arrays of this fit's dtype."""
@@ -119,6 +144,55 @@ class NumPyroBound:
             self._with_parents(batch, {n: values[n] for n in values}, key), groups=groups
         )
 
+    def _latents(self, batch: Call, key: Array, asked: str | None) -> list[Latent]:
+        """The model's latent sites, and where a guide for them starts."""
+
+        def trace(i: int) -> dict[str, Message]:
+            draws = jax.random.fold_in(key, i)
+            handler = Handler({}, key, lambda m: draw(m["fn"], site_key(draws, m["name"]), self.program.portable))
+            return self._trace(self._model, handler, batch)
+
+        runs = [trace(i) for i in range(PRIOR_DRAWS)]
+        model = runs[0]
+        data_plate = self._data_plate(model, asked)
+        sizes = {n: s["args"] for n, s in model.items() if s["type"] == "plate"}
+        found = []
+        for name, site in model.items():
+            if site["type"] != "sample" or site["is_observed"]:
+                continue
+            fn, frames = site["fn"], site["cond_indep_stack"]
+            plates = tuple(PlateOf(f.name, f.dim, sizes[f.name][0], f.size) for f in frames)
+            row_dim = next((f.dim for f in frames if f.name == data_plate), None)
+            common = {"name": name, "plates": plates, "row_dim": row_dim, "batch": tuple(fn.batch_shape)}
+            discrete = discrete_kind(name, fn)
+            if discrete is not None:
+                event = tuple(fn.event_shape) + ((innermost(fn).probs.shape[-1],) if discrete == "categorical" else ())
+                latent = Latent(**common, event=event, event_dim=fn.event_dim, initial=np.zeros(()), discrete=discrete)
+                found.append(replace(latent, initial=np.zeros((*latent.inner, *event))))
+                continue
+            transform = biject_to(fn.support)
+            draws = [np.asarray(transform._inverse(r[name]["value"])) for r in runs]
+            event = draws[0].shape[len(fn.batch_shape) :]
+            latent = Latent(
+                **common,
+                event=event,
+                event_dim=fn.event_dim,
+                initial=np.zeros(()),
+                transform=None if is_real(fn.support) else transform,
+                support=fn.support,
+            )
+            found.append(median_start(latent, draws))
+        return found
+
+    def _data_plate(self, model: dict[str, Message], asked: str | None) -> str | None:
+        observed = {n: s for n, s in model.items() if s["type"] == "sample" and s["is_observed"]}
+        data = {n: s for n, s in observed.items() if not is_factor(s["fn"])} or observed
+        return find_data_plate(
+            {n: [(f.name, f.dim) for f in s["cond_indep_stack"]] for n, s in data.items()},
+            asked,
+            [n for n, s in model.items() if s["type"] == "plate"],
+        )
+
     def _structure(
         self, guide: dict[str, Message], model: dict[str, Message], asked: str | None, batch: Call
     ) -> Structure:
@@ -137,12 +211,7 @@ class NumPyroBound:
         # A batch dimension without a plate counts too: rows and draws must not meet it.
         ranks = [len(jax.eval_shape(partial(site_log_prob, s)).shape) for s in every]
         nesting = max([*ranks, *(-f.dim for s in every for f in s["cond_indep_stack"])], default=0)
-        data = {n: s for n, s in observed.items() if not is_factor(s["fn"])} or observed
-        data_plate = find_data_plate(
-            {n: [(f.name, f.dim) for f in s["cond_indep_stack"]] for n, s in data.items()},
-            asked,
-            list(sizes),
-        )
+        data_plate = self._data_plate(guide | model, asked)
         frames = {f.name: f for s in every for f in s["cond_indep_stack"]}
         dims = {n: f.dim for n, f in frames.items()}
 

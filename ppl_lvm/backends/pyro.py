@@ -22,13 +22,14 @@ from pyro import poutine
 from pyro.ops.provenance import get_provenance, track_provenance
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
-from torch.distributions import transform_to
+from torch.distributions import biject_to, transform_to
 
-from ppl_lvm.algorithm import Objective, Variant
+from ppl_lvm.algorithm import GuideFamily, Objective, Variant
 from ppl_lvm.backends._pyro_handlers import Handler, Holder, Message, Namespace, Params, sealed, seeded
 from ppl_lvm.backends._torch_dists import GuideSite, draw, finite_support, has_kl, kl, site_log_prob
 from ppl_lvm.backends._torch_tables import equal, joined
 from ppl_lvm.backends.base import (
+    PRIOR_DRAWS,
     Call,
     Gradients,
     Plan,
@@ -38,13 +39,21 @@ from ppl_lvm.backends.base import (
     as_float,
     check_scale,
     check_sites,
+    discrete_kind,
     example_kinds,
     find_data_plate,
+    given_rows,
+    innermost,
     is_factor,
     is_point,
+    is_real,
     losses,
+    median_start,
+    row_params,
+    written,
 )
 from ppl_lvm.draws import Draws, Plate, Site
+from ppl_lvm.latents import Latent, PlateOf
 from ppl_lvm.errors import BackendError, ProgramError
 
 if TYPE_CHECKING:
@@ -58,9 +67,18 @@ class PyroBound:
     name = "pyro"
 
     def __init__(
-        self, program: Program, example: Call, *, seed: int, dtype: str, data_plate: str | None = None
+        self,
+        program: Program,
+        example: Call,
+        *,
+        seed: int,
+        dtype: str,
+        data_plate: str | None = None,
+        total: int | None = None,
     ) -> None:
         self.program, self.dtype, self.asked_plate = program, dtype, data_plate
+        size = len(example.leaves[0]) if example.leaves and np.ndim(example.leaves[0]) else None
+        self.total = size if total is None else total
         for role, call in (("model", program.model), ("guide", program.guide)):
             if isinstance(call, pyro.nn.PyroModule):
                 raise BackendError(
@@ -68,17 +86,25 @@ class PyroBound:
                     f"functionally yet; write it as a function with pyro.param, and its networks as torch.nn "
                     f"modules with pyro.module."
                 )
-        self._model: Callable[..., Any] = program.model
-        self._guide: Callable[..., Any] = program.guide
-        if program.portable:
-            ppl = Namespace(seed, dtype)
-            self._model, self._guide = partial(program.model, ppl), partial(program.guide, ppl)
+        family = program.guide if isinstance(program.guide, GuideFamily) else None
+        ppl = Namespace(seed, dtype, self.total) if program.portable or family is not None else None
+        self._model = given_rows(partial(program.model, ppl) if program.portable else program.model, ppl)
+        if family is None:
+            self._guide = given_rows(partial(program.guide, ppl) if program.portable else program.guide, ppl)
+        if ppl is not None and size is not None:
+            example = example.with_rows(size)
         self._kinds = example_kinds(program)
         self._holder = Holder()
         self._paths: dict[str, str] = {}
         self._broadcasts: dict[tuple[bool, bool], tuple[bool, bool]] = {}
         with sealed(dtype), seeded(seed):
-            self._probe(self.batch(example), data_plate)
+            batch = self.batch(example)
+            if family is not None:
+                with torch.no_grad():
+                    latents = self._latents(batch, data_plate)
+                self._guide = given_rows(written(family, ppl, latents, program.arguments), ppl)
+            self._probe(batch, data_plate)
+        self.row_params = row_params(program, ppl, self.initial, self.total)
 
     def batch(self, call: Call) -> Call:
         """Tensors of this fit's dtype."""
@@ -190,6 +216,53 @@ class PyroBound:
                 self._holder.add_module(held[id(module)], module)
             self._paths[name] = f"{held[id(module)]}.{leaf}"
 
+    def _latents(self, batch: Call, asked: str | None) -> list[Latent]:
+        """The model's latent sites, and where a guide for them starts."""
+
+        def prior(msg: Message) -> None:
+            msg["value"] = draw(msg["fn"])
+
+        runs = [self._trace(self._model, Handler({}, prior), batch) for _ in range(PRIOR_DRAWS)]
+        model = runs[0]
+        data_plate = self._data_plate(model, asked)
+        found = []
+        for name, site in model.items():
+            if site["is_observed"]:
+                continue
+            fn, frames = site["fn"], [f for f in site["cond_indep_stack"] if f.vectorized]
+            plates = tuple(PlateOf(f.name, f.dim, f.full_size or f.size, f.size) for f in frames)
+            row_dim = next((f.dim for f in frames if f.name == data_plate), None)
+            common = {"name": name, "plates": plates, "row_dim": row_dim, "batch": tuple(fn.batch_shape)}
+            discrete = discrete_kind(name, fn)
+            if discrete is not None:
+                event = tuple(fn.event_shape) + ((innermost(fn).probs.shape[-1],) if discrete == "categorical" else ())
+                latent = Latent(**common, event=event, event_dim=fn.event_dim, initial=np.zeros(()), discrete=discrete)
+                found.append(replace(latent, initial=np.zeros((*latent.inner, *event))))
+                continue
+            transform = biject_to(fn.support)
+            draws = [transform.inv(r[name]["value"]).numpy() for r in runs]
+            event = draws[0].shape[len(fn.batch_shape) :]
+            latent = Latent(
+                **common,
+                event=event,
+                event_dim=fn.event_dim,
+                initial=np.zeros(()),
+                transform=None if is_real(fn.support) else transform,
+                support=fn.support,
+            )
+            found.append(median_start(latent, draws))
+        return found
+
+    def _data_plate(self, model: dict[str, Message], asked: str | None) -> str | None:
+        observed = {n: s for n, s in model.items() if s["is_observed"]}
+        data = {n: s for n, s in observed.items() if not is_factor(s["fn"])} or observed
+        known = {f.name for s in model.values() for f in s["cond_indep_stack"] if f.vectorized}
+        return find_data_plate(
+            {n: [(f.name, f.dim) for f in s["cond_indep_stack"] if f.vectorized] for n, s in data.items()},
+            asked,
+            sorted(known),
+        )
+
     def _structure(self, guide: dict[str, Message], model: dict[str, Message], asked: str | None) -> Structure:
         observed = {n: s for n, s in model.items() if s["is_observed"]}
         auxiliary = [
@@ -203,15 +276,7 @@ class PyroBound:
         ranks = [site_log_prob(s).dim() for s in every]
         nesting = max([*ranks, *(-f.dim for f in frames.values())], default=0)
         self._ranks = {n: len(s["fn"].batch_shape) for t in (model, guide) for n, s in t.items()}
-        data = {n: s for n, s in observed.items() if not is_factor(s["fn"])} or observed
-        data_plate = find_data_plate(
-            {
-                n: [(f.name, f.dim) for f in s["cond_indep_stack"] if f.vectorized]
-                for n, s in data.items()
-            },
-            asked,
-            list(frames),
-        )
+        data_plate = self._data_plate(model, asked)
 
         def local(site: Message) -> bool:
             return data_plate is None or any(f.name == data_plate for f in site["cond_indep_stack"])
