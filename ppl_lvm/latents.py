@@ -48,8 +48,6 @@ class Latent:
     """Where a guide starts, unconstrained, `[*batch without rows, *event]`; logits of zero if discrete."""
     transform: Any = None
     """The library's bijection from the reals to the support; None where the support is the reals."""
-    support: Any = None
-    """The library's constraint."""
     discrete: Discrete | None = None
 
     @property
@@ -83,7 +81,10 @@ class Sketch:
             yield
 
     def param(self, latent: Latent, leaf: str, initial: np.ndarray, constraint: Any = None) -> Array:
-        """A parameter `auto.<site>.<leaf>` of a site, `[*batch, *rest]`; `initial` lacks the rows. Inside its plates."""
+        """A parameter `auto.<site>.<leaf>`, `[*batch, *event]`, to be asked for inside the plates of its site.
+
+        `initial` is `[*inner, *event]`: that of one row.
+        """
         name = f"auto.{latent.name}.{leaf}"
         return self.spread(latent, self.table(latent, name, initial, constraint))
 

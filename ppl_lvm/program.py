@@ -40,7 +40,7 @@ class Program:
 
     name: str
     model: Callable[..., Any]
-    guide: Callable[..., Any] | GuideFamily | None
+    guide: Callable[..., Any] | None
     options: tuple[tuple[str, Any], ...] = ()
     portable: bool = False
     path: str | None = None

@@ -10,7 +10,16 @@ from typing import TYPE_CHECKING, Any, Literal, Self, TypeGuard, TypeVar, get_ar
 from pydantic import BaseModel, ConfigDict, Field, InstanceOf, ValidationError, field_validator
 
 from ppl_lvm import lookup
-from ppl_lvm.algorithm import Algorithm, Estimator, GuideFamily, NonNegative, Objective, Schedule, best_pattern, specificity
+from ppl_lvm.algorithm import (
+    Algorithm,
+    Estimator,
+    GuideFamily,
+    NonNegative,
+    Objective,
+    Schedule,
+    best_pattern,
+    specificity,
+)
 from ppl_lvm.catalogue import BASES, Kind, estimators, guides, objectives, resolve, to_dict
 from ppl_lvm.errors import RecipeError
 
@@ -61,7 +70,8 @@ class Recipe(BaseModel):
 
     def __hash__(self) -> int:
         return hash(
-            (self.name, self.objective, self.guide, *self.estimator.items(), self.steps, self.batch_size, self.optimizer)
+            (self.name, self.objective, self.guide, self.steps, self.batch_size, self.optimizer)
+            + tuple(self.estimator.items())
         )
 
     def estimator_for(self, site: str) -> Estimator | None:

@@ -19,7 +19,7 @@ from ppl_lvm import ops
 from ppl_lvm.algorithm import Algorithm, Estimator, GuideFamily, Objective, Schedule, SiteDistribution
 from ppl_lvm.draws import Draws, Plate
 from ppl_lvm.errors import BackendError, ProgramError
-from ppl_lvm.latents import Discrete, Latent, Sketch
+from ppl_lvm.latents import Discrete, Latent, PlateOf, Sketch
 from ppl_lvm.ops import Array
 
 if TYPE_CHECKING:
@@ -301,23 +301,43 @@ def is_real(support: Any) -> bool:
     return type(support).__name__.strip("_") in ("Real", "RealVector")
 
 
-def median_start(latent: Latent, draws: Sequence[np.ndarray]) -> Latent:
-    """Where a guide starts: the median of unconstrained prior draws `[*batch, *event]`, over rows too."""
-    values = np.stack(draws).astype(np.float64)
-    if latent.row_dim is None:
-        middle = np.nanmedian(values, axis=0)
-    else:
-        row = 1 + len(latent.batch) + latent.row_dim
-        middle = np.nanmedian(np.moveaxis(values, row, 0).reshape(-1, *latent.inner, *latent.event), axis=0)
-    return replace(latent, initial=np.nan_to_num(middle, nan=0.0, posinf=0.0, neginf=0.0))
+def latent_site(
+    name: str,
+    fn: Any,
+    plates: Sequence[PlateOf],
+    data_plate: str | None,
+    transform: Any,
+    unconstrained: Callable[[], Sequence[np.ndarray]],
+) -> Latent:
+    """What a family of guides is told of a model's latent site.
 
-
-def discrete_kind(name: str, fn: Any) -> Discrete | None:
-    """How a family of guides treats a site's distribution; None: as continuous.
+    `transform` maps the reals to its support; `unconstrained()` are prior draws `[*batch, *event]` mapped back, whose
+    median, over rows too, is where a guide starts.
 
     Raises:
-        ProgramError: discrete, and of no kind that families know.
+        ProgramError: the site is discrete, and of no kind that families know.
     """
+    batch = tuple(fn.batch_shape)
+    row_dim = next((p.dim for p in plates if p.name == data_plate), None)
+    discrete = _discrete_kind(name, fn)
+    if discrete is not None:
+        event = tuple(fn.event_shape) + ((innermost(fn).probs.shape[-1],) if discrete == "categorical" else ())
+        draws: Sequence[np.ndarray] = [np.zeros(batch + event)]
+    else:
+        draws = unconstrained()
+        event = draws[0].shape[len(batch) :]
+    values = np.stack(draws).astype(np.float64)
+    if row_dim is not None:
+        values = np.moveaxis(values, 1 + len(batch) + row_dim, 0)
+        values = values.reshape(-1, *values.shape[2:])
+    start = np.nan_to_num(np.nanmedian(values, axis=0), nan=0.0, posinf=0.0, neginf=0.0)
+    identity = discrete is not None or is_real(fn.support)
+    return Latent(
+        name, tuple(plates), row_dim, batch, event, fn.event_dim, start, None if identity else transform, discrete
+    )
+
+
+def _discrete_kind(name: str, fn: Any) -> Discrete | None:
     kind = type(innermost(fn)).__name__
     for prefix, discrete in _DISCRETE.items():
         if kind.startswith(prefix):

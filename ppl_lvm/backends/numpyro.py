@@ -36,16 +36,13 @@ from ppl_lvm.backends.base import (
     as_float,
     check_scale,
     check_sites,
-    discrete_kind,
     example_kinds,
     find_data_plate,
     given_rows,
-    innermost,
     is_factor,
     is_point,
-    is_real,
+    latent_site,
     losses,
-    median_start,
     row_params,
     written,
 )
@@ -80,7 +77,9 @@ class NumPyroBound:
         size = len(example.leaves[0]) if example.leaves and np.ndim(example.leaves[0]) else None
         self.total = size if total is None else total
         self._kinds = example_kinds(program)
-        family = program.guide if isinstance(program.guide, GuideFamily) else None
+        guide = program.guide
+        assert guide is not None
+        family = guide if isinstance(guide, GuideFamily) else None
         with precision(dtype):
             key, batch = jax.random.key(seed), self.batch(example)
             ppl = Namespace(seed, dtype, self.total) if program.portable or family is not None else None
@@ -91,7 +90,7 @@ class NumPyroBound:
                 latents = self._latents(batch, key, data_plate)
                 self._guide = given_rows(written(family, ppl, latents, program.arguments), ppl)
             else:
-                self._guide = given_rows(partial(program.guide, ppl) if program.portable else program.guide, ppl)
+                self._guide = given_rows(partial(guide, ppl) if program.portable else guide, ppl)
             self._probe(batch, key, data_plate)
         self.row_params = row_params(program, ppl, self.initial, self.total)
 
@@ -162,26 +161,12 @@ class NumPyroBound:
                 continue
             fn, frames = site["fn"], site["cond_indep_stack"]
             plates = tuple(PlateOf(f.name, f.dim, sizes[f.name][0], f.size) for f in frames)
-            row_dim = next((f.dim for f in frames if f.name == data_plate), None)
-            common = {"name": name, "plates": plates, "row_dim": row_dim, "batch": tuple(fn.batch_shape)}
-            discrete = discrete_kind(name, fn)
-            if discrete is not None:
-                event = tuple(fn.event_shape) + ((innermost(fn).probs.shape[-1],) if discrete == "categorical" else ())
-                latent = Latent(**common, event=event, event_dim=fn.event_dim, initial=np.zeros(()), discrete=discrete)
-                found.append(replace(latent, initial=np.zeros((*latent.inner, *event))))
-                continue
             transform = biject_to(fn.support)
-            draws = [np.asarray(transform._inverse(r[name]["value"])) for r in runs]
-            event = draws[0].shape[len(fn.batch_shape) :]
-            latent = Latent(
-                **common,
-                event=event,
-                event_dim=fn.event_dim,
-                initial=np.zeros(()),
-                transform=None if is_real(fn.support) else transform,
-                support=fn.support,
-            )
-            found.append(median_start(latent, draws))
+
+            def unconstrained(site: str = name, transform: Any = transform) -> list[np.ndarray]:
+                return [np.asarray(transform._inverse(r[site]["value"])) for r in runs]
+
+            found.append(latent_site(name, fn, plates, data_plate, transform, unconstrained))
         return found
 
     def _data_plate(self, model: dict[str, Message], asked: str | None) -> str | None:

@@ -39,22 +39,19 @@ from ppl_lvm.backends.base import (
     as_float,
     check_scale,
     check_sites,
-    discrete_kind,
     example_kinds,
     find_data_plate,
     given_rows,
-    innermost,
     is_factor,
     is_point,
-    is_real,
+    latent_site,
     losses,
-    median_start,
     row_params,
     written,
 )
 from ppl_lvm.draws import Draws, Plate, Site
-from ppl_lvm.latents import Latent, PlateOf
 from ppl_lvm.errors import BackendError, ProgramError
+from ppl_lvm.latents import Latent, PlateOf
 
 if TYPE_CHECKING:
     from ppl_lvm.program import Program
@@ -86,11 +83,13 @@ class PyroBound:
                     f"functionally yet; write it as a function with pyro.param, and its networks as torch.nn "
                     f"modules with pyro.module."
                 )
-        family = program.guide if isinstance(program.guide, GuideFamily) else None
+        guide = program.guide
+        assert guide is not None
+        family = guide if isinstance(guide, GuideFamily) else None
         ppl = Namespace(seed, dtype, self.total) if program.portable or family is not None else None
         self._model = given_rows(partial(program.model, ppl) if program.portable else program.model, ppl)
         if family is None:
-            self._guide = given_rows(partial(program.guide, ppl) if program.portable else program.guide, ppl)
+            self._guide = given_rows(partial(guide, ppl) if program.portable else guide, ppl)
         if ppl is not None and size is not None:
             example = example.with_rows(size)
         self._kinds = example_kinds(program)
@@ -231,26 +230,12 @@ class PyroBound:
                 continue
             fn, frames = site["fn"], [f for f in site["cond_indep_stack"] if f.vectorized]
             plates = tuple(PlateOf(f.name, f.dim, f.full_size or f.size, f.size) for f in frames)
-            row_dim = next((f.dim for f in frames if f.name == data_plate), None)
-            common = {"name": name, "plates": plates, "row_dim": row_dim, "batch": tuple(fn.batch_shape)}
-            discrete = discrete_kind(name, fn)
-            if discrete is not None:
-                event = tuple(fn.event_shape) + ((innermost(fn).probs.shape[-1],) if discrete == "categorical" else ())
-                latent = Latent(**common, event=event, event_dim=fn.event_dim, initial=np.zeros(()), discrete=discrete)
-                found.append(replace(latent, initial=np.zeros((*latent.inner, *event))))
-                continue
             transform = biject_to(fn.support)
-            draws = [transform.inv(r[name]["value"]).numpy() for r in runs]
-            event = draws[0].shape[len(fn.batch_shape) :]
-            latent = Latent(
-                **common,
-                event=event,
-                event_dim=fn.event_dim,
-                initial=np.zeros(()),
-                transform=None if is_real(fn.support) else transform,
-                support=fn.support,
-            )
-            found.append(median_start(latent, draws))
+
+            def unconstrained(site: str = name, transform: Any = transform) -> list[np.ndarray]:
+                return [transform.inv(r[site]["value"]).numpy() for r in runs]
+
+            found.append(latent_site(name, fn, plates, data_plate, transform, unconstrained))
         return found
 
     def _data_plate(self, model: dict[str, Message], asked: str | None) -> str | None:
