@@ -16,7 +16,8 @@ from numpyro.primitives import Messenger
 
 from ppl_lvm import nets, ops
 from ppl_lvm.backends import _jax_nets
-from ppl_lvm.backends._jax_dists import namespace
+from ppl_lvm.backends._jax_dists import namespace, site_log_prob
+from ppl_lvm.backends.base import Chain
 from ppl_lvm.errors import ProgramError
 
 Array = jax.Array
@@ -52,6 +53,8 @@ class Namespace:
         self.rows: Any = None
         """Indices of this run's rows among them."""
         self.row_params: set[str] = set()
+        self.handler: Handler | None = None
+        """The engine's handler of the run that is under way."""
         self._built: dict[str, tuple[nets.Network, Any, Any]] = {}
 
     def sample(self, name: str, fn: Any, obs: Array | None = None, **options: Any) -> Array:
@@ -86,6 +89,22 @@ class Namespace:
 
         return self.param(name, table, constraint)[index]
 
+    def scan(
+        self, f: Callable[[Any, Any], tuple[Any, Any]], init: Any, xs: Any = None, length: int | None = None
+    ) -> tuple[Any, Any]:
+        """`carry, y = f(carry, x)` over the first axis of xs; returns the last carry and all y.
+
+        A site inside f is one site of the program, with steps as the first dimension of its event.
+        """
+        leaves = jax.tree.leaves(xs)
+        steps = length if length is not None else len(leaves[0]) if leaves else 0
+        if steps < 1 or any(len(a) != steps for a in leaves):
+            raise ProgramError(
+                f"A scan needs one number of steps; found length {length} and first axes {[len(a) for a in leaves]}."
+            )
+        assert self.handler is not None
+        return _scanned(self.handler, f, init, xs, steps)
+
     def module(self, name: str, spec: nets.Network) -> Callable[[Array], Array]:
         if name not in self._built:
             with jax.ensure_compile_time_eval():
@@ -98,7 +117,11 @@ class Namespace:
 
 
 class Handler(Messenger):
-    """Outermost: answers parameters, noise, plates and latent sites; keeps what it saw of the first two."""
+    """Outermost: answers parameters, noise, plates and latent sites; keeps every message, and initial parameters.
+
+    Inside a scan, messages carry the number of their step and are kept apart (`step`). `unrolled` runs a scan as a
+    Python loop, where values must not be traced.
+    """
 
     def __init__(
         self,
@@ -107,15 +130,33 @@ class Handler(Messenger):
         latent: Callable[[Message], Any] | None = None,
         subsamples: Mapping[str, Array] | None = None,
         observed: Callable[[Message], Any] | None = None,
+        *,
+        unrolled: bool = False,
     ) -> None:
         super().__init__()
         self.params, self.key, self.latent, self.observed = params, key, latent, observed
+        self.trace: dict[str, Message] = {}
+        self.unrolled = unrolled
+        self._step: tuple[Any, dict[str, Message]] | None = None
         self.subsamples = subsamples or {}
         self.found: dict[str, tuple[Any, Any]] = {}
         self._anonymous = 0
 
+    @contextlib.contextmanager
+    def step(self, number: Any) -> Iterator[dict[str, Message]]:
+        """Messages of one step of a scan, which do not reach the trace."""
+        if self._step is not None:
+            raise ProgramError("A scan inside a scan is not known here; write the inner one as a Python loop.")
+        self._step = number, {}
+        try:
+            yield self._step[1]
+        finally:
+            self._step = None
+
     def process_message(self, msg: Message) -> None:
         kind = msg["type"]
+        if self._step is not None:
+            msg["step"] = self._step[0]
         if kind == "param" and msg["name"] in self.params:
             msg["value"] = self.params[msg["name"]]
         elif kind == "plate" and msg["value"] is None:
@@ -125,15 +166,71 @@ class Handler(Messenger):
                 msg["kwargs"]["rng_key"] = site_key(self.key, msg["name"])
         elif kind in ("prng_key", "control_flow"):
             self._anonymous += 1
-            msg["kwargs"]["rng_key"] = jax.random.fold_in(self.key, self._anonymous)
+            key = jax.random.fold_in(self.key, self._anonymous)
+            msg["kwargs"]["rng_key"] = key if self._step is None else jax.random.fold_in(key, self._step[0])
         elif kind == "sample" and not msg["is_observed"] and msg["value"] is None and self.latent is not None:
             msg["value"] = self.latent(msg)
         elif kind == "sample" and msg["is_observed"] and self.observed is not None:
             msg["value"] = self.observed(msg)
 
     def postprocess_message(self, msg: Message) -> None:
+        name = msg.get("name")
+        if name is not None:
+            kept = self.trace if self._step is None else self._step[1]
+            if msg["type"] == "sample" and name in kept:
+                raise ProgramError(f"Two sites are called {name!r}; give every site a name of its own.")
+            kept[name] = msg.copy()
         if msg["type"] == "param":
             self.found[msg["name"]] = (msg["value"], msg["kwargs"].get("constraint", constraints.real))
+
+
+def of_step(value: Array, msg: Message) -> Array:
+    """A site's value `[*batch, T, *event]` at the step of a message inside a scan; outside of one, all of it."""
+    if "step" not in msg:
+        return value
+    return jnp.take(value, msg["step"], axis=value.ndim - 1 - msg["fn"].event_dim)
+
+
+def message_key(key: Array, msg: Message) -> Array:
+    """The key of a site, and of a step inside a scan."""
+    own = site_key(key, msg["name"])
+    return jax.random.fold_in(own, msg["step"]) if "step" in msg else own
+
+
+def _scanned(handler: Handler, f: Callable[[Any, Any], Any], init: Any, xs: Any, steps: int) -> tuple[Any, Any]:
+    """A scan under the engine's handler; its sites reach the trace once, as one site over all steps."""
+    first: dict[str, Message] = {}
+
+    def body(carry: Any, step: tuple[Any, Any]) -> tuple[Any, Any]:
+        number, x = step
+        with handler.step(number) as kept:
+            carry, y = f(carry, x)
+        sites = {n: m for n, m in kept.items() if m["type"] == "sample"}
+        first.update({n: m for n, m in kept.items() if n not in first})
+        return carry, (y, {n: (m["value"], site_log_prob(m)) for n, m in sites.items()})
+
+    if handler.unrolled:
+        outs = []
+        for t in range(steps):
+            init, out = body(init, (t, jax.tree.map(lambda a: a[t], xs)))  # noqa: B023 - used at once
+            outs.append(out)
+        carry, (ys, sites) = init, jax.tree.map(lambda *a: jnp.stack(a), *outs)
+    else:
+        carry, (ys, sites) = jax.lax.scan(body, init, (jnp.arange(steps), xs))
+    for name, msg in first.items():
+        if msg["type"] == "plate" and msg["args"][0] != msg["args"][1]:
+            raise ProgramError(f"Plate {name!r} is subsampled inside a scan; enter it outside.")
+        if name in handler.trace and msg["type"] == "sample":
+            raise ProgramError(f"Two sites are called {name!r}; give every site a name of its own.")
+        if msg["type"] != "sample":
+            handler.trace.setdefault(name, {**msg, "value": None} if msg["type"] == "plate" else msg)
+            continue
+        value, log_prob = sites[name]
+        fn = Chain(msg["fn"], steps)
+        value = jnp.moveaxis(value, 0, value.ndim - fn.event_dim)
+        handler.trace[name] = {**msg, "fn": fn, "value": value, "log_prob": log_prob.sum(0)}
+        del handler.trace[name]["step"]
+    return carry, ys
 
 
 def site_key(key: Array, name: str) -> Array:

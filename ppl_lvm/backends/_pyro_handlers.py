@@ -15,9 +15,12 @@ from pyro.distributions import constraints
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_map
 
 from ppl_lvm import nets, ops
 from ppl_lvm.backends import _torch_nets
+from ppl_lvm.backends._torch_dists import site_log_prob
+from ppl_lvm.backends.base import Chain
 from ppl_lvm.errors import ProgramError
 
 Params = Mapping[str, Tensor]
@@ -57,6 +60,8 @@ class Namespace:
         self.rows: Any = None
         """Indices of this run's rows among them."""
         self.row_params: set[str] = set()
+        self.handler: Handler | None = None
+        """The engine's handler of the run that is under way."""
         self._built: dict[str, tuple[nets.Network, Any, Any]] = {}
 
     def sample(self, name: str, fn: Any, obs: Tensor | None = None, **options: Any) -> Tensor:
@@ -92,6 +97,33 @@ class Namespace:
 
         return self.param(name, table, constraint)[index]
 
+    def scan(
+        self, f: Callable[[Any, Any], tuple[Any, Any]], init: Any, xs: Any = None, length: int | None = None
+    ) -> tuple[Any, Any]:
+        """`carry, y = f(carry, x)` over the first axis of xs; returns the last carry and all y.
+
+        A site inside f is one site of the program, with steps as the first dimension of its event.
+        """
+        leaves, _ = tree_flatten(xs)
+        steps = length if length is not None else len(leaves[0]) if leaves else 0
+        if steps < 1 or any(len(a) != steps for a in leaves):
+            raise ProgramError(
+                f"A scan needs one number of steps; found length {length} and first axes {[len(a) for a in leaves]}."
+            )
+        handler = self.handler
+        assert handler is not None
+        if handler.step is not None:
+            raise ProgramError("A scan inside a scan is not known here; write the inner one as a Python loop.")
+        carry, ys = init, []
+        try:
+            for t in range(steps):
+                handler.step = t
+                carry, y = f(carry, tree_map(lambda a: a[t], xs))  # noqa: B023 - used at once
+                ys.append(y)
+        finally:
+            handler.step = None
+        return carry, tree_map(lambda *a: torch.stack(torch.broadcast_tensors(*a)), *ys)
+
     def module(self, name: str, spec: nets.Network) -> Callable[[Tensor], Tensor]:
         if name not in self._built:
             self._built[name] = (spec, *_torch_nets.build(spec, crc32(name.encode()) ^ self._seed, self._dtype))
@@ -126,6 +158,8 @@ class Handler(Messenger):
         self.params, self.latent, self.observed = params, latent, observed
         self.subsamples = dict(subsamples or {})
         self.constraints: dict[str, Any] = {}
+        self.step: int | None = None
+        """Number of the step inside a scan; its sites are recorded under names of their own and joined later."""
         self.offered: dict[str, torch.nn.Parameter] = {}
         self.values: dict[str, Tensor] = {}
 
@@ -152,6 +186,8 @@ class Handler(Messenger):
         msg["value"], msg["done"] = value, True
 
     def _pyro_sample(self, msg: Message) -> None:
+        if self.step is not None:
+            msg["step"] = self.step
         if site_is_subsample(msg):
             if msg["name"] in self.subsamples:
                 msg["value"], msg["done"] = self.subsamples[msg["name"]], True
@@ -164,3 +200,38 @@ class Handler(Messenger):
     def _pyro_post_sample(self, msg: Message) -> None:
         if site_is_subsample(msg):
             self.subsamples[msg["name"]] = msg["value"]
+        if self.step is not None:
+            # This handler is the outermost, so the trace sees what it leaves.
+            msg["of"], msg["name"] = msg["name"], f"{msg['name']}/{self.step}"
+
+
+def of_step(value: Tensor, msg: Message) -> Tensor:
+    """A site's value `[*batch, T, *event]` at the step of a message inside a scan; outside of one, all of it."""
+    return value.select(value.dim() - 1 - msg["fn"].event_dim, msg["step"]) if "step" in msg else value
+
+
+def joined_steps(sites: dict[str, Message]) -> dict[str, Message]:
+    """A run's sites, with those of a scan as one site each over all steps."""
+    steps: dict[str, list[Message]] = {}
+    for site in sites.values():
+        if "step" in site:
+            steps.setdefault(site["of"], []).append(site)
+    if not steps:
+        return sites
+    whole = {n: s for n, s in sites.items() if "step" not in s}
+    for name, parts in steps.items():
+        if name in whole:
+            raise ProgramError(f"Two sites are called {name!r}; give every site a name of its own.")
+        fn = Chain(parts[0]["fn"], len(parts))
+        values = torch.broadcast_tensors(*(s["value"] for s in parts))
+        log_probs = torch.broadcast_tensors(*(site_log_prob(s) for s in parts))
+        whole[name] = {
+            **parts[0],
+            "name": name,
+            "fn": fn,
+            "value": torch.stack(values, values[0].dim() + 1 - fn.event_dim),
+            "log_prob": torch.stack(log_probs).sum(0),
+            "mask": None,
+        }
+        del whole[name]["step"]
+    return whole

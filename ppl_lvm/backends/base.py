@@ -459,14 +459,51 @@ def innermost(fn: Any) -> Any:
     return fn
 
 
+@dataclass(frozen=True)
+class Chain:
+    """The distribution of a site inside a scan, over all steps: facts only, as its density was taken step by step.
+
+    Steps are the first dimension of an event, so a value is `[*batch, T, *event]`.
+    """
+
+    of: Any
+    """The distribution of one step."""
+    steps: int
+    has_enumerate_support = False
+
+    @property
+    def batch_shape(self) -> tuple[int, ...]:
+        return tuple(self.of.batch_shape)
+
+    @property
+    def event_shape(self) -> tuple[int, ...]:
+        return (self.steps, *self.of.event_shape)
+
+    @property
+    def event_dim(self) -> int:
+        return int(self.of.event_dim) + 1
+
+    @property
+    def has_rsample(self) -> bool:
+        return bool(self.of.has_rsample)
+
+    @property
+    def support(self) -> Any:
+        return self.of.support
+
+
+def _kind(fn: Any) -> str:
+    return type(innermost(fn.of if isinstance(fn, Chain) else fn)).__name__
+
+
 def is_factor(fn: Any) -> bool:
     """Whether a site is a `factor`: a density without a value, which is no data."""
-    return type(innermost(fn)).__name__ == "Unit"
+    return _kind(fn) == "Unit"
 
 
 def is_point(fn: Any) -> bool:
     """Whether a site's value is a function of the distribution's parameters."""
-    return type(innermost(fn)).__name__ == "Delta"
+    return _kind(fn) == "Delta"
 
 
 def check_scale(name: str, shape: Sequence[int], plate_dim: int | None) -> None:

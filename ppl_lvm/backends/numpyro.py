@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from numpyro import handlers
 from numpyro.distributions.transforms import biject_to
 from numpyro.ops.provenance import eval_provenance
 
@@ -23,7 +22,16 @@ from ppl_lvm.backends._jax_dists import (
     kl,
     site_log_prob,
 )
-from ppl_lvm.backends._numpyro_handlers import Handler, Message, Namespace, Params, owned, precision, site_key
+from ppl_lvm.backends._numpyro_handlers import (
+    Handler,
+    Message,
+    Namespace,
+    Params,
+    message_key,
+    of_step,
+    owned,
+    precision,
+)
 from ppl_lvm.backends.base import (
     PRIOR_DRAWS,
     Call,
@@ -83,6 +91,7 @@ class NumPyroBound:
         with precision(dtype):
             key, batch = jax.random.key(seed), self.batch(example)
             ppl = Namespace(seed, dtype, self.total) if program.portable or family is not None else None
+            self._ppl = ppl
             if ppl is not None and size is not None:
                 batch = self.batch(example.with_rows(size))
             self._model = given_rows(partial(program.model, ppl) if program.portable else program.model, ppl)
@@ -112,24 +121,26 @@ class NumPyroBound:
     # Structure and parameters, from probe runs on one draw.
 
     def _trace(self, program: Callable[..., Any], handler: Handler, batch: Call) -> dict[str, Message]:
-        with handler, handlers.trace() as trace:
+        if self._ppl is not None:
+            self._ppl.handler = handler
+        with handler:
             program(*batch.args, **batch.kwargs)
-        return trace
+        return handler.trace
 
     def _probe(self, batch: Call, key: Array, asked: str | None) -> None:
         def prior(msg: Message) -> Array:
-            return draw(msg["fn"], site_key(key, msg["name"]), self.program.portable)
+            return draw(msg["fn"], message_key(key, msg), self.program.portable)
 
-        guide_handler = Handler({}, key, prior)
+        guide_handler = Handler({}, key, prior, unrolled=True)
         guide = self._trace(self._guide, guide_handler, batch)
         values = {n: s["value"] for n, s in guide.items() if s["type"] == "sample"}
-        plates = {n: s["value"] for n, s in guide.items() if s["type"] == "plate"}
+        plates = plates_of(guide)
 
         def replayed(msg: Message) -> Array:
-            return values[msg["name"]] if msg["name"] in values else prior(msg)
+            return of_step(values[msg["name"]], msg) if msg["name"] in values else prior(msg)
 
         model_handler = Handler(
-            {n: v for n, (v, _) in guide_handler.found.items()}, key, replayed, subsamples=plates
+            {n: v for n, (v, _) in guide_handler.found.items()}, key, replayed, subsamples=plates, unrolled=True
         )
         model = self._trace(self._model, model_handler, batch)
         self._supports = {n: s["fn"].support for n, s in model.items() if s["type"] == "sample" and s["is_observed"]}
@@ -148,7 +159,11 @@ class NumPyroBound:
 
         def trace(i: int) -> dict[str, Message]:
             draws = jax.random.fold_in(key, i)
-            handler = Handler({}, key, lambda m: draw(m["fn"], site_key(draws, m["name"]), self.program.portable))
+
+            def prior(msg: Message) -> Array:
+                return draw(msg["fn"], message_key(draws, msg), self.program.portable)
+
+            handler = Handler({}, key, prior, unrolled=True)
             return self._trace(self._model, handler, batch)
 
         runs = [trace(i) for i in range(PRIOR_DRAWS)]
@@ -255,11 +270,11 @@ class NumPyroBound:
         params = self.constrain(self.initial)
 
         def densities(**given: Array) -> dict[str, dict[str, Array]]:
-            guide = self._trace(self._guide, Handler(params, key, lambda m: given[m["name"]]), batch)
-            plates = {n: s["value"] for n, s in guide.items() if s["type"] == "plate"}
-            model = self._trace(
-                self._model, Handler(params, key, lambda m: given[m["name"]], plates), batch
-            )
+            def replayed(msg: Message) -> Array:
+                return of_step(given[msg["name"]], msg)
+
+            guide = self._trace(self._guide, Handler(params, key, replayed, unrolled=True), batch)
+            model = self._trace(self._model, Handler(params, key, replayed, plates_of(guide), unrolled=True), batch)
             return {
                 side: {n: site_log_prob(s) for n, s in trace.items() if s["type"] == "sample"}
                 for side, trace in (("guide", guide), ("model", model))
@@ -327,8 +342,8 @@ class NumPyroBound:
                 )
                 site = GuideSite(
                     msg["fn"],
-                    site_key(own_key, info.name),
-                    self._to_site(injected.get(info.name), info),
+                    message_key(own_key, msg),
+                    None if info.name not in injected else of_step(self._to_site(injected[info.name], info), msg),
                     info.support,
                     self.program.portable,
                 )
@@ -341,11 +356,11 @@ class NumPyroBound:
                 return variant.value
 
             guide = self._trace(self._guide, Handler(constrained, key, latent), batch)
-            plates = {n: s["value"] for n, s in guide.items() if s["type"] == "plate"}
+            plates = plates_of(guide)
             drawn = {n: s["value"] for n, s in guide.items() if s["type"] == "sample"}
 
             def replayed(msg: Message) -> Array:
-                return drawn[msg["name"]]
+                return of_step(drawn[msg["name"]], msg)
 
             model = self._trace(self._model, Handler(constrained, key, replayed, plates), batch)
             frozen: dict[str, Message] = {}
@@ -481,8 +496,8 @@ class NumPyroBound:
         value = value.reshape((1,) * (n - batch) + value.shape)
         return jnp.moveaxis(value, n + self.structure.plate_dim, 0)
 
-    def _to_site(self, value: Array | None, info: SiteInfo) -> Array | None:
-        if value is None or not info.local:
+    def _to_site(self, value: Array, info: SiteInfo) -> Array:
+        if not info.local:
             return value
         if self.structure.plate_dim is None:
             return value[0]
@@ -521,16 +536,16 @@ class NumPyroBound:
 
     def _simulate(self, constrained: Params, batch: Call, prior: bool, key: Array) -> dict[str, Array]:
         def anew(msg: Message) -> Array:
-            return draw(msg["fn"], site_key(key, msg["name"]), self.program.portable)
+            return draw(msg["fn"], message_key(key, msg), self.program.portable)
 
         guide: dict[str, Message] = {}
         if not prior:
             guide = self._trace(self._guide, Handler(constrained, key, anew), batch)
 
         def latent(msg: Message) -> Array:
-            return guide[msg["name"]]["value"] if msg["name"] in guide else anew(msg)
+            return of_step(guide[msg["name"]]["value"], msg) if msg["name"] in guide else anew(msg)
 
-        plates = {n: s["value"] for n, s in guide.items() if s["type"] == "plate"}
+        plates = plates_of(guide)
         model = self._trace(self._model, Handler(constrained, key, latent, plates, anew), batch)
         return {n: s["value"] for n, s in model.items() if s["type"] == "sample"}
 
@@ -607,6 +622,11 @@ class NumPyroBound:
 
 def _static(plan: Plan) -> Hashable:
     return plan.K, plan.M, plan.requests, tuple(plan.estimators.items())
+
+
+def plates_of(trace: Mapping[str, Message]) -> dict[str, Array]:
+    """The rows that plates took in a run, for other runs to take the same; not of plates inside a scan."""
+    return {n: s["value"] for n, s in trace.items() if s["type"] == "plate" and s["value"] is not None}
 
 
 def is_tree(value: Any) -> bool:

@@ -25,7 +25,17 @@ from torch import Tensor
 from torch.distributions import biject_to, transform_to
 
 from ppl_lvm.algorithm import GuideFamily, Objective, Variant
-from ppl_lvm.backends._pyro_handlers import Handler, Holder, Message, Namespace, Params, sealed, seeded
+from ppl_lvm.backends._pyro_handlers import (
+    Handler,
+    Holder,
+    Message,
+    Namespace,
+    Params,
+    joined_steps,
+    of_step,
+    sealed,
+    seeded,
+)
 from ppl_lvm.backends._torch_dists import GuideSite, draw, finite_support, has_kl, kl, site_log_prob
 from ppl_lvm.backends._torch_tables import equal, joined
 from ppl_lvm.backends.base import (
@@ -86,7 +96,7 @@ class PyroBound:
         guide = program.guide
         assert guide is not None
         family = guide if isinstance(guide, GuideFamily) else None
-        ppl = Namespace(seed, dtype, self.total) if program.portable or family is not None else None
+        self._ppl = ppl = Namespace(seed, dtype, self.total) if program.portable or family is not None else None
         self._model = given_rows(partial(program.model, ppl) if program.portable else program.model, ppl)
         if family is None:
             self._guide = given_rows(partial(guide, ppl) if program.portable else guide, ppl)
@@ -125,13 +135,19 @@ class PyroBound:
         self, program: Callable[..., Any], handler: Handler, batch: Call, params: Params | None = None
     ) -> dict[str, Message]:
         def run() -> dict[str, Message]:
+            if self._ppl is not None:
+                self._ppl.handler = handler
             with handler:
                 nodes = poutine.trace(program).get_trace(*batch.args, **batch.kwargs).nodes
-            return {
-                n: s
-                for n, s in nodes.items()
-                if s["type"] == "sample" and not site_is_subsample(s) and not (s["infer"] or {}).get("_deterministic")
-            }
+            return joined_steps(
+                {
+                    n: s
+                    for n, s in nodes.items()
+                    if s["type"] == "sample"
+                    and not site_is_subsample(s)
+                    and not (s["infer"] or {}).get("_deterministic")
+                }
+            )
 
         if not self._paths:
             return run()
@@ -170,7 +186,7 @@ class PyroBound:
 
             def replayed(msg: Message) -> None:
                 if msg["name"] in values:
-                    msg["value"] = values[msg["name"]]
+                    msg["value"] = of_step(values[msg["name"]], msg)
                 else:
                     prior(msg)
 
@@ -320,7 +336,7 @@ class PyroBound:
         params = self.constrain(self.initial)
 
         def replayed(msg: Message) -> None:
-            msg["value"] = marked[msg["name"]]
+            msg["value"] = of_step(marked[msg["name"]], msg)
 
         def parents(program: Callable[..., Any]) -> dict[str, frozenset[str]]:
             handler = Handler(params, replayed, subsamples)
@@ -479,13 +495,16 @@ class PyroBound:
                 base = tuple(fn.batch_shape)[-n:] if n else ()
                 fn = fn.expand(torch.Size(lead + (1,) * (n - len(base)) + base))
                 msg["fn"] = fn
-            injected = self._to_site(given[info.name], info, outer, inner) if info.name in given else None
+            injected = None
+            if info.name in given:
+                injected = of_step(self._to_site(given[info.name], info, outer, inner), msg)
             count, stride = layouts[info.name]
             span, entries = count * stride, inner if info.local else outer
             number = itertools.count()
 
             def remember(draw: Callable[[], Tensor]) -> Tensor:
-                entry = (info.name, next(number), outer.start if info.local else None, entries.start // span)
+                at = outer.start if info.local else None, entries.start // span
+                entry = (info.name, msg.get("step"), next(number), *at)
                 if entry not in memo:
                     memo[entry] = draw()
                 return memo[entry]
@@ -507,7 +526,7 @@ class PyroBound:
         drawn = {name: s["value"] for name, s in guide.items()}
 
         def replayed(msg: Message) -> None:
-            msg["value"] = drawn[msg["name"]]
+            msg["value"] = of_step(drawn[msg["name"]], msg)
 
         model_handler = Handler(constrained, replayed, handler.subsamples)
         model = self._trace(self._model, model_handler, batch, params)
@@ -681,7 +700,7 @@ class PyroBound:
 
                 def latent(msg: Message, guide: dict[str, Message] = guide) -> None:
                     if msg["name"] in guide:
-                        msg["value"] = guide[msg["name"]]["value"]
+                        msg["value"] = of_step(guide[msg["name"]]["value"], msg)
                     else:
                         anew(msg)
 
