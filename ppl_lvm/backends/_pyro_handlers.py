@@ -104,7 +104,7 @@ class Namespace:
 
         A site inside f is one site of the program, with steps as the first dimension of its event.
         """
-        leaves, _ = tree_flatten(xs)
+        leaves = [a for a in tree_flatten(xs)[0] if a is not None]
         steps = length if length is not None else len(leaves[0]) if leaves else 0
         if steps < 1 or any(len(a) != steps for a in leaves):
             raise ProgramError(
@@ -118,7 +118,7 @@ class Namespace:
         try:
             for t in range(steps):
                 handler.step = t
-                carry, y = f(carry, tree_map(lambda a: a[t], xs))  # noqa: B023 - used at once
+                carry, y = f(carry, tree_map(lambda a: None if a is None else a[t], xs))  # noqa: B023 - used at once
                 ys.append(y)
         finally:
             handler.step = None
