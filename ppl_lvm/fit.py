@@ -214,7 +214,23 @@ def _bind(
             f"Sites {per_row} are drawn for every row by the model and once for all by the guide, so rows cannot be "
             f"taken in mini-batches; pass batch_size=None."
         )
+    _refuse_parameters_of_rows(bound, call, size)
     return bound, example, True
+
+
+def _refuse_parameters_of_rows(bound: Any, call: Call, size: int) -> None:
+    """Refuses mini-batches where parameters belong to rows: every batch would train those of the first one."""
+    shapes = {n: np.shape(v) for n, v in bound.initial.items()}
+    if bound.program.portable or not any(max(s, default=0) >= size for s in shapes.values()):
+        return
+    # One row more where there is one, as some programs do not run on fewer.
+    other = bound.on(call.map(lambda a: a[: size + 1]))
+    sized = sorted(n for n, v in other.initial.items() if np.shape(v) != shapes.get(n))
+    if sized:
+        raise LegalityError(
+            f"Parameters {sized} have a size that depends on the number of rows, so they belong to the rows of one "
+            f"batch and would be trained on all; pass batch_size=None, or write an amortised guide."
+        )
 
 
 def _check_rows(bound: Any, rows: int | None) -> None:

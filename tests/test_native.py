@@ -17,7 +17,7 @@ from scipy.stats import multivariate_normal
 from torch.distributions import constraints
 
 from ppl_lvm import Fit, fit
-from ppl_lvm.errors import BackendError, LegalityError, ProgramError
+from ppl_lvm.errors import LegalityError, ProgramError
 
 ROWS = 40
 TAU, SIGMA, NOISE = 2.0, 0.7, 0.5
@@ -181,11 +181,6 @@ def test_a_module_that_is_only_read_is_refused() -> None:
 
     with pytest.raises(ProgramError, match="was not called"):
         fit(pyro_model, guide, data(), "elbo", steps=1)
-
-
-def test_a_pyro_module_is_refused_clearly() -> None:
-    with pytest.raises(BackendError, match="guide is a PyroModule"):
-        fit(pyro_model, pyro.infer.autoguide.AutoNormal(pyro_model), data(), "elbo", steps=1)
 
 
 def test_a_numpyro_autoguide_is_fitted_and_refused_where_it_has_no_density_per_row() -> None:

@@ -156,6 +156,10 @@ class Bound(Protocol):
     initial: dict[str, Array]
     """Unconstrained initial parameters."""
 
+    def on(self, example: Call) -> Bound:
+        """The same program on data of another shape."""
+        ...
+
     def draws(
         self,
         params: Mapping[str, Array],

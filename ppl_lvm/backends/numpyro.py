@@ -70,6 +70,10 @@ class NumPyroBound:
                 self._model, self._guide = partial(program.model, ppl), partial(program.guide, ppl)
             self._probe(self.batch(example), jax.random.key(seed), data_plate)
 
+    def on(self, example: Call) -> NumPyroBound:
+        """The same program on data of another shape."""
+        return NumPyroBound(self.program, example, seed=0, dtype=self.dtype, data_plate=self.asked_plate)
+
     def batch(self, call: Call) -> Call:
         """Arrays of this fit's dtype."""
 
