@@ -214,18 +214,20 @@ def _bind(
             f"Sites {per_row} are drawn for every row by the model and once for all by the guide, so rows cannot be "
             f"taken in mini-batches; pass batch_size=None."
         )
-    _refuse_parameters_of_rows(bound, call, size)
+    if not chosen.portable:
+        _refuse_parameters_of_rows(bound, size, lambda: bind(call.map(lambda a: a[: size + 1])))
     return bound, example, True
 
 
-def _refuse_parameters_of_rows(bound: Any, call: Call, size: int) -> None:
-    """Refuses mini-batches where parameters belong to rows: every batch would train those of the first one."""
+def _refuse_parameters_of_rows(bound: Any, size: int, larger: Callable[[], Any]) -> None:
+    """Refuses mini-batches where parameters belong to rows: all batches would train those of the first one.
+
+    Looked for where a parameter is large enough, by binding the program to one row more.
+    """
     shapes = {n: np.shape(v) for n, v in bound.initial.items()}
-    if bound.program.portable or not any(max(s, default=0) >= size for s in shapes.values()):
+    if not any(max(s, default=0) >= size for s in shapes.values()):
         return
-    # One row more where there is one, as some programs do not run on fewer.
-    other = bound.on(call.map(lambda a: a[: size + 1]))
-    sized = sorted(n for n, v in other.initial.items() if np.shape(v) != shapes.get(n))
+    sized = sorted(n for n, v in larger().initial.items() if np.shape(v) != shapes.get(n))
     if sized:
         raise LegalityError(
             f"Parameters {sized} have a size that depends on the number of rows, so they belong to the rows of one "

@@ -100,6 +100,7 @@ class Handler(Messenger):
         super().__init__()
         self.params, self.latent, self.observed = params, latent, observed
         self.subsamples = dict(subsamples or {})
+        self.plates: dict[str, int] = {}
         self.constraints: dict[str, Any] = {}
         self.offered: dict[str, torch.nn.Parameter] = {}
         self.values: dict[str, Tensor] = {}
@@ -138,6 +139,12 @@ class Handler(Messenger):
 
     def _pyro_sample(self, msg: Message) -> None:
         if site_is_subsample(msg):
+            size = self.plates.setdefault(msg["name"], msg["fn"].size)
+            if msg["fn"].size != size:
+                raise ProgramError(
+                    f"Plate {msg['name']!r} has {size} rows in the guide and {msg['fn'].size} in the model. A guide "
+                    f"that was set up on other data (an autoguide keeps its plates) serves those only; make a new one."
+                )
             if msg["name"] in self.subsamples:
                 msg["value"], msg["done"] = self.subsamples[msg["name"]], True
         elif not msg["is_observed"] and not msg["infer"].get("_deterministic"):

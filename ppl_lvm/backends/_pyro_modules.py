@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
-from pyro.infer.autoguide import AutoGuide
 from torch import Tensor
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
@@ -34,12 +33,11 @@ class Modules:
     def __init__(self, cast: Callable[[Tensor], Tensor], setup: list[tuple[torch.nn.Module, State]]) -> None:
         self.setup = list(setup)
         """What modules set up in the probe: their attributes then, which every run puts in place."""
-        self.autoguides: list[AutoGuide] = []
         self._cast = cast
         self._holder = Holder()
         self._held: dict[int, str] = {}
         self._all: list[torch.nn.Module] = []
-        self._paths: dict[str, str] = {}
+        self._paths: dict[str, list[str]] = {}
         self._buffers: dict[str, Tensor] = {}
 
     @contextlib.contextmanager
@@ -63,7 +61,7 @@ class Modules:
                 for name, buffer in module.named_buffers(recurse=False):
                     buffers.append((module, name, buffer, buffer.detach().clone()))
                     if self._cast(buffer).dtype != buffer.dtype:
-                        module._buffers[name] = self._cast(buffer)
+                        module._buffers[name] = self._buffers[f"{self._key(module)}.{name}"] = self._cast(buffer)
 
         with self._in_place():
             hook = register_module_forward_pre_hook(notice)
@@ -97,35 +95,27 @@ class Modules:
             )
 
     def hold(self, offered: Mapping[str, torch.nn.Parameter]) -> dict[str, str]:
-        """Finds the module that owns each parameter, so that it can be swapped; the names of those met twice.
+        """Finds the modules that own each parameter, so that it can be swapped; further names of one -> its own.
 
         To be called where the modules are noticed, as parameters that are set up there exist only there.
         """
-        owners: dict[int, tuple[torch.nn.Module, str]] = {}
+        owners: dict[int, dict[tuple[int, str], torch.nn.Module]] = {}
         for module in [m for root in self._all for m in root.modules()]:
             for leaf, parameter in module.named_parameters(recurse=False):
-                owners.setdefault(id(parameter), (module, leaf))
-            if isinstance(module, AutoGuide) and module not in self.autoguides:
-                self.autoguides.append(module)
-        first: dict[int, str] = {}
-        again: dict[str, str] = {}
-        for name, parameter in offered.items():
-            if id(parameter) in first:
-                again[name] = first[id(parameter)]
-                continue
-            first[id(parameter)] = name
+                owners.setdefault(id(parameter), {})[id(module), leaf] = module
+        own: dict[int, str] = {}
+        # Whatever the order in which a run meets them, and public ones first.
+        for name in sorted(offered, key=lambda n: (n.rpartition(".")[2].startswith("_"), n)):
+            parameter = offered[name]
             if id(parameter) not in owners:
                 raise ProgramError(
                     f"Parameter {name!r} is registered by pyro.module, but its module was not called in a run, so its "
                     f"values cannot be given functionally. Call the module instead of reading its weights."
                 )
-            module, leaf = owners[id(parameter)]
-            self._paths[name] = f"{self._key(module)}.{leaf}"
-        for module in self._all:
-            for leaf, buffer in module.named_buffers(recurse=False):
-                if self._cast(buffer) is not buffer:
-                    self._buffers[f"{self._key(module)}.{leaf}"] = self._cast(buffer)
-        return again
+            if own.setdefault(id(parameter), name) == name:
+                found = owners[id(parameter)].items()
+                self._paths[name] = [f"{self._key(module)}.{leaf}" for (_, leaf), module in found]
+        return {name: own[id(p)] for name, p in offered.items() if own[id(p)] != name}
 
     def _key(self, module: torch.nn.Module) -> str:
         if id(module) not in self._held:
@@ -150,12 +140,13 @@ class Modules:
         # pyro.module skips parameters that need no gradient, so even stopped ones are leaves that do.
         swapped = {
             path: v if v.requires_grad else v.detach().requires_grad_(True)
-            for path, v in ((path, params[n]) for n, path in self._paths.items())
+            for path, v in ((path, params[n]) for n, paths in self._paths.items() for path in paths)
         }
         with self._in_place(), self._mode(evaluating):
             if not swapped and not self._buffers:
                 return f()
-            return torch.func.functional_call(self._holder, {**self._buffers, **swapped}, (f,))
+            every = {**self._buffers, **swapped}
+            return torch.func.functional_call(self._holder, every, (f,), tie_weights=False)
 
     @contextlib.contextmanager
     def _in_place(self) -> Iterator[None]:

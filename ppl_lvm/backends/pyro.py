@@ -142,7 +142,7 @@ class PyroBound:
                     prior(msg)
 
             model_handler = Handler(None, replayed, guide_handler.subsamples)
-            model_handler.offered = guide_handler.offered
+            model_handler.offered, model_handler.plates = guide_handler.offered, guide_handler.plates
             model = self._trace(self._model, model_handler, batch)
             again = self._modules.hold(model_handler.offered)
         self._supports = {n: s["fn"].support for n, s in model.items() if s["is_observed"]}
@@ -175,12 +175,6 @@ class PyroBound:
         check_sites(in_guide, in_model, auxiliary)
         every = [*guide.values(), *model.values()]
         frames = {f.name: f for s in every for f in s["cond_indep_stack"] if f.vectorized}
-        for frame in {f for s in every for f in s["cond_indep_stack"] if f.vectorized}:
-            if frame.size != frames[frame.name].size:
-                raise ProgramError(
-                    f"Plate {frame.name!r} has {frame.size} and {frames[frame.name].size} rows in one run. A guide "
-                    f"that was set up on other data (an autoguide keeps its plates) serves those only; make a new one."
-                )
         # A batch dimension without a plate counts too: rows and draws must not meet it.
         ranks = [site_log_prob(s).dim() for s in every]
         nesting = max([*ranks, *(-f.dim for f in frames.values())], default=0)
