@@ -103,6 +103,8 @@ class Handler(Messenger):
         self.plates: dict[str, int] = {}
         self.constraints: dict[str, Any] = {}
         self.offered: dict[str, torch.nn.Parameter] = {}
+        self.leaves: dict[str, Tensor] = {}
+        """The tensors that parameters are made of, before constraints."""
         self.values: dict[str, Tensor] = {}
 
     def _pyro_param(self, msg: Message) -> None:
@@ -110,6 +112,7 @@ class Handler(Messenger):
         offer = msg["args"][1] if len(msg["args"]) > 1 else None
         if self.params is None:
             if isinstance(offer, torch.nn.Parameter):
+                self.leaves[name] = offer
                 if self.offered.setdefault(name, offer) is not offer:
                     raise ProgramError(
                         f"Two parameters of modules are named {name!r}, which one value cannot be given for; give one "
@@ -134,6 +137,8 @@ class Handler(Messenger):
         name, value = msg["name"], msg["value"]
         self.values[name] = value
         if self.params is None:
+            if hasattr(value, "unconstrained"):
+                self.leaves[name] = value.unconstrained()
             stored = pyro.get_param_store()._constraints
             self.constraints[name] = stored.get(name, msg["kwargs"].get("constraint", constraints.real))
 

@@ -33,6 +33,7 @@ class Modules:
     def __init__(self, cast: Callable[[Tensor], Tensor], setup: list[tuple[torch.nn.Module, State]]) -> None:
         self.setup = list(setup)
         """What modules set up in the probe: their attributes then, which every run puts in place."""
+        self.parameters: dict[str, torch.nn.Parameter] = {}
         self._cast = cast
         self._holder = Holder()
         self._held: dict[int, str] = {}
@@ -113,9 +114,17 @@ class Modules:
                     f"values cannot be given functionally. Call the module instead of reading its weights."
                 )
             if own.setdefault(id(parameter), name) == name:
+                self.parameters[name] = parameter
                 found = owners[id(parameter)].items()
                 self._paths[name] = [f"{self._key(module)}.{leaf}" for (_, leaf), module in found]
         return {name: own[id(p)] for name, p in offered.items() if own[id(p)] != name}
+
+    def keep(self) -> None:
+        """Leaves what the probe set up in the modules for good."""
+        for module, state in self.setup:
+            module.__dict__.clear()
+            module.__dict__.update(state)
+        self.setup.clear()
 
     def _key(self, module: torch.nn.Module) -> str:
         if id(module) not in self._held:

@@ -16,6 +16,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pyro
 import torch
 from pyro import poutine
 from pyro.ops.provenance import get_provenance, track_provenance
@@ -80,6 +81,22 @@ class PyroBound:
         with sealed(dtype), seeded(seed):
             self._probe(self.batch(example), data_plate)
 
+    def write(self, params: Params) -> None:
+        """Puts these values into the program's own modules, and into the parameter store."""
+        self._modules.keep()
+        store = pyro.get_param_store()
+        with torch.no_grad():
+            for name, value in params.items():
+                leaf = self._leaves[name]
+                leaf.copy_(value)
+                store._constraints[name], store._params[name] = self._constraints[name], leaf.requires_grad_(True)
+                store._param_to_name[leaf] = name
+
+    @property
+    def module_parameters(self) -> Mapping[str, torch.nn.Parameter]:
+        """The parameters that modules own, as they own them."""
+        return self._modules.parameters
+
     @property
     def own_setup(self) -> Hashable:
         """What tells this bound from others of the same program: modules that were set up in its probe."""
@@ -99,7 +116,9 @@ class PyroBound:
     def batch(self, call: Call) -> Call:
         """Tensors of this fit's dtype."""
 
-        def convert(name: str, a: Any) -> Tensor:
+        def convert(name: str, a: Any) -> Any:
+            if isinstance(a, bool | int | float | str):  # settings that a training loop passes along
+                return a
             a = a if isinstance(a, Tensor) else torch.as_tensor(np.asarray(a))
             kind = "f" if a.is_floating_point() else "b" if a.dtype == torch.bool else "i"
             return a.to(getattr(torch, self.dtype)) if as_float(self._kinds, name, kind) else a
@@ -153,6 +172,8 @@ class PyroBound:
             n: transform.inv(self._cast(found[n].detach())).detach().clone()
             for n, transform in self._transforms.items()
         }
+        self._leaves = {**guide_handler.leaves, **model_handler.leaves}
+        self._constraints = constraint
         used = {
             role: {again.get(n, n) for n in handler.values}
             for role, handler in (("model", model_handler), ("guide", guide_handler))
@@ -327,7 +348,7 @@ class PyroBound:
             N=N,
             scale=N / rows,
             outer_weight=outer_weight,
-            batch=batch.leaves[0] if batch.leaves else None,
+            batch=next((a for a in batch.leaves if isinstance(a, Tensor)), None),
             states=states or {},
             own=own or {},
         )
