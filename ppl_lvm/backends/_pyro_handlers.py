@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
+from types import SimpleNamespace
 from typing import Any
 from zlib import crc32
 
@@ -131,6 +132,9 @@ class Handler(Messenger):
                 f"Parameter {name!r} was not met when the program was first run, on one batch; a program must have the "
                 f"same parameters in every run."
             )
+        if msg["kwargs"].get("event_dim") is not None:
+            # A plate that takes its rows of a parameter notes them here for Pyro's own optimisers.
+            value._pyro_unconstrained_param = SimpleNamespace()
         msg["value"], msg["done"] = value, True
 
     def _pyro_post_param(self, msg: Message) -> None:

@@ -1,7 +1,8 @@
 """torch modules of a native program: noticed in a probe run, given their parameters functionally, left as they were.
 
-A probe calls every module that the program has, also through closures and attributes. What a module sets up when it is
-first called (the parameters of Pyro's autoguides) is kept here and taken off it again, so that no fit meets another.
+A probe meets every module that the program calls or registers, also through closures and attributes. What a module
+sets up when it is first called (the parameters of Pyro's autoguides) is kept here and taken off it again, so that no
+fit meets another.
 """
 
 from __future__ import annotations
@@ -48,14 +49,20 @@ class Modules:
         data: list[tuple[Tensor, Tensor]] = []
         buffers: list[tuple[torch.nn.Module, str, Tensor, Tensor]] = []
 
-        def notice(root: torch.nn.Module, _: Any) -> None:
+        named_parameters = torch.nn.Module.named_parameters
+
+        def asked(root: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+            notice(root)
+            return named_parameters(root, *args, **kwargs)
+
+        def notice(root: torch.nn.Module, _: Any = None) -> None:
             for module in root.modules():
                 if id(module) in before:
                     continue
                 before[id(module)] = _state(module)
                 self._all.append(module)
                 # Until its parameters are known and can be swapped, a module of another precision is cast.
-                for parameter in module.parameters(recurse=False):
+                for parameter in [p for p in module._parameters.values() if p is not None]:
                     if self._cast(parameter.data).dtype != parameter.dtype:
                         data.append((parameter, parameter.data))
                         parameter.data = self._cast(parameter.data)
@@ -66,11 +73,15 @@ class Modules:
 
         with self._in_place():
             hook = register_module_forward_pre_hook(notice)
+            # pyro.module asks a module for its parameters, and that is all there is to be noticed of one which is
+            # never called itself.
+            torch.nn.Module.named_parameters = asked  # type: ignore[method-assign]
             try:
                 yield
                 self._refuse_changed(buffers)
             finally:
                 hook.remove()
+                torch.nn.Module.named_parameters = named_parameters  # type: ignore[method-assign]
                 for tensor, kept in data:
                     tensor.data = kept
                 for module, name, buffer, kept in buffers:
@@ -102,7 +113,7 @@ class Modules:
         """
         owners: dict[int, dict[tuple[int, str], torch.nn.Module]] = {}
         for module in [m for root in self._all for m in root.modules()]:
-            for leaf, parameter in module.named_parameters(recurse=False):
+            for leaf, parameter in module._parameters.items():
                 owners.setdefault(id(parameter), {})[id(module), leaf] = module
         own: dict[int, str] = {}
         # Whatever the order in which a run meets them, and public ones first.
@@ -110,8 +121,8 @@ class Modules:
             parameter = offered[name]
             if id(parameter) not in owners:
                 raise ProgramError(
-                    f"Parameter {name!r} is registered by pyro.module, but its module was not called in a run, so its "
-                    f"values cannot be given functionally. Call the module instead of reading its weights."
+                    f"Parameter {name!r} belongs to no module that the program calls or registers by pyro.module, so "
+                    f"its values cannot be given functionally; pass a tensor to pyro.param, or register its module."
                 )
             if own.setdefault(id(parameter), name) == name:
                 self.parameters[name] = parameter
