@@ -455,7 +455,9 @@ def test_the_density_of_an_autonormal_per_row_is_its_auxiliary_sites() -> None:
     torch.testing.assert_close(table.log_q, expected, rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("name", ["AutoMultivariateNormal", "AutoLowRankMultivariateNormal", "AutoIAFNormal", "AutoDelta"])
+@pytest.mark.parametrize(
+    "name", ["AutoMultivariateNormal", "AutoLowRankMultivariateNormal", "AutoIAFNormal", "AutoDelta"]
+)
 def test_a_guide_without_densities_per_row_is_refused_for_bounds_per_row(name: str) -> None:
     guide = AUTOGUIDES[name](local_model)
     with pytest.raises(LegalityError, match="all draws of a row are equal"):
