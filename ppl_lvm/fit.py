@@ -236,7 +236,25 @@ def _bind(
             f"Sites {per_row} are drawn for every row by the model and once for all by the guide, so rows cannot be "
             f"taken in mini-batches; pass batch_size=None."
         )
+    if not chosen.portable:
+        _refuse_parameters_of_rows(bound, size, lambda: bind(call.map(lambda a: a[: size + 1])))
     return bound, example, True
+
+
+def _refuse_parameters_of_rows(bound: Any, size: int, larger: Callable[[], Any]) -> None:
+    """Refuses mini-batches where parameters belong to rows: all batches would train those of the first one.
+
+    Looked for where a parameter is large enough, by binding the program to one row more.
+    """
+    shapes = {n: np.shape(v) for n, v in bound.initial.items()}
+    if not any(max(s, default=0) >= size for s in shapes.values()):
+        return
+    sized = sorted(n for n, v in larger().initial.items() if np.shape(v) != shapes.get(n))
+    if sized:
+        raise LegalityError(
+            f"Parameters {sized} have a size that depends on the number of rows, so they belong to the rows of one "
+            f"batch and would be trained on all; pass batch_size=None, or write an amortised guide."
+        )
 
 
 def _check_rows(bound: Any, rows: int | None) -> None:

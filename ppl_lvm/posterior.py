@@ -289,10 +289,7 @@ class Fit:
     def _bound_for(self, call: Call) -> Any:
         key = tuple((np.shape(a), np.asarray(a).dtype.str) for a in call.leaves)
         if key not in self._bounds:
-            known = self._bound
-            self._bounds[key] = type(known)(
-                self.program, call, seed=0, dtype=known.dtype, data_plate=known.asked_plate, total=known.total
-            )
+            self._bounds[key] = self._bound.on(call)
         return self._bounds[key]
 
     def _table(self, bound: Any, held: Call, key: Any, plan: Plan, wanted: int) -> dict[str, Any]:

@@ -42,6 +42,10 @@ ARROWS = {
         *("algorithm", "backend_of", "backends", "draws", "errors", "legality", "lookup", "ops", "posterior"),
         *("program", "progress", "recipe", "to_arviz"),
     },
+    "facades": {
+        *("algorithm", "backends", "catalogue", "draws", "errors", "estimators", "legality", "lookup", "ops"),
+        *("posterior", "program", "recipe", "to_arviz"),
+    },
     "pictures": {"datasets", "errors", "to_arviz"},
     "report": {
         *("algorithm", "datasets", "errors", "fit", "pictures", "posterior", "program", "recipe", "to_arviz"),
@@ -51,7 +55,7 @@ ARROWS = {
         *("algorithm", "catalogue", "datasets", "errors", "fit", "listing", "lookup", "posterior", "program"),
         *("recipe", "report", "to_arviz"),
     },
-    "": {"algorithm", "catalogue", "draws", "errors", "fit", "nets", "posterior", "program", "recipe"},
+    "": {"algorithm", "catalogue", "draws", "errors", "facades", "fit", "nets", "posterior", "program", "recipe"},
 }
 ALONE = {"objectives", "estimators", "guides"}
 """Folders whose files do not import each other: adding or removing one touches no other."""

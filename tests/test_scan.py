@@ -236,7 +236,7 @@ def test_a_site_of_a_scan_is_not_enumerated(backend: Backend) -> None:
 
     bound = engine(backend, coins, guess)
     assert np.isfinite(bound.loss(elbo(), {"*": score()}).value)
-    with pytest.raises(LegalityError, match="'z' under estimator 'enumerate'.*no finite support"):
+    with pytest.raises(LegalityError, match=r"'z' under estimator 'enumerate'.*no finite support"):
         bound.plan(elbo(), {"*": enumerated()})
 
 

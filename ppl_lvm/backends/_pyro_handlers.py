@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
+from types import SimpleNamespace
 from typing import Any
 from zlib import crc32
 
@@ -25,17 +26,26 @@ from ppl_lvm.errors import ProgramError
 
 Params = Mapping[str, Tensor]
 Message = Any
+_stored = pyro.get_param_store().get_param
 
 
 @contextlib.contextmanager
 def sealed(dtype: str) -> Iterator[None]:
-    """Default dtype and validation switches as the engine needs them, and as they were before afterwards."""
+    """Default dtype and validation switches as the engine needs them, and as they were before afterwards.
+
+    Pyro's parameter store is empty inside: a PyroModule writes to it past every handler.
+    """
     before = torch.get_default_dtype()
+    store = pyro.get_param_store()
+    kept = dict(store.__dict__)
     with pyro.validation_enabled(False):
         torch.set_default_dtype(getattr(torch, dtype))
+        # Not `store.scope()`, which takes attributes off the owner's parameters.
+        store.__dict__.update({name: type(table)() for name, table in kept.items() if isinstance(table, dict)})
         try:
             yield
         finally:
+            store.__dict__.update(kept)
             torch.set_default_dtype(before)
 
 
@@ -133,23 +143,16 @@ class Namespace:
         return bind({leaf: pyro.param(f"{name}.{leaf}", value) for leaf, value in initial.items()})
 
 
-class Holder(torch.nn.Module):
-    """The modules of a native program, so that one functional call swaps all their parameters."""
-
-    def forward(self, f: Callable[[], Any]) -> Any:
-        return f()
-
-
 class Handler(Messenger):
     """Outermost: answers parameters, plates and latent sites, so that neither store nor generator is asked.
 
     Parameters of modules are offered by the module itself, whose tensors a functional call has swapped: they are
-    answered with what was offered.
+    answered with what was offered. In a probe (`params` None) the store, which is empty then, makes the others.
     """
 
     def __init__(
         self,
-        params: Params,
+        params: Params | None,
         latent: Callable[[Message], None],
         subsamples: Mapping[str, Tensor] | None = None,
         observed: Callable[[Message], None] | None = None,
@@ -157,38 +160,63 @@ class Handler(Messenger):
         super().__init__()
         self.params, self.latent, self.observed = params, latent, observed
         self.subsamples = dict(subsamples or {})
+        self.plates: dict[str, int] = {}
         self.constraints: dict[str, Any] = {}
         self.step: int | None = None
         """Number of the step inside a scan; its sites are recorded under names of their own and joined later."""
         self.offered: dict[str, torch.nn.Parameter] = {}
+        self.leaves: dict[str, Tensor] = {}
+        """The tensors that parameters are made of, before constraints."""
         self.values: dict[str, Tensor] = {}
 
     def _pyro_param(self, msg: Message) -> None:
         name = msg["name"]
         offer = msg["args"][1] if len(msg["args"]) > 1 else None
-        if isinstance(offer, torch.nn.Parameter):
-            self.offered[name] = offer
-        value: Any
+        if self.params is None:
+            if isinstance(offer, torch.nn.Parameter):
+                self.leaves[name] = offer
+                if self.offered.setdefault(name, offer) is not offer:
+                    raise ProgramError(
+                        f"Two parameters of modules are named {name!r}, which one value cannot be given for; give one "
+                        f"of the modules another name (PyroModule(name=...), or the name in pyro.module)."
+                    )
+                msg["value"], msg["done"] = offer, True
+            elif offer is None and msg["fn"] == _stored and name not in pyro.get_param_store():
+                raise ProgramError(f"Parameter {name!r} is read before it is given an initial value.")
+            return
         if "$$$" in name:
             value = offer
         elif name in self.params:
             value = self.params[name]
-        elif name in self.values:
-            value = self.values[name]
-        elif offer is None:
-            raise ProgramError(f"Parameter {name!r} is read before it is given an initial value.")
         else:
-            value = offer() if callable(offer) and not isinstance(offer, Tensor) else offer
-            value = torch.as_tensor(value).detach().clone()
-        if offer is not None:
-            self.constraints.setdefault(name, msg["kwargs"].get("constraint", constraints.real))
-        self.values[name] = value
+            raise ProgramError(
+                f"Parameter {name!r} was not met when the program was first run, on one batch; a program must have the "
+                f"same parameters in every run."
+            )
+        if msg["kwargs"].get("event_dim") is not None:
+            # A plate that takes its rows of a parameter notes them here for Pyro's own optimisers.
+            value._pyro_unconstrained_param = SimpleNamespace()
         msg["value"], msg["done"] = value, True
+
+    def _pyro_post_param(self, msg: Message) -> None:
+        name, value = msg["name"], msg["value"]
+        self.values[name] = value
+        if self.params is None:
+            if hasattr(value, "unconstrained"):
+                self.leaves[name] = value.unconstrained()
+            stored = pyro.get_param_store()._constraints
+            self.constraints[name] = stored.get(name, msg["kwargs"].get("constraint", constraints.real))
 
     def _pyro_sample(self, msg: Message) -> None:
         if self.step is not None:
             msg["step"] = self.step
         if site_is_subsample(msg):
+            size = self.plates.setdefault(msg["name"], msg["fn"].size)
+            if msg["fn"].size != size:
+                raise ProgramError(
+                    f"Plate {msg['name']!r} has {size} rows in the guide and {msg['fn'].size} in the model. A guide "
+                    f"that was set up on other data (an autoguide keeps its plates) serves those only; make a new one."
+                )
             if msg["name"] in self.subsamples:
                 msg["value"], msg["done"] = self.subsamples[msg["name"]], True
         elif not msg["is_observed"] and not msg["infer"].get("_deterministic"):

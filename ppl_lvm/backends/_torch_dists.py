@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -46,7 +47,25 @@ def log_prob(fn: Any, value: Tensor) -> Tensor:
         count = _unexpanded(fn.total_count)
         choose = torch.lgamma(count + 1) - torch.lgamma(value + 1) - torch.lgamma(count - value + 1)
         return value * fn.logits - count * torch.nn.functional.softplus(fn.logits, threshold=40) + choose
-    return fn.log_prob(value)
+    with _unvalidated(fn):
+        return fn.log_prob(value)
+
+
+@contextlib.contextmanager
+def _unvalidated(fn: Any) -> Iterator[None]:
+    """A distribution made before validation was switched off (a PyroSample's prior) reads values back to the host."""
+    validated = []
+    inner = fn
+    while inner is not None:
+        if inner._validate_args:
+            validated.append(inner)
+            inner._validate_args = False
+        inner = getattr(inner, "base_dist", None)
+    try:
+        yield
+    finally:
+        for inner in validated:
+            inner._validate_args = True
 
 
 def _binomial(fn: Any) -> bool:

@@ -164,6 +164,10 @@ class Bound(Protocol):
     initial: dict[str, Array]
     """Unconstrained initial parameters."""
 
+    def on(self, example: Call) -> Bound:
+        """The same program on data of another shape."""
+        ...
+
     def draws(
         self,
         params: Mapping[str, Array],
@@ -527,9 +531,11 @@ def check_sites(guide: Mapping[str, bool], model: Mapping[str, bool], auxiliary:
     latent = [name for name, observed in model.items() if not observed]
     missing = [name for name in latent if name not in guide]
     if missing:
+        way = "Sample it in the guide, condition on it, or sum it out in the model."
+        if missing[0].endswith("_unobserved"):
+            way = "If obs_mask made it, observe under a mask instead (poutine.mask, handlers.mask or dist.mask)."
         raise ProgramError(
-            f"Latent site {missing[0]!r} is in the model but not in the guide (guide sites: {list(guide)}). Sample it "
-            f"in the guide, condition on it, or sum it out in the model."
+            f"Latent site {missing[0]!r} is in the model but not in the guide (guide sites: {list(guide)}). {way}"
         )
     orphans = [name for name in guide if name not in model and name not in auxiliary]
     if orphans:

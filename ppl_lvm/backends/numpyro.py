@@ -103,6 +103,12 @@ class NumPyroBound:
             self._probe(batch, key, data_plate)
         self.row_params = row_params(program, ppl, self.initial, self.total)
 
+    def on(self, example: Call) -> NumPyroBound:
+        """The same program on data of another shape."""
+        return NumPyroBound(
+            self.program, example, seed=0, dtype=self.dtype, data_plate=self.asked_plate, total=self.total
+        )
+
     def batch(self, call: Call) -> Call:
         """Arrays of this fit's dtype."""
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -27,7 +27,6 @@ from torch.distributions import biject_to, transform_to
 from ppl_lvm.algorithm import GuideFamily, Objective, Variant
 from ppl_lvm.backends._pyro_handlers import (
     Handler,
-    Holder,
     Message,
     Namespace,
     Params,
@@ -36,6 +35,7 @@ from ppl_lvm.backends._pyro_handlers import (
     sealed,
     seeded,
 )
+from ppl_lvm.backends._pyro_modules import Dropout, Modules
 from ppl_lvm.backends._torch_dists import GuideSite, draw, finite_support, has_kl, kl, site_log_prob
 from ppl_lvm.backends._torch_tables import equal, joined
 from ppl_lvm.backends.base import (
@@ -82,17 +82,11 @@ class PyroBound:
         dtype: str,
         data_plate: str | None = None,
         total: int | None = None,
+        setup: Modules | None = None,
     ) -> None:
-        self.program, self.dtype, self.asked_plate = program, dtype, data_plate
+        self.program, self.dtype, self.asked_plate, self._seed = program, dtype, data_plate, seed
         size = len(example.leaves[0]) if example.leaves and np.ndim(example.leaves[0]) else None
         self.total = size if total is None else total
-        for role, call in (("model", program.model), ("guide", program.guide)):
-            if isinstance(call, pyro.nn.PyroModule):
-                raise BackendError(
-                    f"The {role} is a PyroModule ({type(call).__name__}), whose parameters cannot be given "
-                    f"functionally yet; write it as a function with pyro.param, and its networks as torch.nn "
-                    f"modules with pyro.module."
-                )
         guide = program.guide
         assert guide is not None
         family = guide if isinstance(guide, GuideFamily) else None
@@ -103,22 +97,52 @@ class PyroBound:
         if ppl is not None and size is not None:
             example = example.with_rows(size)
         self._kinds = example_kinds(program)
-        self._holder = Holder()
-        self._paths: dict[str, str] = {}
+        self._modules = Modules(self._cast, [] if setup is None else setup.setup)
+        self._evaluating = False
         self._broadcasts: dict[tuple[bool, bool], tuple[bool, bool]] = {}
         with sealed(dtype), seeded(seed):
-            batch = self.batch(example)
-            if family is not None:
-                with torch.no_grad():
-                    latents = self._latents(batch, data_plate)
-                self._guide = given_rows(written(family, ppl, latents, program.arguments), ppl)
-            self._probe(batch, data_plate)
+            self._probe(self.batch(example), data_plate, family)
         self.row_params = row_params(program, ppl, self.initial, self.total)
+
+    def write(self, params: Params) -> None:
+        """Puts these values into the program's own modules, and into the parameter store."""
+        self._modules.keep()
+        store = pyro.get_param_store()
+        with torch.no_grad():
+            for name, value in params.items():
+                leaf = self._leaves[name]
+                leaf.copy_(value)
+                store._constraints[name], store._params[name] = self._constraints[name], leaf.requires_grad_(True)
+                store._param_to_name[leaf] = name
+
+    @property
+    def module_parameters(self) -> Mapping[str, torch.nn.Parameter]:
+        """The parameters that modules own, as they own them."""
+        return self._modules.parameters
+
+    @property
+    def own_setup(self) -> Hashable:
+        """What tells this bound from others of the same program: modules that were set up in its probe."""
+        return id(self._modules.setup) if self._modules.setup else None
+
+    def on(self, example: Call) -> PyroBound:
+        """The same program on data of another shape, with what its modules set up here."""
+        return PyroBound(
+            self.program,
+            example,
+            seed=self._seed,
+            dtype=self.dtype,
+            data_plate=self.asked_plate,
+            total=self.total,
+            setup=self._modules,
+        )
 
     def batch(self, call: Call) -> Call:
         """Tensors of this fit's dtype."""
 
-        def convert(name: str, a: Any) -> Tensor:
+        def convert(name: str, a: Any) -> Any:
+            if isinstance(a, bool | int | float | str):  # settings that a training loop passes along
+                return a
             a = a if isinstance(a, Tensor) else torch.as_tensor(np.asarray(a))
             kind = "f" if a.is_floating_point() else "b" if a.dtype == torch.bool else "i"
             return a.to(getattr(torch, self.dtype)) if as_float(self._kinds, name, kind) else a
@@ -149,39 +173,18 @@ class PyroBound:
                 }
             )
 
-        if not self._paths:
-            return run()
-        swapped = {path: (params or self.initial)[n] for n, path in self._paths.items()}
-        # pyro.module skips parameters that need no gradient, so even stopped ones are leaves that do.
-        swapped = {p: v if v.requires_grad else v.detach().requires_grad_(True) for p, v in swapped.items()}
-        return torch.func.functional_call(self._holder, swapped, (run,))
+        return self._modules.run(run, params or {}, self._evaluating)
 
-    def _probe(self, batch: Call, asked: str | None) -> None:
-        called: list[torch.nn.Module] = []
-        cast: dict[int, tuple[torch.nn.Parameter, Tensor]] = {}
-
-        def notice(module: torch.nn.Module, _: Any) -> None:
-            # Until its parameters are known and can be swapped, a module of another precision is cast for the probe.
-            called.append(module)
-            for parameter in module.parameters(recurse=False):
-                if self._cast(parameter.data).dtype != parameter.dtype:
-                    cast[id(parameter)] = (parameter, parameter.data)
-                    parameter.data = self._cast(parameter.data)
-
-        def restore() -> None:
-            for parameter, data in cast.values():
-                parameter.data = data
-
+    def _probe(self, batch: Call, asked: str | None, family: GuideFamily | None) -> None:
         def prior(msg: Message) -> None:
             msg["value"] = draw(msg["fn"]).detach()
 
-        with contextlib.ExitStack() as stack:
-            hook = torch.nn.modules.module.register_module_forward_pre_hook(notice)
-            stack.callback(restore)
-            stack.callback(hook.remove)
-            guide_handler = Handler({}, prior)
-            with torch.no_grad():
-                guide = self._trace(self._guide, guide_handler, batch)
+        with self._modules.noticed(), torch.no_grad():
+            if family is not None:
+                guide = written(family, self._ppl, self._latents(batch, asked), self.program.arguments)
+                self._guide = given_rows(guide, self._ppl)
+            guide_handler = Handler(None, prior)
+            guide = self._trace(self._guide, guide_handler, batch)
             values = {n: s["value"] for n, s in guide.items()}
 
             def replayed(msg: Message) -> None:
@@ -190,19 +193,25 @@ class PyroBound:
                 else:
                     prior(msg)
 
-            model_handler = Handler(guide_handler.values, replayed, guide_handler.subsamples)
-            with torch.no_grad():
-                model = self._trace(self._model, model_handler, batch)
+            model_handler = Handler(None, replayed, guide_handler.subsamples)
+            model_handler.offered, model_handler.plates = guide_handler.offered, guide_handler.plates
+            model = self._trace(self._model, model_handler, batch)
+            again = self._modules.hold(model_handler.offered)
         self._supports = {n: s["fn"].support for n, s in model.items() if s["is_observed"]}
         found = {**guide_handler.values, **model_handler.values}
         constraint = {**guide_handler.constraints, **model_handler.constraints}
-        self._transforms = {n: transform_to(constraint[n]) for n in found}
+        self._transforms = {n: transform_to(constraint[n]) for n in found if n not in again}
         self.initial = {
-            n: self._transforms[n].inv(self._cast(v.detach())).detach().clone() for n, v in found.items()
+            n: transform.inv(self._cast(found[n].detach())).detach().clone()
+            for n, transform in self._transforms.items()
         }
-        self._hold({**guide_handler.offered, **model_handler.offered}, called)
-        used = {"model": model_handler.values, "guide": guide_handler.values}
-        groups = {n: frozenset(g for g, names in used.items() if n in names) for n in found}
+        self._leaves = {**guide_handler.leaves, **model_handler.leaves}
+        self._constraints = constraint
+        used = {
+            role: {again.get(n, n) for n in handler.values}
+            for role, handler in (("model", model_handler), ("guide", guide_handler))
+        }
+        groups = {n: frozenset(g for g, names in used.items() if n in names) for n in self.initial}
         structure = self._structure(guide, model, asked)
         self.structure = replace(
             self._with_parents(structure, batch, values, guide_handler.subsamples), groups=groups
@@ -211,33 +220,13 @@ class PyroBound:
     def _cast(self, value: Tensor) -> Tensor:
         return value.to(getattr(torch, self.dtype)) if value.is_floating_point() else value
 
-    def _hold(self, offered: Mapping[str, torch.nn.Parameter], called: list[torch.nn.Module]) -> None:
-        """Finds the module that owns each parameter offered by `pyro.module`, so that it can be swapped."""
-        owners: dict[int, tuple[torch.nn.Module, str]] = {}
-        for root in called:
-            for module in root.modules():
-                for leaf, parameter in module.named_parameters(recurse=False):
-                    owners[id(parameter)] = (module, leaf)
-        held: dict[int, str] = {}
-        for name, parameter in offered.items():
-            if id(parameter) not in owners:
-                raise ProgramError(
-                    f"Parameter {name!r} is registered by pyro.module, but its module was not called in a run, so its "
-                    f"values cannot be given functionally. Call the module instead of reading its weights."
-                )
-            module, leaf = owners[id(parameter)]
-            if id(module) not in held:
-                held[id(module)] = f"m{len(held)}"
-                self._holder.add_module(held[id(module)], module)
-            self._paths[name] = f"{held[id(module)]}.{leaf}"
-
     def _latents(self, batch: Call, asked: str | None) -> list[Latent]:
         """The model's latent sites, and where a guide for them starts."""
 
         def prior(msg: Message) -> None:
             msg["value"] = draw(msg["fn"])
 
-        runs = [self._trace(self._model, Handler({}, prior), batch) for _ in range(PRIOR_DRAWS)]
+        runs = [self._trace(self._model, Handler(None, prior), batch) for _ in range(PRIOR_DRAWS)]
         model = runs[0]
         data_plate = self._data_plate(model, asked)
         found = []
@@ -359,6 +348,15 @@ class PyroBound:
         """Constrained values of unconstrained parameters."""
         return {n: self._transforms[n](v) for n, v in params.items()}
 
+    def _check_shapes(self, params: Params) -> None:
+        for name, value in params.items():
+            if value.shape != self.initial[name].shape:
+                raise ProgramError(
+                    f"Parameter {name!r} has shape {tuple(value.shape)}, and {tuple(self.initial[name].shape)} where "
+                    f"the program meets these data first, so it belongs to the rows that it was fitted on; ask for "
+                    f"those, or write an amortised guide."
+                )
+
     # One run.
 
     def draws(
@@ -392,6 +390,7 @@ class PyroBound:
         states: Mapping[str, Tensor] | None,
         own: Mapping[str, Mapping[str, Tensor]] | None,
     ) -> Draws:
+        self._check_shapes(params)
         constrained = self.constrain(params)
         K = plan.K * plan.layout(self.structure, True)[0]
         M = plan.M * plan.layout(self.structure, False)[0]
@@ -407,7 +406,7 @@ class PyroBound:
             N=N,
             scale=N / rows,
             outer_weight=outer_weight,
-            batch=batch.leaves[0] if batch.leaves else None,
+            batch=next((a for a in batch.leaves if isinstance(a, Tensor)), None),
             states=states or {},
             own=own or {},
         )
@@ -423,7 +422,7 @@ class PyroBound:
             plan.K * plan.layout(self.structure, True)[0] > 1,
         )
         if any(many) and many not in self._broadcasts:
-            with sealed(self.dtype), seeded(0), torch.no_grad():
+            with sealed(self.dtype), seeded(0), self._evaluation():
                 self._broadcasts[many] = self._try(*many, batch)
         return self._broadcasts.get(many, (True, True))
 
@@ -522,7 +521,9 @@ class PyroBound:
             msg["value"] = variant.value
 
         handler = Handler(constrained, latent, subsamples)
-        guide = self._trace(self._guide, handler, batch, params)
+        dropout = Dropout() if plan.frozen else contextlib.nullcontext()
+        with dropout:
+            guide = self._trace(self._guide, handler, batch, params)
         drawn = {name: s["value"] for name, s in guide.items()}
 
         def replayed(msg: Message) -> None:
@@ -532,14 +533,12 @@ class PyroBound:
         model = self._trace(self._model, model_handler, batch, params)
         subsamples.update(model_handler.subsamples)
         frozen: dict[str, Message] = {}
-        if plan.frozen:
+        if isinstance(dropout, Dropout):
+            self._modules.refuse_noise()
             stopped = {name: p.detach() for name, p in params.items()}
-            frozen = self._trace(
-                self._guide,
-                Handler(self.constrain(stopped), replayed, handler.subsamples),
-                batch,
-                stopped,
-            )
+            again = Handler(self.constrain(stopped), replayed, handler.subsamples)
+            with dropout.replay():
+                frozen = self._trace(self._guide, again, batch, stopped)
         return {
             info.name: self._site(
                 info, guide, model, frozen, plan, variants.get(info.name), layouts.get(info.name, (1, 1))[0]
@@ -667,15 +666,24 @@ class PyroBound:
             return value
         return value[0] if K > 1 else value[0, 0]
 
+    @contextlib.contextmanager
+    def _evaluation(self) -> Iterator[None]:
+        before, self._evaluating = self._evaluating, True
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            self._evaluating = before
+
     def evaluate(self, params: Params, batch: Call, key: int, plan: Plan) -> dict[str, dict[str, Any]]:
-        """Values and densities of every site of one run, without gradients."""
-        with torch.no_grad():
+        """Values and densities of every site of one run, without gradients, modules in eval mode."""
+        with self._evaluation():
             sites = self.draws(params, batch, key, plan).sites
         return {n: {"value": s.value, "log_p": s.log_p, "log_q": s.log_q} for n, s in sites.items()}
 
     def log_w(self, params: Params, batch: Call, key: int, plan: Plan) -> Tensor:
-        """Log weights `[M, K, B]` of one run, without gradients."""
-        with torch.no_grad():
+        """Log weights `[M, K, B]` of one run, without gradients, modules in eval mode."""
+        with self._evaluation():
             return self.draws(params, batch, key, plan).log_w
 
     def simulate(
@@ -685,13 +693,14 @@ class PyroBound:
 
         Latent sites are drawn from the guide, or from the model where `prior` says so.
         """
+        self._check_shapes(params)
         constrained = self.constrain(params)
 
         def anew(msg: Message) -> None:
             msg["value"] = draw(msg["fn"])
 
         values: list[dict[str, Tensor]] = []
-        with sealed(self.dtype), seeded(key), torch.no_grad():
+        with sealed(self.dtype), seeded(key), self._evaluation():
             for _ in range(draws):
                 guide: dict[str, Message] = {}
                 handler = Handler(constrained, anew)
