@@ -53,6 +53,8 @@ class SiteInfo:
     """A guide site whose value is no draw (a factor): it has a density and needs no estimator."""
     point: bool = False
     """Its distribution is a point (Delta): the value is a function of parameters or of other guide sites."""
+    scanned: bool = False
+    """The guide draws it inside the library's own scan, which no estimator reaches."""
 
 
 @dataclass(frozen=True)
@@ -147,6 +149,8 @@ class Gradients:
     params: dict[str, Array]
     own: dict[str, dict[str, Array]]
     states: dict[str, Array]
+    mutable: dict[str, Any] = field(default_factory=dict)
+    """State that the program changed as it ran (batch statistics), for the next step."""
 
 
 class Bound(Protocol):
