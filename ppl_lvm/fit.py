@@ -214,6 +214,13 @@ def _bind(
             f"Sites {per_row} are drawn for every row by the model and once for all by the guide, so rows cannot be "
             f"taken in mini-batches; pass batch_size=None."
         )
+    twice = call.map(lambda a: np.resize(np.asarray(a), (2 * size, *np.shape(a)[1:])))
+    of_rows = bound.row_parameters(twice)
+    if of_rows:
+        raise LegalityError(
+            f"Parameters {of_rows} hold values for the rows of one batch, and every mini-batch has other rows, which "
+            f"would share them; pass batch_size=None, or let the guide compute them from the data (an amortised guide)."
+        )
     return bound, example, True
 
 

@@ -40,6 +40,9 @@ ARROWS = {
         *("algorithm", "backend_of", "backends", "draws", "errors", "legality", "lookup", "ops", "posterior"),
         *("program", "progress", "recipe", "to_arviz"),
     },
+    "facades_numpyro": {
+        *("algorithm", "backends", "catalogue", "draws", "errors", "estimators", "legality", "recipe"),
+    },
     "pictures": {"datasets", "errors", "to_arviz"},
     "report": {
         *("algorithm", "datasets", "errors", "fit", "pictures", "posterior", "program", "recipe", "to_arviz"),
@@ -49,7 +52,10 @@ ARROWS = {
         *("algorithm", "catalogue", "datasets", "errors", "fit", "listing", "lookup", "posterior", "program"),
         *("recipe", "report", "to_arviz"),
     },
-    "": {"algorithm", "catalogue", "draws", "errors", "fit", "nets", "posterior", "program", "recipe"},
+    "": {
+        *("algorithm", "catalogue", "draws", "errors", "facades_numpyro", "fit", "nets", "posterior", "program"),
+        "recipe",
+    },
 }
 ALONE = {"objectives", "estimators"}
 """Folders whose files do not import each other: adding or removing one touches no other."""

@@ -50,6 +50,10 @@ def with_noise(tree: Any, key: Array) -> Any:
     return jax.tree.unflatten(structure, [own(i, x) if is_key(x) else x for i, x in enumerate(leaves)])
 
 
+def _flat(tree: Any) -> tuple[list[Any], Any]:
+    return jax.tree.flatten(tree)
+
+
 def after_run(old: States, new: States) -> dict[str, list[Array | None]]:
     """Leaves of the state that one run left behind, in the order of `old`; None in the place of keys.
 
@@ -58,8 +62,8 @@ def after_run(old: States, new: States) -> dict[str, list[Array | None]]:
     """
     found = {}
     for name, before in old.items():
-        leaves, structure = jax.tree.flatten(before)
-        after, left = jax.tree.flatten(new.get(name, before))
+        leaves, structure = _flat(before)
+        after, left = _flat(new.get(name, before))
         if left != structure or any(a.shape != b.shape for a, b in zip(after, leaves, strict=True)):
             raise ProgramError(
                 f"State {name!r} had the structure {structure} before a run and has {left} after it, or arrays of "
@@ -137,7 +141,8 @@ def _still_method(
 def evaluation() -> Iterator[None]:
     """Networks of flax that are called in this block run in evaluation; `still` does it for equinox."""
     with contextlib.ExitStack() as stack:
-        linen, nnx = sys.modules.get("flax.linen"), sys.modules.get("flax.nnx")
+        linen: Any = sys.modules.get("flax.linen")
+        nnx: Any = sys.modules.get("flax.nnx")
         if linen is not None:
             stack.enter_context(linen.intercept_methods(_still_method))
         if nnx is not None:

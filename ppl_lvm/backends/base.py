@@ -160,6 +160,9 @@ class Bound(Protocol):
     initial: dict[str, Array]
     """Unconstrained initial parameters."""
 
+    def row_parameters(self, call: Call) -> list[str]:
+        """Parameters that hold values of the batch's own rows; `call` has another number of rows."""
+
     def draws(
         self,
         params: Mapping[str, Array],

@@ -73,8 +73,11 @@ class NumPyroBound:
                 ppl = Namespace(seed, dtype)
                 self._model, self._guide = partial(program.model, ppl), partial(program.guide, ppl)
             else:
-                self._guide = own_guide(program.guide)
+                self._guide = self._own(program.guide)
             self._probe(self.batch(example), jax.random.key(seed), data_plate)
+
+    def _own(self, guide: Callable[..., Any]) -> Callable[..., Any]:
+        return own_guide(guide)
 
     def batch(self, call: Call) -> Call:
         """Arrays of this fit's dtype."""
