@@ -26,7 +26,7 @@ from ppl_lvm.backends._jax_dists import (
 )
 from ppl_lvm.backends._numpyro_guides import constants, own_guide, prototype_supports
 from ppl_lvm.backends._numpyro_handlers import Handler, Message, Namespace, Params, owned, precision, site_key
-from ppl_lvm.backends._numpyro_state import after_run, changed, evaluation, next_states
+from ppl_lvm.backends._numpyro_state import after_run, changed, evaluation, is_key, next_states
 from ppl_lvm.backends.base import (
     Call,
     Gradients,
@@ -324,7 +324,10 @@ class NumPyroBound:
 
         def leaf(v: Any) -> Array:
             v = jnp.asarray(v)
-            return v.astype(self.dtype) if jnp.issubdtype(v.dtype, jnp.floating) else v
+            if is_key(v):
+                return v
+            # Never a weak type, which changes as it meets others, and a loop's state must not.
+            return jax.lax.convert_element_type(v, self.dtype if jnp.issubdtype(v.dtype, jnp.floating) else v.dtype)
 
         return jax.tree.map(leaf, value)
 
