@@ -237,23 +237,22 @@ def _bind(
             f"taken in mini-batches; pass batch_size=None."
         )
     if not chosen.portable:
-        _refuse_parameters_of_rows(bound, size, lambda: bind(call.map(lambda a: a[: size + 1])))
+        _refuse_parameters_of_rows(bound, call, size)
     return bound, example, True
 
 
-def _refuse_parameters_of_rows(bound: Any, size: int, larger: Callable[[], Any]) -> None:
-    """Refuses mini-batches where parameters belong to rows: all batches would train those of the first one.
+def _refuse_parameters_of_rows(bound: Any, call: Call, size: int) -> None:
+    """Refuses mini-batches where parameters belong to the rows of a batch: all batches would train those of the first.
 
-    Looked for where a parameter is large enough, by binding the program to one row more.
+    Parameters with an entry for every row of the data (row indices) have one size whatever the batch.
     """
-    shapes = {n: np.shape(v) for n, v in bound.initial.items()}
-    if not any(max(s, default=0) >= size for s in shapes.values()):
+    if not any(max(np.shape(v), default=0) >= size for v in bound.initial.values() if np.ndim(v)):
         return
-    sized = sorted(n for n, v in larger().initial.items() if np.shape(v) != shapes.get(n))
-    if sized:
+    of_rows = bound.row_parameters(call.map(lambda a: np.resize(np.asarray(a), (2 * size, *np.shape(a)[1:]))))
+    if of_rows:
         raise LegalityError(
-            f"Parameters {sized} have a size that depends on the number of rows, so they belong to the rows of one "
-            f"batch and would be trained on all; pass batch_size=None, or write an amortised guide."
+            f"Parameters {of_rows} hold values for the rows of one batch, and every mini-batch has other rows, which "
+            f"would share them; pass batch_size=None, or let the guide compute them from the data (an amortised guide)."
         )
 
 

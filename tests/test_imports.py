@@ -55,7 +55,10 @@ ARROWS = {
         *("algorithm", "catalogue", "datasets", "errors", "fit", "listing", "lookup", "posterior", "program"),
         *("recipe", "report", "to_arviz"),
     },
-    "": {"algorithm", "catalogue", "draws", "errors", "facades", "fit", "nets", "posterior", "program", "recipe"},
+    "": {
+        *("algorithm", "catalogue", "draws", "errors", "facades", "fit", "nets", "posterior"),
+        *("program", "recipe"),
+    },
 }
 ALONE = {"objectives", "estimators", "guides"}
 """Folders whose files do not import each other: adding or removing one touches no other."""

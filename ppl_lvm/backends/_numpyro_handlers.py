@@ -17,6 +17,8 @@ from numpyro.primitives import Messenger
 from ppl_lvm import nets, ops
 from ppl_lvm.backends import _jax_nets
 from ppl_lvm.backends._jax_dists import namespace, site_log_prob
+from ppl_lvm.backends._numpyro_scan import Scan, enter
+from ppl_lvm.backends._numpyro_state import containers, still, with_noise
 from ppl_lvm.backends.base import Chain
 from ppl_lvm.errors import ProgramError
 
@@ -117,9 +119,13 @@ class Namespace:
 
 
 class Handler(Messenger):
-    """Outermost: answers parameters, noise, plates and latent sites; keeps every message, and initial parameters.
+    """Outermost: answers parameters, states, noise, plates and latent sites; keeps every message.
 
-    Inside a scan, messages carry the number of their step and are kept apart (`step`). `unrolled` runs a scan as a
+    Noise that a program asks for itself (`prng_key`: dropout, initial weights) is one key per step, side and request,
+    shared by all draws. `scan_keys` gives the key of the n-th native scan, `scanned` the values that it replays, and
+    `cast` brings states that are not known yet into the fit's precision.
+
+    Inside `ppl.scan`, messages carry the number of their step and are kept apart (`step`). `unrolled` runs it as a
     Python loop, where values must not be traced.
     """
 
@@ -132,6 +138,11 @@ class Handler(Messenger):
         observed: Callable[[Message], Any] | None = None,
         *,
         unrolled: bool = False,
+        side: str = "guide",
+        still: bool = False,
+        scan_keys: Callable[[int], Array] | None = None,
+        scanned: Mapping[str, Array] | None = None,
+        cast: Callable[[Any], Any] | None = None,
     ) -> None:
         super().__init__()
         self.params, self.key, self.latent, self.observed = params, key, latent, observed
@@ -139,7 +150,15 @@ class Handler(Messenger):
         self.unrolled = unrolled
         self._step: tuple[Any, dict[str, Message]] | None = None
         self.subsamples = subsamples or {}
+        self.still, self._cast, self._noise = still, cast, site_key(key, f"${side}")
+        self._scan_keys, self._replayed = scan_keys, scanned or {}
         self.found: dict[str, tuple[Any, Any]] = {}
+        self.plates_of: dict[str, tuple[str, ...]] = {}
+        """Plates around each parameter whose dimension they index."""
+        self.initial_states: dict[str, Any] = {}
+        self.states: dict[str, Any] = {}
+        """The states that the program holds now; it changes them as it runs."""
+        self.scans: list[Scan] = []
         self._anonymous = 0
 
     @contextlib.contextmanager
@@ -158,19 +177,24 @@ class Handler(Messenger):
         if self._step is not None:
             msg["step"] = self._step[0]
         if kind == "param" and msg["name"] in self.params:
-            msg["value"] = self.params[msg["name"]]
+            value = containers(self.params[msg["name"]])
+            msg["value"] = still(value) if self.still else value
+        elif kind == "mutable":
+            self._state(msg)
         elif kind == "plate" and msg["value"] is None:
             if msg["name"] in self.subsamples:
                 msg["value"] = self.subsamples[msg["name"]]
             else:
                 msg["kwargs"]["rng_key"] = site_key(self.key, msg["name"])
-        elif kind in ("prng_key", "control_flow"):
-            self._anonymous += 1
-            key = jax.random.fold_in(self.key, self._anonymous)
+        elif kind == "prng_key":
+            key = self._next_noise()
             msg["kwargs"]["rng_key"] = key if self._step is None else jax.random.fold_in(key, self._step[0])
+        elif kind == "control_flow":
+            key = self._next_noise() if self._scan_keys is None else self._scan_keys(len(self.scans))
+            enter(msg, key, self._replayed, self.observed, self.scans)
         elif kind == "sample" and not msg["is_observed"] and msg["value"] is None and self.latent is not None:
             msg["value"] = self.latent(msg)
-        elif kind == "sample" and msg["is_observed"] and self.observed is not None:
+        elif kind == "sample" and msg["is_observed"] and self.observed is not None and not self._drawn(msg["name"]):
             msg["value"] = self.observed(msg)
 
     def postprocess_message(self, msg: Message) -> None:
@@ -182,6 +206,38 @@ class Handler(Messenger):
             kept[name] = msg.copy()
         if msg["type"] == "param":
             self.found[msg["name"]] = (msg["value"], msg["kwargs"].get("constraint", constraints.real))
+            self.plates_of[msg["name"]] = _indexing(msg)
+        elif msg["type"] == "mutable" and msg["value"] is not None:
+            if msg["name"] not in self.states:
+                self.initial_states[msg["name"]] = containers(msg["value"])
+            self.states[msg["name"]] = msg["value"]
+
+    def _drawn(self, name: str) -> bool:
+        """Whether a scan has drawn this observed site anew already."""
+        return any(name in scan.observed for scan in self.scans)
+
+    def _next_noise(self) -> Array:
+        self._anonymous += 1
+        return jax.random.fold_in(self._noise, self._anonymous)
+
+    def _state(self, msg: Message) -> None:
+        name = msg["name"]
+        if name in self.states:
+            msg["value"] = self.states[name]
+        elif name in self.params:
+            msg["value"] = with_noise(self.params[name], site_key(self.key, name))
+        elif msg["value"] is not None and self._cast is not None:
+            msg["value"] = self._cast(msg["value"])
+
+
+def _indexing(msg: Message) -> tuple[str, ...]:
+    """Plates around a parameter that take their rows from one of its dimensions."""
+    event_dim = msg["kwargs"].get("event_dim")
+    if event_dim is None:
+        return ()
+    shape = jnp.shape(msg["value"])
+    dims = {f.name: len(shape) + f.dim - event_dim for f in msg["cond_indep_stack"]}
+    return tuple(name for name, dim in dims.items() if dim >= 0 and shape[dim] > 1)
 
 
 def of_step(value: Array, msg: Message) -> Array:

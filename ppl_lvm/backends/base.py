@@ -61,6 +61,8 @@ class SiteInfo:
     """A guide site whose value is no draw (a factor): it has a density and needs no estimator."""
     point: bool = False
     """Its distribution is a point (Delta): the value is a function of parameters or of other guide sites."""
+    scanned: bool = False
+    """The guide draws it inside the library's own scan, which no estimator reaches."""
 
 
 @dataclass(frozen=True)
@@ -155,6 +157,8 @@ class Gradients:
     params: dict[str, Array]
     own: dict[str, dict[str, Array]]
     states: dict[str, Array]
+    mutable: dict[str, Any] = field(default_factory=dict)
+    """State that the program changed as it ran (batch statistics), for the next step."""
 
 
 class Bound(Protocol):
@@ -166,6 +170,10 @@ class Bound(Protocol):
 
     def on(self, example: Call) -> Bound:
         """The same program on data of another shape."""
+        ...
+
+    def row_parameters(self, call: Call) -> list[str]:
+        """Parameters that hold values of the batch's own rows; `call` has another number of rows."""
         ...
 
     def draws(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping
+import contextlib
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -22,6 +23,7 @@ from ppl_lvm.backends._jax_dists import (
     kl,
     site_log_prob,
 )
+from ppl_lvm.backends._numpyro_guides import constants, own_guide, prototype_supports
 from ppl_lvm.backends._numpyro_handlers import (
     Handler,
     Message,
@@ -31,7 +33,9 @@ from ppl_lvm.backends._numpyro_handlers import (
     of_step,
     owned,
     precision,
+    site_key,
 )
+from ppl_lvm.backends._numpyro_state import after_run, changed, evaluation, is_key, next_states
 from ppl_lvm.backends.base import (
     PRIOR_DRAWS,
     Call,
@@ -55,6 +59,7 @@ from ppl_lvm.backends.base import (
     written,
 )
 from ppl_lvm.draws import Draws, Plate, Site
+from ppl_lvm.errors import BackendError, ProgramError
 from ppl_lvm.latents import Latent, PlateOf
 
 if TYPE_CHECKING:
@@ -98,8 +103,10 @@ class NumPyroBound:
             if family is not None:
                 latents = self._latents(batch, key, data_plate)
                 self._guide = given_rows(written(family, ppl, latents, program.arguments), ppl)
+            elif program.portable:
+                self._guide = given_rows(partial(guide, ppl), ppl)
             else:
-                self._guide = given_rows(partial(guide, ppl) if program.portable else guide, ppl)
+                self._guide = given_rows(self._own(guide), None)
             self._probe(batch, key, data_plate)
         self.row_params = row_params(program, ppl, self.initial, self.total)
 
@@ -108,6 +115,9 @@ class NumPyroBound:
         return NumPyroBound(
             self.program, example, seed=0, dtype=self.dtype, data_plate=self.asked_plate, total=self.total
         )
+
+    def _own(self, guide: Callable[..., Any]) -> Callable[..., Any]:
+        return own_guide(guide)
 
     def batch(self, call: Call) -> Call:
         """Arrays of this fit's dtype."""
@@ -131,34 +141,123 @@ class NumPyroBound:
             self._ppl.handler = handler
         with handler:
             program(*batch.args, **batch.kwargs)
+        for scan in handler.scans:
+            for name, plate in scan.plates.items():
+                handler.trace.setdefault(name, plate)
         return handler.trace
 
     def _probe(self, batch: Call, key: Array, asked: str | None) -> None:
         def prior(msg: Message) -> Array:
             return draw(msg["fn"], message_key(key, msg), self.program.portable)
 
-        guide_handler = Handler({}, key, prior, unrolled=True)
-        guide = self._trace(self._guide, guide_handler, batch)
+        guide_handler = Handler({}, key, prior, cast=self._cast, unrolled=True)
+        guide = self._traced(self._guide, guide_handler, batch)
         values = {n: s["value"] for n, s in guide.items() if s["type"] == "sample"}
         plates = plates_of(guide)
 
         def replayed(msg: Message) -> Array:
             return of_step(values[msg["name"]], msg) if msg["name"] in values else prior(msg)
 
+        known = {n: v for n, (v, _) in guide_handler.found.items()} | guide_handler.states
         model_handler = Handler(
-            {n: v for n, (v, _) in guide_handler.found.items()}, key, replayed, subsamples=plates, unrolled=True
+            known, key, replayed, plates, side="model", scanned=values, cast=self._cast, unrolled=True
         )
-        model = self._trace(self._model, model_handler, batch)
+        model = self._traced(self._model, model_handler, batch)
         self._supports = {n: s["fn"].support for n, s in model.items() if s["type"] == "sample" and s["is_observed"]}
         found = {**model_handler.found, **guide_handler.found}
         self._transforms = {n: biject_to(c) for n, (_, c) in found.items()}
         self.initial = {n: self._unconstrain(n, v) for n, (v, _) in found.items()}
-        self.structure = self._structure(guide, model, asked, batch)
+        first = {**model_handler.initial_states, **guide_handler.initial_states}
+        self.states = {n: self._cast(v) for n, v in first.items()}
+        self._scans = [scan.latent for scan in guide_handler.scans]
+        self.constants = constants([self._transforms, self._supports, prototype_supports(self._guide)])
+        scanned = [scan.latent for scan in (*guide_handler.scans, *model_handler.scans)]
+        structure = self._structure(guide, model, asked, scanned)
+        self._check_scans(structure, guide, model)
         used = {"model": model_handler.found, "guide": guide_handler.found}
         groups = {n: frozenset(g for g, names in used.items() if n in names) for n in found}
-        self.structure = replace(
-            self._with_parents(batch, {n: values[n] for n in values}, key), groups=groups
-        )
+        self.structure = structure
+        self.structure = replace(self._with_parents(batch, values, key), groups=groups)
+        around_each = {**model_handler.plates_of, **guide_handler.plates_of}
+        self._plated = sorted(n for n, around in around_each.items() if structure.data_plate in around)
+        self._restless = self._unfrozen(batch, values, plates, key) if self.states else []
+
+    def _traced(self, program: Callable[..., Any], handler: Handler, batch: Call) -> dict[str, Message]:
+        """A first run, with a word on what cannot be found out later."""
+        try:
+            trace = self._trace(program, handler, batch)
+            jax.block_until_ready([s["value"] for s in trace.values() if s["type"] == "sample"])
+        except jax.errors.UnexpectedTracerError as error:
+            raise ProgramError(
+                "The program samples inside a loop of JAX (lax.scan, while_loop, fori_loop, cond, vmap), out of which "
+                "its sites cannot be handed; use numpyro.contrib.control_flow.scan, or a Python loop."
+            ) from error
+        return trace
+
+    def _check_scans(self, structure: Structure, guide: dict[str, Message], model: dict[str, Message]) -> None:
+        for names in self._scans:
+            levels = {structure.sites[n].local for n in names}
+            if len(levels) > 1:
+                raise ProgramError(
+                    f"Sites {list(names)} of one scan in the guide are partly inside data plate "
+                    f"{structure.data_plate!r} and partly outside, and share their noise; put them into two scans."
+                )
+        for name in structure.sites:
+            if name in guide and name in model:
+                shapes = [t[name]["value"].shape for t in (guide, model)]
+                if shapes[0] != shapes[1]:
+                    raise ProgramError(
+                        f"Site {name!r} has a value of shape {shapes[0]} in the guide and {shapes[1]} in the model."
+                    )
+
+    def _unfrozen(self, batch: Call, values: dict[str, Array], plates: dict[str, Array], key: Array) -> list[str]:
+        """States that change in evaluation too."""
+        params = {**self.constrain(self.initial), **self.states}
+        left: dict[str, Any] = {}
+        with evaluation():
+            for program, side in ((self._guide, "guide"), (self._model, "model")):
+                handler = Handler(
+                    {**params, **left},
+                    key,
+                    lambda m: of_step(values[m["name"]], m),
+                    plates,
+                    side=side,
+                    still=True,
+                    scanned=values,
+                    unrolled=True,
+                )
+                self._trace(program, handler, batch)
+                left |= handler.states
+        return changed(self.states, left)
+
+    def row_parameters(self, call: Call) -> list[str]:
+        """Parameters that hold values of the batch's own rows: those whose shape follows the number of rows.
+
+        `call` has another number of rows than this batch.
+        """
+
+        def shapes(args: Any, kwargs: Any) -> dict[str, Any]:
+            found: dict[str, Any] = {}
+            key = jax.random.key(0)
+            plates: dict[str, Array] = {}
+            for program in (self._guide, self._model):
+                handler = Handler({}, key, lambda m: m["fn"].sample(message_key(key, m)), plates, unrolled=True)
+                trace = self._trace(program, handler, Call(args, kwargs))
+                plates |= plates_of(trace)
+                found |= {n: v for n, (v, _) in handler.found.items() if not is_tree(v)}
+            return found
+
+        if self._plated:
+            return self._plated
+        with precision(self.dtype):
+            held = self.batch(call)
+            try:
+                found = jax.eval_shape(shapes, held.args, dict(held.kwargs))
+            except Exception:
+                # A program for a fixed number of rows has no parameter that could follow it.
+                return []
+            first = self.constrain(self.initial)
+            return sorted(n for n, v in found.items() if n in first and jnp.shape(first[n]) != v.shape)
 
     def _latents(self, batch: Call, key: Array, asked: str | None) -> list[Latent]:
         """The model's latent sites, and where a guide for them starts."""
@@ -200,7 +299,11 @@ class NumPyroBound:
         )
 
     def _structure(
-        self, guide: dict[str, Message], model: dict[str, Message], asked: str | None, batch: Call
+        self,
+        guide: dict[str, Message],
+        model: dict[str, Message],
+        asked: str | None,
+        scanned: Sequence[tuple[str, ...]],
     ) -> Structure:
         guide_sites = {n: s for n, s in guide.items() if s["type"] == "sample"}
         model_sites = {n: s for n, s in model.items() if s["type"] == "sample"}
@@ -246,11 +349,13 @@ class NumPyroBound:
                 plates=plates(site),
                 local_in_model=local(of_model),
                 closed_kl=role == "latent"
+                and not any(name in names for names in scanned)
                 and np.array_equal(scales[0], scales[1])
                 and has_kl(site["fn"], of_model["fn"]),
                 user_scaled=any(np.abs(scale - 1.0).max() > 1e-9 for scale in scales),
                 fixed=site["is_observed"] and role == "auxiliary",
                 point=is_point(site["fn"]),
+                scanned=any(name in names for names in self._scans),
             )
         frame = frames.get(data_plate) if data_plate else None
         size = sizes[frame.name][0] if frame is not None else None
@@ -273,14 +378,15 @@ class NumPyroBound:
 
     def _with_parents(self, batch: Call, values: dict[str, Array], key: Array) -> Structure:
         """Which sites each density looks at, from the dependencies of the traced computation."""
-        params = self.constrain(self.initial)
+        params = {**self.constrain(self.initial), **self.states}
 
         def densities(**given: Array) -> dict[str, dict[str, Array]]:
             def replayed(msg: Message) -> Array:
                 return of_step(given[msg["name"]], msg)
 
-            guide = self._trace(self._guide, Handler(params, key, replayed, unrolled=True), batch)
-            model = self._trace(self._model, Handler(params, key, replayed, plates_of(guide), unrolled=True), batch)
+            handler = partial(Handler, params, key, replayed, scanned=given, unrolled=True)
+            guide = self._trace(self._guide, handler(), batch)
+            model = self._trace(self._model, handler(subsamples=plates_of(guide), side="model"), batch)
             return {
                 side: {n: site_log_prob(s) for n, s in trace.items() if s["type"] == "sample"}
                 for side, trace in (("guide", guide), ("model", model))
@@ -297,18 +403,28 @@ class NumPyroBound:
         }
         return replace(self.structure, sites=sites)
 
-    def _unconstrain(self, name: str, value: Any) -> Any:
+    def _cast(self, value: Any) -> Any:
+        """Floats in this fit's precision."""
+
         def leaf(v: Any) -> Array:
             v = jnp.asarray(v)
-            return v.astype(self.dtype) if jnp.issubdtype(v.dtype, jnp.floating) else v
+            if is_key(v):
+                return v
+            # Never a weak type, which changes as it meets others, and a loop's state must not.
+            return jax.lax.convert_element_type(v, self.dtype if jnp.issubdtype(v.dtype, jnp.floating) else v.dtype)
 
-        value = jax.tree.map(leaf, value)
+        return jax.tree.map(leaf, value)
+
+    def _unconstrain(self, name: str, value: Any) -> Any:
+        value = self._cast(value)
         return value if is_tree(value) else self._transforms[name]._inverse(value)
 
     def constrain(self, params: Params) -> dict[str, Any]:
-        """Constrained values of unconstrained parameters."""
+        """Constrained values of unconstrained parameters; states and networks as they are."""
         with precision(self.dtype):
-            return {n: v if is_tree(v) else self._transforms[n](v) for n, v in params.items()}
+            return {
+                n: v if n in self.states or is_tree(v) else self._transforms[n](v) for n, v in params.items()
+            }
 
     # One run.
 
@@ -325,13 +441,44 @@ class NumPyroBound:
         states: Mapping[str, Array] | None = None,
         own: Mapping[str, Mapping[str, Array]] | None = None,
     ) -> Draws:
-        """The table of one run on `batch`; `values` are laid out as in the table, `[M, K, B, ...]` and `[M, ...]`."""
+        """The table of one run on `batch`, networks in evaluation.
+
+        `values` are laid out as in the table, `[M, K, B, ...]` and `[M, ...]`.
+        """
+        options = {"total_rows": total_rows, "values": values, "outer_weight": outer_weight}
+        return self._run(params, batch, key, plan, training=False, states=states, own=own, **options)[0]
+
+    def _run(
+        self,
+        params: Params,
+        batch: Call,
+        key: Array,
+        plan: Plan,
+        *,
+        training: bool,
+        total_rows: Any = None,
+        values: Mapping[str, Array] | None = None,
+        outer_weight: Array | None = None,
+        states: Mapping[str, Array] | None = None,
+        own: Mapping[str, Mapping[str, Array]] | None = None,
+    ) -> tuple[Draws, dict[str, Any]]:
+        """The table, and the program's own state after the run.
+
+        Guide and model start from the state that was given, the model after the guide where they share it. What the
+        draws leave behind is averaged; a replay leaves nothing.
+        """
+        if not training:
+            self._check_frozen()
         structure = self.structure
-        constrained = self.constrain(params)
+        held = {n: params.get(n, state) for n, state in self.states.items()}
+        constrained = {**self.constrain(params), **held}
         stopped = jax.lax.stop_gradient(constrained) if plan.frozen else None
         v_local, local_layout = plan.layout(structure, True)
         v_outer, outer_layout = plan.layout(structure, False)
         given = values or {}
+        inside = [n for n in given if structure.sites[n].scanned]
+        if inside:
+            raise BackendError(f"A value was injected into site {inside[0]!r}, which is drawn inside a scan.")
         given_local = {n: v for n, v in given.items() if structure.sites[n].local}
         given_outer = {n: v for n, v in given.items() if not structure.sites[n].local}
 
@@ -361,30 +508,40 @@ class NumPyroBound:
                 variants[info.name] = variant
                 return variant.value
 
-            guide = self._trace(self._guide, Handler(constrained, key, latent), batch)
+            def scan_key(n: int) -> Array:
+                names = self._scans[n]
+                scan = draw_key if any(structure.sites[s].local for s in names) else outer_key
+                return site_key(scan, f"$scan{n}")
+
+            guided = Handler(constrained, key, latent, still=not training, scan_keys=scan_key)
+            guide = self._trace(self._guide, guided, batch)
             plates = plates_of(guide)
             drawn = {n: s["value"] for n, s in guide.items() if s["type"] == "sample"}
 
             def replayed(msg: Message) -> Array:
                 return of_step(drawn[msg["name"]], msg)
 
-            model = self._trace(self._model, Handler(constrained, key, replayed, plates), batch)
+            replay = partial(Handler, key=key, latent=replayed, subsamples=plates, still=not training, scanned=drawn)
+            modelled = replay({**constrained, **guided.states}, side="model")
+            model = self._trace(self._model, modelled, batch)
             frozen: dict[str, Message] = {}
             if stopped is not None:
-                frozen = self._trace(self._guide, Handler(stopped, key, replayed, plates), batch)
+                frozen = self._trace(self._guide, replay(stopped), batch)
             sizes = {n: s["args"] for t in (guide, model) for n, s in t.items() if s["type"] == "plate"}
-            table: dict[str, dict[str, Any]] = {"local": {}, "outer": {}}
+            left = after_run(held, {**guided.states, **modelled.states})
+            table: dict[str, dict[str, Any]] = {"local": {}, "outer": {}, "states": left}
             for info in structure.sites.values():
                 row = self._row(info, guide, model, frozen, plan, variants.get(info.name), sizes)
                 table["local" if info.local else "outer"][info.name] = row
             return table
 
         K, M = plan.K * v_local, plan.M * v_outer
-        axes = {"local": 0, "outer": None}
+        axes = {"local": 0, "outer": None, "states": 0}
         inner = jax.vmap(run, in_axes=(None, 0, None, 0), out_axes=axes)
-        table = jax.vmap(inner, in_axes=(0, None, 0, 0))(
-            jnp.arange(M), jnp.arange(K), given_outer, given_local
-        )
+        with contextlib.nullcontext() if training else evaluation():
+            table = jax.vmap(inner, in_axes=(0, None, 0, 0))(
+                jnp.arange(M), jnp.arange(K), given_outer, given_local
+            )
         sites = {
             info.name: self._site(
                 info, table["local" if info.local else "outer"][info.name], plan, local_layout | outer_layout
@@ -393,7 +550,7 @@ class NumPyroBound:
         }
         rows = structure.rows
         N = structure.plate_size or (rows if total_rows is None else total_rows)
-        return Draws(
+        table_of_sites = Draws(
             sites=sites,
             M=plan.M,
             K=plan.K,
@@ -405,6 +562,15 @@ class NumPyroBound:
             states=states or {},
             own=own or {},
         )
+        return table_of_sites, next_states(held, table["states"], v_local * v_outer)
+
+    def _check_frozen(self) -> None:
+        if self._restless:
+            raise ProgramError(
+                f"State {self._restless[0]!r} changes in evaluation too, so batch statistics or dropout are on there; "
+                f"leave deterministic, use_running_average and inference to the modules instead of passing them in "
+                f"the call, and they are switched."
+            )
 
     def _row(
         self,
@@ -541,18 +707,26 @@ class NumPyroBound:
         return self._compiled(run, params, batch, key, (draws, prior))
 
     def _simulate(self, constrained: Params, batch: Call, prior: bool, key: Array) -> dict[str, Array]:
+        self._check_frozen()
+        constrained = {**self.states, **constrained}
+
         def anew(msg: Message) -> Array:
             return draw(msg["fn"], message_key(key, msg), self.program.portable)
 
         guide: dict[str, Message] = {}
-        if not prior:
-            guide = self._trace(self._guide, Handler(constrained, key, anew), batch)
+        with evaluation():
+            if not prior:
+                guide = self._trace(self._guide, Handler(constrained, key, anew, still=True), batch)
+            drawn = {n: s["value"] for n, s in guide.items() if s["type"] == "sample"}
+            plates = plates_of(guide)
 
-        def latent(msg: Message) -> Array:
-            return of_step(guide[msg["name"]]["value"], msg) if msg["name"] in guide else anew(msg)
+            def latent(msg: Message) -> Array:
+                return of_step(drawn[msg["name"]], msg) if msg["name"] in drawn else anew(msg)
 
-        plates = plates_of(guide)
-        model = self._trace(self._model, Handler(constrained, key, latent, plates, anew), batch)
+            handler = Handler(
+                constrained, key, latent, plates, anew, side="model", still=True, scanned=drawn
+            )
+            model = self._trace(self._model, handler, batch)
         return {n: s["value"] for n, s in model.items() if s["type"] == "sample"}
 
     def _compiled(
@@ -566,7 +740,7 @@ class NumPyroBound:
 
         shapes = tuple((a.shape, str(a.dtype)) for a in batch.leaves)
         names = (len(batch.args), tuple(batch.kwargs))
-        what = (run.__qualname__, static, self.program, self.dtype, self.asked_plate, shapes, names)
+        what = (run.__qualname__, static, self.program, self.dtype, self.asked_plate, shapes, names, self.constants)
         with precision(self.dtype):
             return EVALUATIONS.get(what, lambda: jax.jit(flat))(dict(params), batch.args, dict(batch.kwargs), key)
 
@@ -585,16 +759,19 @@ class NumPyroBound:
         outer_weight: Array | None = None,
         states: Mapping[str, Array] | None = None,
         own: Mapping[str, Mapping[str, Array]] | None = None,
+        mutable: Mapping[str, Any] | None = None,
     ) -> Gradients:
         """The loss and the gradient that each group of parameters gets from it."""
+        held = mutable or {}
         own = {n: dict(v) for n, v in (own or {}).items()}
 
-        def evaluate(params: Params, own: Any) -> tuple[dict[str, Array], tuple[Array, dict[str, Array]]]:
-            draws = self.draws(
-                params,
+        def evaluate(params: Params, own: Any) -> tuple[dict[str, Array], tuple[Any, ...]]:
+            draws, left = self._run(
+                {**params, **held},
                 batch,
                 key,
                 plan,
+                training=True,
                 total_rows=total_rows,
                 values=values,
                 outer_weight=outer_weight,
@@ -608,9 +785,9 @@ class NumPyroBound:
                 parts["guide"] = guide
             if extra is not None:
                 parts["extra"] = extra
-            return parts, (model, states_)
+            return parts, (model, states_, left)
 
-        parts, pull, (loss, states_) = jax.vjp(evaluate, dict(params), own, has_aux=True)
+        parts, pull, (loss, states_, left) = jax.vjp(evaluate, dict(params), own, has_aux=True)
 
         def towards(*names: str) -> tuple[dict[str, Any], Any]:
             return pull({n: jnp.ones_like(p) if n in names else jnp.zeros_like(p) for n, p in parts.items()})
@@ -623,7 +800,7 @@ class NumPyroBound:
             gradient = {
                 n: from_model[n] if "model" in self.structure.groups[n] else from_guide[n] for n in params
             }
-        return Gradients(loss, gradient, own_gradient, states_)
+        return Gradients(loss, gradient, own_gradient, states_, left)
 
 
 def _static(plan: Plan) -> Hashable:

@@ -359,6 +359,15 @@ class PyroBound:
 
     # One run.
 
+    def row_parameters(self, call: Call) -> list[str]:
+        """Parameters whose shape follows the number of rows; `call` has another one than this batch."""
+        try:
+            other = type(self)(self.program, call, seed=0, dtype=self.dtype, data_plate=self.asked_plate)
+        except Exception:
+            # A program for a fixed number of rows has no parameter that could follow it.
+            return []
+        return sorted(n for n, v in self.initial.items() if n in other.initial and v.shape != other.initial[n].shape)
+
     def draws(
         self,
         params: Params,
