@@ -85,10 +85,13 @@ class Handler(Messenger):
         self.params, self.key, self.latent, self.observed = params, key, latent, observed
         self.subsamples = subsamples or {}
         self.found: dict[str, tuple[Any, Any]] = {}
+        self.missing: Any = None
         self._anonymous = 0
 
     def process_message(self, msg: Message) -> None:
         kind = msg["type"]
+        if kind == "sample" and self.missing is not None:
+            self.missing.before(msg)
         if kind == "param" and msg["name"] in self.params:
             msg["value"] = self.params[msg["name"]]
         elif kind == "plate" and msg["value"] is None:
@@ -103,6 +106,8 @@ class Handler(Messenger):
             msg["value"] = self.latent(msg)
         elif kind == "sample" and msg["is_observed"] and self.observed is not None:
             msg["value"] = self.observed(msg)
+        if kind == "sample" and self.missing is not None and self.observed is None:
+            self.missing.after(msg)
 
     def postprocess_message(self, msg: Message) -> None:
         if msg["type"] == "param":

@@ -101,6 +101,7 @@ class Handler(Messenger):
         self.constraints: dict[str, Any] = {}
         self.offered: dict[str, torch.nn.Parameter] = {}
         self.values: dict[str, Tensor] = {}
+        self.missing: Any = None
 
     def _pyro_param(self, msg: Message) -> None:
         name = msg["name"]
@@ -128,11 +129,16 @@ class Handler(Messenger):
         if site_is_subsample(msg):
             if msg["name"] in self.subsamples:
                 msg["value"], msg["done"] = self.subsamples[msg["name"]], True
-        elif not msg["is_observed"] and not msg["infer"].get("_deterministic"):
+            return
+        if self.missing is not None:
+            self.missing.before(msg)
+        if not msg["is_observed"] and not msg["infer"].get("_deterministic"):
             self.latent(msg)
             msg["done"] = True
         elif msg["is_observed"] and self.observed is not None:
             self.observed(msg)
+        if self.missing is not None and self.observed is None:
+            self.missing.after(msg)
 
     def _pyro_post_sample(self, msg: Message) -> None:
         if site_is_subsample(msg):

@@ -23,6 +23,7 @@ from ppl_lvm.backends._jax_dists import (
     kl,
     site_log_prob,
 )
+from ppl_lvm.backends._jax_missing import JaxMissing, feasible
 from ppl_lvm.backends._numpyro_handlers import Handler, Message, Namespace, Params, owned, precision, site_key
 from ppl_lvm.backends.base import (
     Call,
@@ -64,6 +65,8 @@ class NumPyroBound:
         self._model: Callable[..., Any] = program.model
         self._kinds = example_kinds(program)
         self._guide: Callable[..., Any] = program.guide
+        self._missing = JaxMissing(program)
+        self.joint_dims = self._missing.joint_dims
         with precision(dtype):
             if program.portable:
                 ppl = Namespace(seed, dtype)
@@ -80,16 +83,20 @@ class NumPyroBound:
         with precision(self.dtype):
             return call.map_named(self.program.arguments, convert)
 
-    def in_support(self, site: str, value: np.ndarray) -> bool:
-        """Whether data of the probe's shape are values of an observed site."""
+    def in_support(self, site: str, value: np.ndarray, known: np.ndarray | None = None) -> bool:
+        """Whether data of the probe's shape are values of an observed site, where they are known."""
         with precision(self.dtype):
-            return bool(jnp.all(self._supports[site](jnp.asarray(value))))
+            support, given = self._supports[site], jnp.asarray(value)
+            if known is not None:
+                given = jnp.where(known, given, feasible(support, given))
+            return bool(jnp.all(support(given)))
 
     # Structure and parameters, from probe runs on one draw.
 
     def _trace(self, program: Callable[..., Any], handler: Handler, batch: Call) -> dict[str, Message]:
+        handler.missing = self._missing.run(batch, guide=program is self._guide)
         with handler, handlers.trace() as trace:
-            program(*batch.args, **batch.kwargs)
+            program(*batch.own.args, **batch.own.kwargs)
         return trace
 
     def _probe(self, batch: Call, key: Array, asked: str | None) -> None:
@@ -351,6 +358,9 @@ class NumPyroBound:
             if message is not None:
                 row[label + "_full"] = self._full(site_log_prob(message), info)
                 row[label] = self._rows(row[label + "_full"], info)
+        if in_guide is not None and "drawn" in in_guide and name in plan.estimators:
+            fn, drawn = in_guide["drawn"]
+            row["log_q_drawn"] = self._rows(self._full(fn.log_prob(drawn), info), info)
         if name in frozen and name in plan.estimators and plan.estimators[name].frozen:
             row["log_q_frozen"] = self._rows(self._full(site_log_prob(frozen[name]), info), info)
         if variant is not None:
@@ -371,7 +381,7 @@ class NumPyroBound:
         self, info: SiteInfo, row: dict[str, Any], plan: Plan, layout: Mapping[str, tuple[int, int]]
     ) -> Site:
         extra = {"kl": row["kl"]} if "kl" in row else {}
-        optional = ("log_q_frozen", "weight", "credit", "through", "log_p_full", "log_q_full")
+        optional = ("log_q_frozen", "log_q_drawn", "weight", "credit", "through", "log_p_full", "log_q_full")
         return Site(
             name=info.name,
             role=info.role,

@@ -26,7 +26,8 @@ from torch.distributions import transform_to
 
 from ppl_lvm.algorithm import Objective, Variant
 from ppl_lvm.backends._pyro_handlers import Handler, Holder, Message, Namespace, Params, sealed, seeded
-from ppl_lvm.backends._torch_dists import GuideSite, draw, finite_support, has_kl, kl, site_log_prob
+from ppl_lvm.backends._torch_dists import GuideSite, draw, finite_support, has_kl, kl, log_prob, site_log_prob
+from ppl_lvm.backends._torch_missing import TorchMissing, feasible
 from ppl_lvm.backends._torch_tables import equal, joined
 from ppl_lvm.backends.base import (
     Call,
@@ -74,6 +75,8 @@ class PyroBound:
             ppl = Namespace(seed, dtype)
             self._model, self._guide = partial(program.model, ppl), partial(program.guide, ppl)
         self._kinds = example_kinds(program)
+        self._missing = TorchMissing(program)
+        self.joint_dims = self._missing.joint_dims
         self._holder = Holder()
         self._paths: dict[str, str] = {}
         self._broadcasts: dict[tuple[bool, bool], tuple[bool, bool]] = {}
@@ -90,18 +93,23 @@ class PyroBound:
 
         return call.map_named(self.program.arguments, convert)
 
-    def in_support(self, site: str, value: np.ndarray) -> bool:
-        """Whether data of the probe's shape are values of an observed site."""
-        return bool(self._supports[site].check(torch.as_tensor(value)).all())
+    def in_support(self, site: str, value: np.ndarray, known: np.ndarray | None = None) -> bool:
+        """Whether data of the probe's shape are values of an observed site, where they are known."""
+        support, given = self._supports[site], torch.as_tensor(value)
+        if known is not None:
+            given = torch.where(torch.as_tensor(known), given, feasible(support, given))
+        return bool(support.check(given).all())
 
     # Structure and parameters, from probe runs on one draw.
 
     def _trace(
         self, program: Callable[..., Any], handler: Handler, batch: Call, params: Params | None = None
     ) -> dict[str, Message]:
+        handler.missing = self._missing.run(batch, guide=program is self._guide)
+
         def run() -> dict[str, Message]:
             with handler:
-                nodes = poutine.trace(program).get_trace(*batch.args, **batch.kwargs).nodes
+                nodes = poutine.trace(program).get_trace(*batch.own.args, **batch.own.kwargs).nodes
             return {
                 n: s
                 for n, s in nodes.items()
@@ -497,6 +505,9 @@ class PyroBound:
             if message is not None:
                 row[label + "_full"] = self._full(site_log_prob(message), info)
                 row[label] = self._rows(row[label + "_full"], info)
+        if in_guide is not None and "drawn" in in_guide and name in plan.estimators:
+            fn, drawn = in_guide["drawn"]
+            row["log_q_drawn"] = self._rows(self._full(log_prob(fn, drawn), info), info)
         if name in frozen and name in plan.estimators and plan.estimators[name].frozen:
             row["log_q_frozen"] = self._rows(self._full(site_log_prob(frozen[name]), info), info)
         if variant is not None:
@@ -513,7 +524,10 @@ class PyroBound:
             for label, message in (("user_scale", in_model), ("guide_scale", in_guide)):
                 if message is not None:
                     scales[label] = self._scale(self._user_scale(message, self.structure.data_plate), info)
-        optional = ("log_p", "log_q", "log_q_frozen", "weight", "credit", "through", "log_p_full", "log_q_full")
+        optional = (
+            *("log_p", "log_q", "log_q_frozen", "log_q_drawn", "weight", "credit", "through"),
+            *("log_p_full", "log_q_full"),
+        )
         return Site(
             name=name,
             role=info.role,
