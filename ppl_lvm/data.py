@@ -314,7 +314,7 @@ class _Arguments:
     def _of_series(self, series: Any) -> object:
         if series.name in self.names:
             return {series.name: series}
-        if len(self.data) == 1:
+        if len([n for n in self.data if n in self.required] or self.data) == 1:
             return (series,)
         raise DataError(
             f"The series {series.name!r} is no argument of program {self.program!r}. "
