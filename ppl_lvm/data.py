@@ -67,7 +67,7 @@ def read(data: object, program: Program, missing: Missing = None, notes: list[st
         raise DataError(f"missing={missing!r} was asked for; it is None (refuse NaN) or 'mask' (leave it out).")
     wanted = _Arguments.of(program)
     columns = _cells(wanted.call(data, notes), missing)
-    named = {name or f"{i + 1}": c for (name, i), c in columns.items()}
+    named = {name or f"number {i}": c for (name, i), c in columns.items()}
     lengths = {n: len(c.values) for n, c in named.items()}
     if len({*lengths.values()}) > 1:
         raise DataError(f"Arguments share their first axis, the rows; found {lengths} of them.")
@@ -127,7 +127,7 @@ class _Column:
 def _cells(
     call: Mapping[tuple[str | None, int | None], object], missing: Missing
 ) -> dict[tuple[str | None, int | None], _Column]:
-    return {key: _column(a, key[0] or f"{key[1]}", missing) for key, a in call.items() if a is not None}
+    return {key: _column(a, key[0] or f"number {key[1]}", missing) for key, a in call.items() if a is not None}
 
 
 def _column(given: object, name: str, missing: Missing) -> _Column:

@@ -92,6 +92,7 @@ def fit(
         raise DataError(f"dtype={dtype!r} was asked for; use 'float32' or 'float64'.")
     messages: list[str] = []
     batches = None
+    rows: int | None
     if is_batches(data):
         batches = Batches(data, lambda batch: read(batch, chosen, missing), messages)  # type: ignore[arg-type]
         call, rows = batches.first, batches.rows

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 
 from ppl_lvm.datasets._base import Dataset, split
@@ -74,7 +76,7 @@ def sprites(seed: int) -> Dataset:
         "x": rng.uniform(-0.4, 0.4, n),
         "y": rng.uniform(-0.4, 0.4, n),
     }
-    rows = draw_sprites(**factors)
+    rows = draw_sprites(factors)
     return split(
         "sprites",
         rows.reshape(n, -1),
@@ -89,19 +91,18 @@ def sprites(seed: int) -> Dataset:
     )
 
 
-def draw_sprites(
-    shape: np.ndarray, scale: np.ndarray, orientation: np.ndarray, x: np.ndarray, y: np.ndarray, size: int = 16
-) -> np.ndarray:
+def draw_sprites(factors: Mapping[str, np.ndarray], size: int = 16) -> np.ndarray:
     """Images [rows, size, size] of zeros and ones from factors [rows]; see `sprites`."""
+    shape, scale, turn, x, y = (factors[n][:, None, None] for n in ("shape", "scale", "orientation", "x", "y"))
     centres = (2.0 * np.arange(size) + 1.0) / size - 1.0
-    across, up = centres[None, None, :] - x[:, None, None], -centres[None, :, None] - y[:, None, None]
-    cos, sin = np.cos(orientation)[:, None, None], np.sin(orientation)[:, None, None]
-    u = (cos * across + sin * up) / scale[:, None, None]
-    v = (cos * up - sin * across) / scale[:, None, None]
+    across, up = centres[None, None, :] - x, -centres[None, :, None] - y
+    cos, sin = np.cos(turn), np.sin(turn)
+    u = (cos * across + sin * up) / scale
+    v = (cos * up - sin * across) / scale
     square = np.maximum(np.abs(u), np.abs(v)) <= 1.0
     ellipse = u**2 + (2.0 * v) ** 2 <= 1.0
     triangle = (v >= -1.0) & (2.0 * np.abs(u) <= 1.0 - v)
-    return np.choose(shape[:, None, None], [square, ellipse, triangle]).astype(np.float64)
+    return np.choose(shape, [square, ellipse, triangle]).astype(np.float64)
 
 
 def lds(seed: int) -> Dataset:
