@@ -83,6 +83,15 @@ def read(data: object, program: Program, missing: Missing = None, notes: list[st
     return Call(tuple(args), {**kwargs, **nothing, **derived, **masks})
 
 
+def as_given(call: Call, program: Program) -> dict[str, Any]:
+    """Arguments by name with NaN for entries that are not known, as floats where there are any."""
+    named = call.named(program.arguments)
+    for name, known in call.known.items():
+        if not np.all(known):
+            named[name] = np.where(known, np.asarray(named[name]), np.nan)
+    return named
+
+
 def check_missing(call: Call, bound: Any, program: Program) -> None:
     """Refuses missing entries that no density can leave out.
 
@@ -364,23 +373,24 @@ def is_batches(data: object) -> bool:
 class Batches:
     """Rows that come in batches of one size, in their own order, anew at every epoch.
 
-    `size` is B, `rows` is N: `len(source.dataset)` where it is offered, else counted in a first pass. The last, smaller
-    batch of an epoch is left out. An order that the source draws at random (a DataLoader with `shuffle=True`) is a
-    function of the source's own generator and not of the fit's seed.
+    `size` is B, `rows` is N: the length of `source.sampler` or `source.dataset` where one is offered, else counted in a
+    first pass. The last, smaller batch of an epoch is left out. An order that the source draws at random (a DataLoader
+    with `shuffle=True`) is a function of the source's own generator and not of the fit's seed.
 
     Raises:
         DataError: the source can be gone through only once, has no batches, or batches of several sizes.
     """
 
     def __init__(self, source: Iterable[Any], read: Callable[[object], Call], notes: list[str]) -> None:
-        if iter(source) is source:
+        stream = iter(source)
+        if stream is source:
             raise DataError(
                 f"Batches come from a {type(source).__name__}, which can be gone through only once, and every epoch "
                 f"starts anew; pass an object whose __iter__ makes a new iterator (a DataLoader, a class of yours), or "
                 f"all rows as arrays."
             )
         self._source, self._read, self._notes = source, read, notes
-        first = next(iter(source), None)
+        first = next(stream, None)
         if first is None:
             raise DataError("There are no batches: the iterable ended before the first one.")
         call = self._batch(first)
@@ -388,9 +398,10 @@ class Batches:
             raise DataError("The first batch holds no arrays.")
         self.first = Call(call.args, call.kwargs, sample=True)
         self.size = len(call.leaves[0])
-        dataset = getattr(source, "dataset", None)
-        if hasattr(dataset, "__len__"):
-            self.rows = len(dataset)  # type: ignore[arg-type]
+        offered = [getattr(source, part, None) for part in ("sampler", "dataset")]
+        sized = next((part for part in offered if hasattr(part, "__len__")), None)
+        if sized is not None:
+            self.rows = len(sized)  # a sampler goes through a part of its data set, the rows of an epoch
         else:
             self.rows = sum(len(self._batch(b).leaves[0]) for b in source)
             notes.append(f"data: {self.rows} rows were counted in a first pass over the batches")

@@ -13,7 +13,7 @@ import numpy as np
 
 from ppl_lvm import backends
 from ppl_lvm.backends.base import Call, Plan
-from ppl_lvm.data import check_missing, read
+from ppl_lvm.data import as_given, check_missing, read
 from ppl_lvm.errors import DataError, ProgramError
 from ppl_lvm.program import Program
 
@@ -213,7 +213,8 @@ class Fit:
         from ppl_lvm.to_arviz import to_arviz
 
         call = self._call(data)
-        arrays = {n: call.named(self.program.arguments).get(self.program.argument_of(n)) for n in self._observed()}
+        given = as_given(call, self.program)
+        arrays = {n: given.get(self.program.argument_of(n)) for n in self._observed()}
         observed = {n: np.asarray(a) for n, a in arrays.items() if a is not None}
         attrs = {
             "program": self.program.name,

@@ -8,9 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpyro.distributions as dist
 
+from ppl_lvm.backends._jax_dists import OneHotCategorical
 from ppl_lvm.backends._missing import Missing
 
 Array = jax.Array
+OneHot = type(OneHotCategorical.support)
 _WRAPPED = (dist.Independent, dist.MaskedDistribution, dist.ExpandedDistribution)
 
 
@@ -46,4 +48,7 @@ def feasible(support: Any, value: Array) -> Array:
         found = support.feasible_like(value)
     except NotImplementedError:
         found = jnp.zeros_like(value)
+    if isinstance(support, OneHot):
+        # Derived from the simplex, whose feasible value is its centre.
+        found = jax.nn.one_hot(jnp.zeros(value.shape[:-1], int), value.shape[-1])
     return jax.lax.stop_gradient(jnp.broadcast_to(found, value.shape).astype(value.dtype))

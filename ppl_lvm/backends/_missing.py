@@ -32,6 +32,10 @@ class Missing:
         """Last dimensions of a site's value that its density takes at once; 0 where entries are apart."""
         return self._joint.get(site, 0)
 
+    def fills(self, site: str) -> bool:
+        """Whether data take the places of a latent site's draws."""
+        return site in self._drawn
+
     def run(self, batch: Call, guide: bool) -> Run | None:
         return Run(self, batch, guide) if batch.known else None
 
@@ -63,7 +67,7 @@ class Run:
 
     def before(self, msg: Message) -> None:
         """A partly observed site is latent in the model too, whatever `obs` it was given."""
-        if not self._guide and msg["name"] in self._missing._drawn:
+        if not self._guide and self._missing.fills(msg["name"]):
             msg["is_observed"], msg["value"] = False, None
 
     def after(self, msg: Message) -> None:

@@ -46,4 +46,6 @@ def feasible(support: Any, value: Tensor) -> Tensor:
         while hasattr(support, "base_constraint"):
             support = support.base_constraint
         found = zeros + getattr(support, "lower_bound", 0)
+        if support is torch.distributions.constraints.one_hot:
+            found[..., 0] = 1
     return torch.as_tensor(found + zeros).detach().to(value.dtype)

@@ -84,7 +84,7 @@ class NumPyroBound:
             return call.map_named(self.program.arguments, convert)
 
     def in_support(self, site: str, value: np.ndarray, known: np.ndarray | None = None) -> bool:
-        """Whether data of the probe's shape are values of an observed site, where they are known."""
+        """Whether data of the probe's shape are values of a site that has data, where they are known."""
         with precision(self.dtype):
             support, given = self._supports[site], jnp.asarray(value)
             if known is not None:
@@ -115,7 +115,11 @@ class NumPyroBound:
             {n: v for n, (v, _) in guide_handler.found.items()}, key, replayed, subsamples=plates
         )
         model = self._trace(self._model, model_handler, batch)
-        self._supports = {n: s["fn"].support for n, s in model.items() if s["type"] == "sample" and s["is_observed"]}
+        self._supports = {
+            n: s["fn"].support
+            for n, s in model.items()
+            if s["type"] == "sample" and (s["is_observed"] or self._missing.fills(n))
+        }
         found = {**model_handler.found, **guide_handler.found}
         self._transforms = {n: biject_to(c) for n, (_, c) in found.items()}
         self.initial = {n: self._unconstrain(n, v) for n, (v, _) in found.items()}

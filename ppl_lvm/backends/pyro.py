@@ -94,7 +94,7 @@ class PyroBound:
         return call.map_named(self.program.arguments, convert)
 
     def in_support(self, site: str, value: np.ndarray, known: np.ndarray | None = None) -> bool:
-        """Whether data of the probe's shape are values of an observed site, where they are known."""
+        """Whether data of the probe's shape are values of a site that has data, where they are known."""
         support, given = self._supports[site], torch.as_tensor(value)
         if known is not None:
             given = torch.where(torch.as_tensor(known), given, feasible(support, given))
@@ -160,7 +160,9 @@ class PyroBound:
             model_handler = Handler(guide_handler.values, replayed, guide_handler.subsamples)
             with torch.no_grad():
                 model = self._trace(self._model, model_handler, batch)
-        self._supports = {n: s["fn"].support for n, s in model.items() if s["is_observed"]}
+        self._supports = {
+            n: s["fn"].support for n, s in model.items() if s["is_observed"] or self._missing.fills(n)
+        }
         found = {**guide_handler.values, **model_handler.values}
         constraint = {**guide_handler.constraints, **model_handler.constraints}
         self._transforms = {n: transform_to(constraint[n]) for n in found}
