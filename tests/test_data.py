@@ -302,6 +302,31 @@ def test_labels_of_minus_one_are_drawn_and_the_others_kept(backend: str) -> None
     assert (kept == 0).all()
 
 
+def test_a_traced_step_leaves_out_the_same() -> None:
+    """Missing entries of an observed site and labels, in mini-batches: the graph takes them as inputs."""
+
+    def guide(ppl: Ppl, x: Array, y: Array) -> None:
+        label_guide(ppl, x[:, 0], y)
+
+    def plane(ppl: Ppl, x: Array, y: Array) -> None:
+        mu = ppl.param("mu", np.array([[-0.6, 0.2], [0.9, 0.5]]))
+        with ppl.plate("data", len(x)):
+            y = ppl.sample("y", ppl.dist.Bernoulli(logits=ppl.xp.zeros(())), obs=y)
+            loc = mu[0] * (1 - y)[..., None] + mu[1] * y[..., None]
+            ppl.sample("x", ppl.dist.Normal(loc, 1.0).to_event(1), obs=x)
+
+    toy = Program("toy", plane, guide, portable=True, arguments=("x", "y"))
+    x = np.stack([XS, [NAN, 0.3, NAN, -0.5]], axis=1)
+    data = {"x": x, "y": LABELS}
+    graph, eager = (
+        quick(toy, data, "pyro", missing="mask", estimator="score", compile=mode) for mode in ("graph", "eager")
+    )
+    assert graph.state.mode == "graph"
+    np.testing.assert_allclose(graph.history["loss"], eager.history["loss"], rtol=1e-12)
+    for name, value in eager.params.items():
+        np.testing.assert_allclose(graph.params[name], value, rtol=1e-12)
+
+
 def onehot_model(ppl: Ppl, x: Array, y: Array) -> None:
     mu = ppl.param("mu", np.arange(3.0))
     with ppl.plate("data", len(x)):
