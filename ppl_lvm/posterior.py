@@ -13,6 +13,7 @@ import numpy as np
 
 from ppl_lvm import backends
 from ppl_lvm.backends.base import ROWS, Call, Plan
+from ppl_lvm.data import as_given, check_missing, read
 from ppl_lvm.errors import DataError, ProgramError
 from ppl_lvm.program import Program
 
@@ -212,9 +213,9 @@ class Fit:
         from ppl_lvm.to_arviz import to_arviz
 
         call = self._call(data)
-        names = self.program.arguments[: len(call.args)]
-        arrays = {**dict(zip(names, call.args, strict=False)), **call.kwargs}
-        observed = {n: np.asarray(arrays[n]) for n in self._observed() if arrays.get(n) is not None}
+        given = as_given(call, self.program)
+        arrays = {n: given.get(self.program.argument_of(n)) for n in self._observed()}
+        observed = {n: np.asarray(a) for n, a in arrays.items() if a is not None}
         attrs = {
             "program": self.program.name,
             "backend": self.backend,
@@ -227,7 +228,11 @@ class Fit:
     # Rows in blocks, draws in chunks.
 
     def _call(self, data: object) -> Call:
-        call = self._data if data is None else Call.of(data)
+        if data is None and self._data.sample:
+            raise DataError("The fit was made from batches, whose rows it does not keep; pass data=.")
+        call = self._data if data is None else read(data, self.program, "mask" if self._masked else None)
+        if data is not None:
+            check_missing(call, self._bound, self.program)
         if self._bound.row_params and ROWS not in call.kwargs:
             raise DataError(
                 f"Parameters {sorted(self._bound.row_params)} have an entry for every row of the fit, so they say "
@@ -241,6 +246,11 @@ class Fit:
                     f"Rows of {name!r} have shape {np.shape(given)[1:]}, the fit was made on {np.shape(known)[1:]}."
                 )
         return call
+
+    @property
+    def _masked(self) -> bool:
+        """Whether entries of the data could be missing."""
+        return bool(self._data.known)
 
     def _observed(self) -> list[str]:
         return [n for n, i in self._bound.structure.sites.items() if i.role == "observed"]

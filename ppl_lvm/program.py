@@ -3,7 +3,7 @@
 import functools
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MethodType, ModuleType
 from typing import Any, Literal, Self
@@ -35,6 +35,7 @@ class Program:
         example: `example(rng)` gives tiny data, an array or a dictionary of arrays, or None.
         recipe: name of the recipe it is best fitted with.
         arguments: names of the data arguments; an observed site is called like the one it observes.
+        observed: pairs (site, argument) of the sites that are not.
         summary: first paragraph of the file's docstring.
     """
 
@@ -48,6 +49,7 @@ class Program:
     example: Callable[..., Any] | None = None
     recipe: str = "elbo"
     arguments: tuple[str, ...] = ()
+    observed: tuple[tuple[str, str], ...] = ()
     summary: str = field(default="", repr=False)
 
     @classmethod
@@ -66,6 +68,10 @@ class Program:
             _name(model), model, guide, recipe=recipe, arguments=_positional(getattr(model, "forward", model))
         )
 
+    def argument_of(self, site: str) -> str:
+        """The data argument whose values a site has: of its own name, unless `observed` says otherwise."""
+        return dict(self.observed).get(site, site)
+
     def options_of(self, role: Literal["model", "guide"]) -> dict[str, Any]:
         """The options that the model, or the guide, takes; they are bound already."""
         call = self.model if role == "model" else self.guide
@@ -78,9 +84,9 @@ class Program:
 
     def _key(self) -> tuple[object, ...]:
         if self.path is None:
-            return _identity(self.model), _identity(self.guide)
+            return _identity(self.model), _identity(self.guide), self.observed
         family = self.guide if isinstance(self.guide, GuideFamily) else None
-        return self.path, self.source_hash, self.options, family
+        return self.path, self.source_hash, self.options, self.observed, family
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Program) and self._key() == other._key()
@@ -117,7 +123,7 @@ def program(asked: str | Path | Program, /, **options: Any) -> Program:
                     f"{', '.join(options)}."
                 )
             return asked
-        return program(Path(asked.path), **dict(asked.options) | options)
+        return replace(program(Path(asked.path), **dict(asked.options) | options), observed=asked.observed)
     path = _locate(asked)
     module = lookup.load(path, ProgramError)
     where = f"Program {path.stem!r} ({path})"

@@ -36,10 +36,11 @@ ARROWS = {
     "backends": {"algorithm", "draws", "errors", "latents", "nets", "ops", "program"},
     "legality": {"algorithm", "backends", "draws", "errors", "estimators"},  # "auto" prefers some by name
     "to_arviz": {"errors"},
-    "posterior": {"algorithm", "backends", "draws", "errors", "ops", "program", "to_arviz"},
+    "data": {"backends", "errors", "lookup", "program"},
+    "posterior": {"algorithm", "backends", "data", "draws", "errors", "ops", "program", "to_arviz"},
     "progress": set[str](),
     "fit": {
-        *("algorithm", "backend_of", "backends", "draws", "errors", "legality", "lookup", "ops", "posterior"),
+        *("algorithm", "backend_of", "backends", "data", "draws", "errors", "legality", "lookup", "ops", "posterior"),
         *("program", "progress", "recipe", "to_arviz"),
     },
     "facades": {

@@ -159,6 +159,7 @@ class Handler(Messenger):
         self.states: dict[str, Any] = {}
         """The states that the program holds now; it changes them as it runs."""
         self.scans: list[Scan] = []
+        self.missing: Any = None
         self._anonymous = 0
 
     @contextlib.contextmanager
@@ -176,6 +177,8 @@ class Handler(Messenger):
         kind = msg["type"]
         if self._step is not None:
             msg["step"] = self._step[0]
+        if kind == "sample" and self.missing is not None:
+            self.missing.before(msg)
         if kind == "param" and msg["name"] in self.params:
             value = containers(self.params[msg["name"]])
             msg["value"] = still(value) if self.still else value
@@ -196,6 +199,8 @@ class Handler(Messenger):
             msg["value"] = self.latent(msg)
         elif kind == "sample" and msg["is_observed"] and self.observed is not None and not self._drawn(msg["name"]):
             msg["value"] = self.observed(msg)
+        if kind == "sample" and self.missing is not None and self.observed is None:
+            self.missing.after(msg)
 
     def postprocess_message(self, msg: Message) -> None:
         name = msg.get("name")

@@ -168,6 +168,7 @@ class Handler(Messenger):
         self.leaves: dict[str, Tensor] = {}
         """The tensors that parameters are made of, before constraints."""
         self.values: dict[str, Tensor] = {}
+        self.missing: Any = None
 
     def _pyro_param(self, msg: Message) -> None:
         name = msg["name"]
@@ -219,11 +220,16 @@ class Handler(Messenger):
                 )
             if msg["name"] in self.subsamples:
                 msg["value"], msg["done"] = self.subsamples[msg["name"]], True
-        elif not msg["is_observed"] and not msg["infer"].get("_deterministic"):
+            return
+        if self.missing is not None:
+            self.missing.before(msg)
+        if not msg["is_observed"] and not msg["infer"].get("_deterministic"):
             self.latent(msg)
             msg["done"] = True
         elif msg["is_observed"] and self.observed is not None:
             self.observed(msg)
+        if self.missing is not None and self.observed is None:
+            self.missing.after(msg)
 
     def _pyro_post_sample(self, msg: Message) -> None:
         if site_is_subsample(msg):

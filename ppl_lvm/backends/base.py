@@ -199,12 +199,36 @@ class Bound(Protocol):
     ) -> Gradients: ...
 
 
+KNOWN = "?"
+"""What is known of argument `x` travels as the named argument `x?`, which no program can have."""
+
+
 @dataclass(frozen=True)
 class Call:
-    """The arguments of a program: positional and named, arrays whose first axis is rows (or None)."""
+    """The arguments of a program: positional and named, arrays whose first axis is rows (or None).
+
+    Where entries of `x` may be missing, a boolean array of its shape under the name `x?` says which are known. It is
+    cut into batches with the data, and taken off before the program is called.
+    """
 
     args: tuple[Any, ...] = ()
     kwargs: Mapping[str, Any] = field(default_factory=dict)
+    sample: bool = False
+    """Some of the rows only: a first batch that stands for data which are never held whole."""
+
+    @property
+    def own(self) -> Call:
+        """What the program is called with."""
+        return Call(self.args, {k: a for k, a in self.kwargs.items() if not k.endswith(KNOWN)}, self.sample)
+
+    @property
+    def known(self) -> dict[str, Any]:
+        """Argument -> which of its entries are known, for those that may miss some."""
+        return {k.removesuffix(KNOWN): a for k, a in self.kwargs.items() if k.endswith(KNOWN)}
+
+    def named(self, names: Sequence[str]) -> dict[str, Any]:
+        """The program's arguments by name; `names` are those of positional ones."""
+        return {**dict(zip(names, self.args, strict=False)), **self.own.kwargs}
 
     @staticmethod
     def of(data: object) -> Call:
@@ -225,7 +249,7 @@ class Call:
 
     def with_rows(self, rows: int) -> Call:
         """With the indices of rows 0 to `rows - 1`, which mini-batches pick from as from any other argument."""
-        return self if ROWS in self.kwargs else Call(self.args, {**self.kwargs, ROWS: np.arange(rows)})
+        return self if ROWS in self.kwargs else replace(self, kwargs={**self.kwargs, ROWS: np.arange(rows)})
 
     def map(self, f: Callable[[Any], Any]) -> Call:
         def each(a: Any) -> Any:

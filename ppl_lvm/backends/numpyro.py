@@ -23,6 +23,7 @@ from ppl_lvm.backends._jax_dists import (
     kl,
     site_log_prob,
 )
+from ppl_lvm.backends._jax_missing import JaxMissing, feasible
 from ppl_lvm.backends._numpyro_guides import constants, own_guide, prototype_supports
 from ppl_lvm.backends._numpyro_handlers import (
     Handler,
@@ -93,6 +94,9 @@ class NumPyroBound:
         guide = program.guide
         assert guide is not None
         family = guide if isinstance(guide, GuideFamily) else None
+        self._missing = JaxMissing(program)
+        self.joint_dims = self._missing.joint_dims
+        self._guide: Callable[..., Any] = guide
         with precision(dtype):
             key, batch = jax.random.key(seed), self.batch(example)
             ppl = Namespace(seed, dtype, self.total) if program.portable or family is not None else None
@@ -129,18 +133,22 @@ class NumPyroBound:
         with precision(self.dtype):
             return call.map_named(self.program.arguments, convert)
 
-    def in_support(self, site: str, value: np.ndarray) -> bool:
-        """Whether data of the probe's shape are values of an observed site."""
+    def in_support(self, site: str, value: np.ndarray, known: np.ndarray | None = None) -> bool:
+        """Whether data of the probe's shape are values of a site that has data, where they are known."""
         with precision(self.dtype):
-            return bool(jnp.all(self._supports[site](jnp.asarray(value))))
+            support, given = self._supports[site], jnp.asarray(value)
+            if known is not None:
+                given = jnp.where(known, given, feasible(support, given))
+            return bool(jnp.all(support(given)))
 
     # Structure and parameters, from probe runs on one draw.
 
     def _trace(self, program: Callable[..., Any], handler: Handler, batch: Call) -> dict[str, Message]:
+        handler.missing = self._missing.run(batch, guide=program is self._guide)
         if self._ppl is not None:
             self._ppl.handler = handler
         with handler:
-            program(*batch.args, **batch.kwargs)
+            program(*batch.own.args, **batch.own.kwargs)
         for scan in handler.scans:
             for name, plate in scan.plates.items():
                 handler.trace.setdefault(name, plate)
@@ -163,7 +171,11 @@ class NumPyroBound:
             known, key, replayed, plates, side="model", scanned=values, cast=self._cast, unrolled=True
         )
         model = self._traced(self._model, model_handler, batch)
-        self._supports = {n: s["fn"].support for n, s in model.items() if s["type"] == "sample" and s["is_observed"]}
+        self._supports = {
+            n: s["fn"].support
+            for n, s in model.items()
+            if s["type"] == "sample" and (s["is_observed"] or self._missing.fills(n))
+        }
         found = {**model_handler.found, **guide_handler.found}
         self._transforms = {n: biject_to(c) for n, (_, c) in found.items()}
         self.initial = {n: self._unconstrain(n, v) for n, (v, _) in found.items()}
@@ -592,6 +604,9 @@ class NumPyroBound:
             if message is not None:
                 row[label + "_full"] = self._full(site_log_prob(message), info)
                 row[label] = self._rows(row[label + "_full"], info)
+        if in_guide is not None and "drawn" in in_guide and name in plan.estimators:
+            fn, drawn = in_guide["drawn"]
+            row["log_q_drawn"] = self._rows(self._full(fn.log_prob(drawn), info), info)
         if name in frozen and name in plan.estimators and plan.estimators[name].frozen:
             row["log_q_frozen"] = self._rows(self._full(site_log_prob(frozen[name]), info), info)
         if variant is not None:
@@ -612,7 +627,7 @@ class NumPyroBound:
         self, info: SiteInfo, row: dict[str, Any], plan: Plan, layout: Mapping[str, tuple[int, int]]
     ) -> Site:
         extra = {"kl": row["kl"]} if "kl" in row else {}
-        optional = ("log_q_frozen", "weight", "credit", "through", "log_p_full", "log_q_full")
+        optional = ("log_q_frozen", "log_q_drawn", "weight", "credit", "through", "log_p_full", "log_q_full")
         return Site(
             name=info.name,
             role=info.role,

@@ -36,7 +36,8 @@ from ppl_lvm.backends._pyro_handlers import (
     seeded,
 )
 from ppl_lvm.backends._pyro_modules import Dropout, Modules
-from ppl_lvm.backends._torch_dists import GuideSite, draw, finite_support, has_kl, kl, site_log_prob
+from ppl_lvm.backends._torch_dists import GuideSite, draw, finite_support, has_kl, kl, log_prob, site_log_prob
+from ppl_lvm.backends._torch_missing import TorchMissing, feasible
 from ppl_lvm.backends._torch_tables import equal, joined
 from ppl_lvm.backends.base import (
     PRIOR_DRAWS,
@@ -92,12 +93,15 @@ class PyroBound:
         family = guide if isinstance(guide, GuideFamily) else None
         self._ppl = ppl = Namespace(seed, dtype, self.total) if program.portable or family is not None else None
         self._model = given_rows(partial(program.model, ppl) if program.portable else program.model, ppl)
+        self._guide: Callable[..., Any] = guide
         if family is None:
             self._guide = given_rows(partial(guide, ppl) if program.portable else guide, ppl)
         if ppl is not None and size is not None:
             example = example.with_rows(size)
         self._kinds = example_kinds(program)
         self._modules = Modules(self._cast, [] if setup is None else setup.setup)
+        self._missing = TorchMissing(program)
+        self.joint_dims = self._missing.joint_dims
         self._evaluating = False
         self._broadcasts: dict[tuple[bool, bool], tuple[bool, bool]] = {}
         with sealed(dtype), seeded(seed):
@@ -149,20 +153,25 @@ class PyroBound:
 
         return call.map_named(self.program.arguments, convert)
 
-    def in_support(self, site: str, value: np.ndarray) -> bool:
-        """Whether data of the probe's shape are values of an observed site."""
-        return bool(self._supports[site].check(torch.as_tensor(value)).all())
+    def in_support(self, site: str, value: np.ndarray, known: np.ndarray | None = None) -> bool:
+        """Whether data of the probe's shape are values of a site that has data, where they are known."""
+        support, given = self._supports[site], torch.as_tensor(value)
+        if known is not None:
+            given = torch.where(torch.as_tensor(known), given, feasible(support, given))
+        return bool(support.check(given).all())
 
     # Structure and parameters, from probe runs on one draw.
 
     def _trace(
         self, program: Callable[..., Any], handler: Handler, batch: Call, params: Params | None = None
     ) -> dict[str, Message]:
+        handler.missing = self._missing.run(batch, guide=program is self._guide)
+
         def run() -> dict[str, Message]:
             if self._ppl is not None:
                 self._ppl.handler = handler
             with handler:
-                nodes = poutine.trace(program).get_trace(*batch.args, **batch.kwargs).nodes
+                nodes = poutine.trace(program).get_trace(*batch.own.args, **batch.own.kwargs).nodes
             return joined_steps(
                 {
                     n: s
@@ -181,8 +190,8 @@ class PyroBound:
 
         with self._modules.noticed(), torch.no_grad():
             if family is not None:
-                guide = written(family, self._ppl, self._latents(batch, asked), self.program.arguments)
-                self._guide = given_rows(guide, self._ppl)
+                family_guide = written(family, self._ppl, self._latents(batch, asked), self.program.arguments)
+                self._guide = given_rows(family_guide, self._ppl)
             guide_handler = Handler(None, prior)
             guide = self._trace(self._guide, guide_handler, batch)
             values = {n: s["value"] for n, s in guide.items()}
@@ -197,7 +206,9 @@ class PyroBound:
             model_handler.offered, model_handler.plates = guide_handler.offered, guide_handler.plates
             model = self._trace(self._model, model_handler, batch)
             again = self._modules.hold(model_handler.offered)
-        self._supports = {n: s["fn"].support for n, s in model.items() if s["is_observed"]}
+        self._supports = {
+            n: s["fn"].support for n, s in model.items() if s["is_observed"] or self._missing.fills(n)
+        }
         found = {**guide_handler.values, **model_handler.values}
         constraint = {**guide_handler.constraints, **model_handler.constraints}
         self._transforms = {n: transform_to(constraint[n]) for n in found if n not in again}
@@ -574,6 +585,9 @@ class PyroBound:
             if message is not None:
                 row[label + "_full"] = self._full(site_log_prob(message), info)
                 row[label] = self._rows(row[label + "_full"], info)
+        if in_guide is not None and "drawn" in in_guide and name in plan.estimators:
+            fn, drawn = in_guide["drawn"]
+            row["log_q_drawn"] = self._rows(self._full(log_prob(fn, drawn), info), info)
         if name in frozen and name in plan.estimators and plan.estimators[name].frozen:
             row["log_q_frozen"] = self._rows(self._full(site_log_prob(frozen[name]), info), info)
         if variant is not None:
@@ -590,7 +604,10 @@ class PyroBound:
             for label, message in (("user_scale", in_model), ("guide_scale", in_guide)):
                 if message is not None:
                     scales[label] = self._scale(self._user_scale(message, self.structure.data_plate), info)
-        optional = ("log_p", "log_q", "log_q_frozen", "weight", "credit", "through", "log_p_full", "log_q_full")
+        optional = (
+            *("log_p", "log_q", "log_q_frozen", "log_q_drawn", "weight", "credit", "through"),
+            *("log_p_full", "log_q_full"),
+        )
         return Site(
             name=name,
             role=info.role,
