@@ -15,6 +15,7 @@ from numpyro.distributions.transforms import biject_to
 from numpyro.ops.provenance import eval_provenance
 
 from ppl_lvm.algorithm import Objective, Variant
+from ppl_lvm.backends import _numpyro_forward
 from ppl_lvm.backends._jax_dists import (
     GuideSite,
     draw,
@@ -41,6 +42,7 @@ from ppl_lvm.backends.base import (
     is_point,
     losses,
 )
+from ppl_lvm.backends.forward import Anatomy, Forward
 from ppl_lvm.draws import Draws, Plate, Site
 
 if TYPE_CHECKING:
@@ -434,66 +436,82 @@ class NumPyroBound:
             return value[0]
         return jnp.moveaxis(value, 0, self.structure.nesting + self.structure.plate_dim)
 
-    def evaluate(self, params: Params, batch: Call, key: Array, plan: Plan) -> dict[str, dict[str, Any]]:
-        """Values and densities of every site of one run, without gradients."""
+    def evaluate(
+        self, params: Params, batch: Call, key: Array, plan: Plan, values: Mapping[str, Any] | None = None
+    ) -> dict[str, dict[str, Any]]:
+        """Values and densities of every site of one run, without gradients; `values` as `draws` takes them."""
 
-        def run(params: Params, batch: Call, key: Array) -> dict[str, dict[str, Any]]:
-            sites = self.draws(params, batch, key, plan).sites
+        def run(
+            params: Params, batch: Call, key: Array, values: Mapping[str, Array]
+        ) -> dict[str, dict[str, Any]]:
+            sites = self.draws(params, batch, key, plan, values=values).sites
             return {n: {"value": s.value, "log_p": s.log_p, "log_q": s.log_q} for n, s in sites.items()}
 
-        return self._compiled(run, params, batch, key, _static(plan))
+        return self.compiled(run, params, batch, key, _static(plan), values or {})
 
-    def log_w(self, params: Params, batch: Call, key: Array, plan: Plan) -> Array:
+    def log_w(
+        self, params: Params, batch: Call, key: Array, plan: Plan, values: Mapping[str, Any] | None = None
+    ) -> Array:
         """Log weights `[M, K, B]` of one run, without gradients; nothing else is kept."""
 
-        def run(params: Params, batch: Call, key: Array) -> Array:
-            return self.draws(params, batch, key, plan).log_w
+        def run(params: Params, batch: Call, key: Array, values: Mapping[str, Array]) -> Array:
+            return self.draws(params, batch, key, plan, values=values).log_w
 
-        return self._compiled(run, params, batch, key, _static(plan))
+        return self.compiled(run, params, batch, key, _static(plan), values or {})
 
     def simulate(
-        self, params: Params, batch: Call, key: Array, draws: int, *, prior: bool = False
-    ) -> dict[str, Array]:
-        """Values `[draws, ...]` of every site of the model with its observed sites drawn anew.
+        self,
+        params: Params,
+        batch: Call,
+        key: Array,
+        draws: int,
+        how: Forward,
+        given: Mapping[str, Any] | None = None,
+        fixed: Mapping[str, Any] | None = None,
+        masks: Mapping[str, Any] | None = None,
+    ) -> dict[str, dict[str, Array]]:
+        """The program run forward `draws` times: "value", "mean", "log_p" and "log_q" of its sites.
 
-        Latent sites are drawn from the guide, or from the model where `prior` says so.
+        Values are `[draws, B, ...]`, or `[draws, ...]` for global sites; densities `[draws, B]` or `[draws]`. `given`
+        has the draws axis and stands for draws of the guide (of the model where the guide is not run). `fixed` is the
+        same for all draws, and only the model sees it; data of that name are replaced too. Elements of an observed
+        site outside its mask `[B, ...]` have no density and are drawn anew.
         """
+        return _numpyro_forward.simulate(
+            self, params, batch, key, draws, how, given or {}, fixed or {}, masks or {}
+        )
 
-        def run(params: Params, batch: Call, key: Array) -> dict[str, Array]:
-            one = partial(self._simulate, self.constrain(params), batch, prior)
-            return jax.vmap(one)(jax.random.split(key, draws))
+    def outside(self, params: Params, batch: Call, fixed: Mapping[str, Any]) -> list[str]:
+        """Sites whose fixed values are outside the support of their distribution in the model."""
+        return _numpyro_forward.outside(self, params, batch, fixed)
 
-        return self._compiled(run, params, batch, key, (draws, prior))
+    def anatomy(self, batch: Call) -> Anatomy:
+        """What the sites look like and look at."""
+        return _numpyro_forward.anatomy(self, batch)
 
-    def _simulate(self, constrained: Params, batch: Call, prior: bool, key: Array) -> dict[str, Array]:
-        def anew(msg: Message) -> Array:
-            return draw(msg["fn"], site_key(key, msg["name"]), self.program.portable)
-
-        guide: dict[str, Message] = {}
-        if not prior:
-            guide = self._trace(self._guide, Handler(constrained, key, anew), batch)
-
-        def latent(msg: Message) -> Array:
-            return guide[msg["name"]]["value"] if msg["name"] in guide else anew(msg)
-
-        plates = {n: s["value"] for n, s in guide.items() if s["type"] == "plate"}
-        model = self._trace(self._model, Handler(constrained, key, latent, plates, anew), batch)
-        return {n: s["value"] for n, s in model.items() if s["type"] == "sample"}
-
-    def _compiled(
-        self, run: Callable[[Params, Call, Array], Any], params: Params, batch: Call, key: Array, static: Hashable
+    def compiled(
+        self,
+        run: Callable[[Params, Call, Array, Any], Any],
+        params: Params,
+        batch: Call,
+        key: Array,
+        static: Hashable,
+        values: Any,
     ) -> Any:
-        """`run(params, batch, key)`, compiled once for all fits of the program at this shape."""
+        """`run(params, batch, key, values)`, compiled once for all fits of the program at these shapes."""
 
-        def flat(params: Params, args: Any, kwargs: Any, key: Array) -> Any:
+        def flat(params: Params, args: Any, kwargs: Any, key: Array, values: Any) -> Any:
             EVALUATIONS.traces += 1
-            return run(params, Call(args, kwargs), key)
+            return run(params, Call(args, kwargs), key, values)
 
         shapes = tuple((a.shape, str(a.dtype)) for a in batch.leaves)
         names = (len(batch.args), tuple(batch.kwargs))
-        what = (run.__qualname__, static, self.program, self.dtype, self.asked_plate, shapes, names)
+        leaves, tree = jax.tree.flatten(values)
+        given = (tree, tuple((np.shape(v), str(v.dtype)) for v in leaves))
+        what = (run.__qualname__, static, self.program, self.dtype, self.asked_plate, shapes, names, given)
         with precision(self.dtype):
-            return EVALUATIONS.get(what, lambda: jax.jit(flat))(dict(params), batch.args, dict(batch.kwargs), key)
+            step = EVALUATIONS.get(what, lambda: jax.jit(flat))
+            return step(dict(params), batch.args, dict(batch.kwargs), key, values)
 
     # Gradients.
 

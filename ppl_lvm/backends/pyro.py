@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.distributions import transform_to
 
 from ppl_lvm.algorithm import Objective, Variant
+from ppl_lvm.backends import _pyro_forward
 from ppl_lvm.backends._pyro_handlers import Handler, Holder, Message, Namespace, Params, sealed, seeded
 from ppl_lvm.backends._torch_dists import GuideSite, draw, finite_support, has_kl, kl, site_log_prob
 from ppl_lvm.backends._torch_tables import equal, joined
@@ -44,6 +45,7 @@ from ppl_lvm.backends.base import (
     is_point,
     losses,
 )
+from ppl_lvm.backends.forward import Anatomy, Forward
 from ppl_lvm.draws import Draws, Plate, Site
 from ppl_lvm.errors import BackendError, ProgramError
 
@@ -75,6 +77,7 @@ class PyroBound:
             self._model, self._guide = partial(program.model, ppl), partial(program.guide, ppl)
         self._kinds = example_kinds(program)
         self._holder = Holder()
+        self._anatomy: Anatomy | None = None
         self._paths: dict[str, str] = {}
         self._broadcasts: dict[tuple[bool, bool], tuple[bool, bool]] = {}
         with sealed(dtype), seeded(seed):
@@ -598,47 +601,52 @@ class PyroBound:
             return value
         return value[0] if K > 1 else value[0, 0]
 
-    def evaluate(self, params: Params, batch: Call, key: int, plan: Plan) -> dict[str, dict[str, Any]]:
-        """Values and densities of every site of one run, without gradients."""
+    def evaluate(
+        self, params: Params, batch: Call, key: int, plan: Plan, values: Mapping[str, Any] | None = None
+    ) -> dict[str, dict[str, Any]]:
+        """Values and densities of every site of one run, without gradients; `values` as `draws` takes them."""
+        given = {n: torch.as_tensor(v) for n, v in (values or {}).items()}
         with torch.no_grad():
-            sites = self.draws(params, batch, key, plan).sites
+            sites = self.draws(params, batch, key, plan, values=given).sites
         return {n: {"value": s.value, "log_p": s.log_p, "log_q": s.log_q} for n, s in sites.items()}
 
-    def log_w(self, params: Params, batch: Call, key: int, plan: Plan) -> Tensor:
+    def log_w(
+        self, params: Params, batch: Call, key: int, plan: Plan, values: Mapping[str, Any] | None = None
+    ) -> Tensor:
         """Log weights `[M, K, B]` of one run, without gradients."""
+        given = {n: torch.as_tensor(v) for n, v in (values or {}).items()}
         with torch.no_grad():
-            return self.draws(params, batch, key, plan).log_w
+            return self.draws(params, batch, key, plan, values=given).log_w
 
     def simulate(
-        self, params: Params, batch: Call, key: int, draws: int, *, prior: bool = False
-    ) -> dict[str, Tensor]:
-        """Values `[draws, ...]` of every site of the model with its observed sites drawn anew.
+        self,
+        params: Params,
+        batch: Call,
+        key: int,
+        draws: int,
+        how: Forward,
+        given: Mapping[str, Any] | None = None,
+        fixed: Mapping[str, Any] | None = None,
+        masks: Mapping[str, Any] | None = None,
+    ) -> dict[str, dict[str, Tensor]]:
+        """The program run forward `draws` times: "value", "mean", "log_p" and "log_q" of its sites.
 
-        Latent sites are drawn from the guide, or from the model where `prior` says so.
+        Values are `[draws, B, ...]`, or `[draws, ...]` for global sites; densities `[draws, B]` or `[draws]`. `given`
+        has the draws axis and stands for draws of the guide (of the model where the guide is not run). `fixed` is the
+        same for all draws, and only the model sees it; data of that name are replaced too. Elements of an observed
+        site outside its mask `[B, ...]` have no density and are drawn anew.
         """
-        constrained = self.constrain(params)
+        return _pyro_forward.simulate(self, params, batch, key, draws, how, given or {}, fixed or {}, masks or {})
 
-        def anew(msg: Message) -> None:
-            msg["value"] = draw(msg["fn"])
+    def outside(self, params: Params, batch: Call, fixed: Mapping[str, Any]) -> list[str]:
+        """Sites whose fixed values are outside the support of their distribution in the model."""
+        return _pyro_forward.outside(self, params, batch, fixed)
 
-        values: list[dict[str, Tensor]] = []
-        with sealed(self.dtype), seeded(key), torch.no_grad():
-            for _ in range(draws):
-                guide: dict[str, Message] = {}
-                handler = Handler(constrained, anew)
-                if not prior:
-                    guide = self._trace(self._guide, handler, batch, params)
-
-                def latent(msg: Message, guide: dict[str, Message] = guide) -> None:
-                    if msg["name"] in guide:
-                        msg["value"] = guide[msg["name"]]["value"]
-                    else:
-                        anew(msg)
-
-                model_handler = Handler(constrained, latent, handler.subsamples, anew)
-                model = self._trace(self._model, model_handler, batch, params)
-                values.append({n: s["value"] for n, s in model.items()})
-        return {n: torch.stack([v[n] for v in values]) for n in values[0]} if values else {}
+    def anatomy(self, batch: Call) -> Anatomy:
+        """What the sites look like and look at."""
+        if self._anatomy is None:
+            self._anatomy = _pyro_forward.anatomy(self, batch)
+        return self._anatomy
 
     # Gradients.
 
