@@ -103,11 +103,13 @@ class Fitted:
             raise DataError(f"{len(call.args)} arrays were given; the program takes {list(self.program.arguments)}.")
         given = self.named(call)
         for name, array in given.items():
-            if name in known and np.shape(array)[1:] != np.shape(known[name])[1:]:
+            if name in known and np.ndim(array) and np.shape(array)[1:] != np.shape(known[name])[1:]:
                 raise DataError(
                     f"Rows of {name!r} have shape {np.shape(array)[1:]}, the fit was made on "
                     f"{np.shape(known[name])[1:]}."
                 )
+            if not np.ndim(array):
+                raise DataError(f"{name!r} is {array!r}; data are arrays whose first axis is rows.")
             if np.asarray(array).dtype.kind not in "fiub":
                 raise DataError(f"{name!r} must be numbers; found dtype {np.asarray(array).dtype}.")
             if not missing and np.asarray(array).dtype.kind == "f" and not np.isfinite(np.asarray(array)).all():
@@ -282,7 +284,7 @@ class Fitted:
             each = local and array.shape == (rows, *own)
             cast = array.astype(anatomy.dtypes[name])
             cast = cast.reshape(lead * each + shape) if array.shape else cast
-            found[name] = np.ascontiguousarray(np.broadcast_to(cast, lead + shape))
+            found[name] = np.array(np.broadcast_to(cast, lead + shape))
         return found
 
     def check_support(self, block: Block, fixed: Mapping[str, np.ndarray]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -35,29 +36,75 @@ def simulate(
     masks: Values,
 ) -> Tables:
     """See `PyroBound.simulate`."""
-    structure = bound.structure
-    outer = any(not i.local for i in structure.sites.values())
-    plan = Plan.of_values(structure, *((1, draws) if outer else (draws, 1)))
-    at_once = bound.broadcasts(plan, batch)[0 if outer else 1] and not _observed_parents(bound, batch)
-    entries = [range(draws)] if at_once else [range(i, i + 1) for i in range(draws)]
+    outer = any(not i.local for i in bound.structure.sites.values())
     values = [{n: torch.as_tensor(v) for n, v in part.items()} for part in (given, fixed, masks)]
-    one = range(1)
     with sealed(bound.dtype), seeded(key), torch.no_grad():
         constrained = bound.constrain(params)
-        tables = [
-            _run(bound, params, constrained, batch, how, *values, *((e, one) if outer else (one, e))) for e in entries
-        ]
-    if len(tables) == 1:
-        return tables[0]
+
+        def run(entries: range) -> Tables:
+            axes = (entries, range(1)) if outer else (range(1), entries)
+            return _run(bound, params, constrained, batch, how, *values, *axes)
+
+        if draws == 1 or _broadcasts(bound, params, batch, how, values, outer):
+            return run(range(draws))
+        tables = [run(range(i, i + 1)) for i in range(draws)]
     return {
         label: {n: torch.cat([t[label][n] for t in tables]) for n in found} for label, found in tables[0].items()
     }
 
 
-def _observed_parents(bound: PyroBound, batch: Call) -> bool:
-    """Whether a site looks at an observed one, whose new draws bring an axis that the data do not have."""
+def _broadcasts(
+    bound: PyroBound, params: Params, batch: Call, how: Forward, values: list[dict[str, Tensor]], outer: bool
+) -> bool:
+    """Whether draws can be made at once: whether each of two has the densities that it has in a run of its own.
+
+    Of guide and model on data this is known; here also of sites that look at observed ones, whose new draws have an
+    axis that the data do not have. Found once per bound and kind of run.
+    """
+    plan = Plan.of_values(bound.structure, *((1, 2) if outer else (2, 1)))
+    if not bound.broadcasts(plan, batch)[0 if outer else 1]:
+        return False
     observed = {n for n, i in bound.structure.sites.items() if i.role == "observed"}
-    return any(observed & parents for parents in bound.anatomy(batch).parents.values())
+    if not any(observed & parents for parents in bound.anatomy(batch).parents.values()):
+        return True
+    what = how, outer, *(frozenset(part) for part in values)
+    if what not in bound.forward_broadcasts:
+        with seeded(0):
+            bound.forward_broadcasts[what] = _same_apart(bound, params, batch, how, values, outer)
+    return bound.forward_broadcasts[what]
+
+
+def _same_apart(
+    bound: PyroBound, params: Params, batch: Call, how: Forward, values: list[dict[str, Tensor]], outer: bool
+) -> bool:
+    constrained = bound.constrain(params)
+    both = replace(how, densities=True)
+    axes = (range(2), range(1)) if outer else (range(1), range(2))
+    # Whatever a program raises on shapes it was not written for, it is not to be run on them.
+    try:
+        whole = _run(bound, params, constrained, batch, both, *values, *axes)
+    except Exception:
+        return False
+    data = _replaced(bound, batch, values[1])
+    for i in range(2):
+        # Every site of the model at the values of this draw; data are as they were in the whole run.
+        fixed = {n: v[i] for n, v in whole["value"].items()}
+        alone = _run(
+            bound, params, constrained, data, Forward(prior=True, densities=True), {}, fixed, {}, *[range(1)] * 2, False
+        )
+        for n, density in alone["log_p"].items():
+            if n not in values[2] and not torch.allclose(whole["log_p"][n][i], density[0], rtol=1e-3, atol=1e-3):
+                return False
+    return True
+
+
+def _replaced(bound: PyroBound, batch: Call, fixed: Mapping[str, Tensor]) -> Call:
+    """The data with those of fixed sites in place of their own."""
+
+    def argument(name: str, value: Tensor) -> Tensor:
+        return fixed[name].reshape(value.shape).to(value.dtype) if name in fixed else value
+
+    return batch.map_named(bound.program.arguments, argument)
 
 
 def _run(
@@ -71,6 +118,7 @@ def _run(
     masks: Mapping[str, Tensor],
     outer: range,
     inner: range,
+    replacing: bool = True,
 ) -> Tables:
     sites, n = bound.structure.sites, bound.structure.nesting
     by_outer = any(not i.local for i in sites.values())
@@ -126,11 +174,8 @@ def _run(
         elif info.name not in how.keep and not is_factor(msg["fn"]):
             msg["value"] = anew(msg, info)
 
-    def argument(name: str, value: Tensor) -> Tensor:
-        return fixed[name].reshape(value.shape).to(value.dtype) if name in fixed else value
-
-    replaced = batch.map_named(bound.program.arguments, argument)
-    model = bound._trace(bound._model, Handler(constrained, latent, handler.subsamples, observed), replaced, params)
+    data = _replaced(bound, batch, fixed) if replacing else batch
+    model = bound._trace(bound._model, Handler(constrained, latent, handler.subsamples, observed), data, params)
 
     def flat(x: Tensor, info: SiteInfo) -> Tensor:
         """`[M, K, B, ...]` as `[draws, B, ...]`."""

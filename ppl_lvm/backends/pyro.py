@@ -78,6 +78,7 @@ class PyroBound:
         self._kinds = example_kinds(program)
         self._holder = Holder()
         self._anatomy: Anatomy | None = None
+        self.forward_broadcasts: dict[Any, bool] = {}
         self._paths: dict[str, str] = {}
         self._broadcasts: dict[tuple[bool, bool], tuple[bool, bool]] = {}
         with sealed(dtype), seeded(seed):
