@@ -55,6 +55,10 @@ class Fitted:
     _bounds: dict[Any, Any] = field(default_factory=dict, repr=False)
     _anatomy: list[Anatomy] = field(default_factory=list, repr=False)
 
+    def __post_init__(self) -> None:
+        if self.structure.data_plate is not None and self.structure.plate_size is None and self.example.leaves:
+            self._bounds[_shape(self.blank(self.structure.rows))] = self.bound
+
     @property
     def structure(self) -> Any:
         return self.bound.structure
@@ -166,7 +170,7 @@ class Fitted:
         return sum(int(np.prod(np.shape(a)[1:], dtype=int)) for a in call.leaves) or 1
 
     def bound_for(self, call: Call) -> Any:
-        key = tuple((np.shape(a), np.asarray(a).dtype.str) for a in call.leaves)
+        key = _shape(call)
         if key not in self._bounds:
             known = self.bound
             self._bounds[key] = type(known)(
@@ -312,6 +316,10 @@ class Chunk:
         return {
             n: np.resize(v[self.first : self.first + self.wanted], (self.size, *v.shape[1:])) for n, v in draws.items()
         }
+
+
+def _shape(call: Call) -> tuple[Any, ...]:
+    return tuple((np.shape(a), np.asarray(a).dtype.str) for a in call.leaves)
 
 
 def check_draws(draws: int) -> None:

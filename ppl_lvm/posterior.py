@@ -124,6 +124,7 @@ class Fit:
     _trained: Mapping[str, Any] = field(repr=False)
     _data: Call | None = field(repr=False)
     _example: Call | None = field(default=None, repr=False)
+    _fitted: Fitted = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         if self._example is None:
@@ -166,8 +167,8 @@ class Fit:
     ) -> np.ndarray:
         """`[draws, rows]`: `log (1/K) sum_k p(x_n, z_k | g_s) / q(z_k | x_n, g_s)` for each draw g_s of the globals.
 
-        The row's own latents are summed out by K = `particles` importance draws (one is exact where there are none);
-        `exp` of it is unbiased for `p(x_n | g_s)`, so it is low by half the squared relative error of the weights' mean.
+        The row's own latents are summed out by K = `particles` importance draws (one is exact where there are none).
+        `exp` of it is unbiased for `p(x_n | g_s)`, so it is low by half the squared relative error of that mean.
 
         Raises:
             ProgramError: there are no global latents, so every draw would have the same `p(x_n)`.
@@ -295,7 +296,7 @@ class Fit:
         particles: int = 1000,
         seed: int = 0,
     ) -> Resampled:
-        """New rows with some sites fixed: every site -> `[draws, rows, ...]` from `p(. | given)`, globals from the guide.
+        """New rows with some sites fixed: every site -> `[draws, rows, ...]` from `p(. | given, g)`, g from the guide.
 
         Sites are drawn from the model in order. That is exact where the fixed sites have no other ancestors than fixed
         ones and globals. Otherwise `particles` draws of each row are weighted by `prod p(given | ancestors)` and picked
@@ -481,8 +482,8 @@ class Fit:
     def _need_globals(self, what: str) -> None:
         if not self._fitted.globals:
             raise ProgramError(
-                f"{what} needs latents that all rows share, and this program has none: leaving a row out would turn the "
-                f"posterior of its own latents into their prior, and no draw tells more about a row than log p(x_n). "
+                f"{what} needs latents that all rows share, and this program has none: leaving a row out would turn "
+                f"the posterior of its own latents into their prior, and log p(x_n) is the same for every draw. "
                 f"Use log_likelihood(held_out_rows)."
             )
 
@@ -505,8 +506,8 @@ class Fit:
 
         def total(label: str, local: bool) -> np.ndarray:
             start = np.zeros((chunk.wanted, block.rows) if local else chunk.wanted)
-            terms = (flat(n, row[label]) for n, row in table.items() if sites[n].local == local and row[label] is not None)
-            return sum(terms, start)
+            rows = {n: row[label] for n, row in table.items() if sites[n].local == local}
+            return sum((flat(n, density) for n, density in rows.items() if density is not None), start)
 
         sides = ("log_p", "log_q")
         drawn = [n for n in fitted.drawn if sites[n].local]

@@ -57,7 +57,9 @@ def forward(
     """
     check_draws(draws)
     values = fitted.as_fixed(fixed or {}, fitted.rows(call))
-    given = dict(fitted.global_draws(call, draws, seed) if given is None else given)
+    if given is None:
+        given = {} if values.keys() >= set(fitted.globals) else fitted.global_draws(call, draws, seed)
+    given = dict(given)
     if how.prior:
         left = frozenset(fitted.globals) - given.keys() - values.keys()
         first = next(fitted.blocks(call, whole=whole))

@@ -1,6 +1,6 @@
 """What a fit says about rows, against linear Gaussian programs whose answers are known, on both backends."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -200,12 +200,34 @@ def test_a_latent_below_the_intervention_is_drawn_anew(make: Any) -> None:
     assert_moments(made["x"], 4.0, np.hypot(SZ, SX))
 
 
+def centred_model(ppl: Any, t: Any, y: Any) -> None:
+    unit = ppl.param("unit", 1.0)
+    with ppl.plate("people", len(t)):
+        u = ppl.sample("u", ppl.dist.Normal(0.0 * unit, 1.0))
+        t = ppl.sample("t", ppl.dist.Normal(u, unit), obs=t)
+        ppl.sample("y", ppl.dist.Normal(t - t.mean(), 1e-9), obs=y)
+
+
+def centred_guide(ppl: Any, t: Any, y: Any) -> None:
+    unit = ppl.param("unit", 1.0)
+    with ppl.plate("people", len(t)):
+        ppl.sample("u", ppl.dist.Normal(0.0 * unit, 1.0))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_program_that_reduces_new_draws_over_rows_is_run_draw_by_draw(backend: str) -> None:
+    """`t.mean()` over all axes would be a mean over draws too."""
+    run = as_fit(backend, centred_model, centred_guide, ("t", "y"), np.arange(4.0), np.zeros(4))
+    made = run.do({"u": 1.0}, rows=4, draws=3)
+    np.testing.assert_allclose(made["y"], made["t"] - made["t"].mean(1, keepdims=True), atol=1e-7)
+
+
 # Conditions and codes.
 
 
 def test_conditional_is_exact_without_free_ancestors_and_weighted_with(make: Any) -> None:
     run = make("scm")
-    exact = run.conditional({"u": 0.5}, rows=2, draws=DRAWS)
+    exact = run.conditional({"u": 0.5}, rows=5, draws=DRAWS)
     assert_moments(exact.values["y"], B * A * 0.5 + C * 0.5, np.hypot(B * ST, SY))
     seen = run.conditional({"t": 1.0}, rows=5, draws=DRAWS, particles=DRAWS)
     variance = 1 / (1 + A**2 / ST**2)
@@ -216,7 +238,7 @@ def test_conditional_is_exact_without_free_ancestors_and_weighted_with(make: Any
     np.testing.assert_allclose(seen.values["u"].mean(0), u, atol=5 * np.sqrt(variance / n))
     np.testing.assert_allclose(seen.values["y"].mean(0), B + C * u, atol=5 * sd / np.sqrt(n))
     np.testing.assert_allclose(seen.values["y"].std(0), sd, atol=5 * sd / np.sqrt(2 * n))
-    assert (seen.values["t"] == 1.0).all() and (1 < seen.ess).all() and (seen.ess < DRAWS).all()
+    assert (seen.values["t"] == 1.0).all() and (seen.ess > 1).all() and (seen.ess < DRAWS).all()
 
 
 def test_encode_and_decode(make: Any) -> None:
@@ -262,11 +284,11 @@ def test_impute_under_a_global(make: Any) -> None:
     """A missing row of x is drawn from its predictive under q(g)."""
     x = X.copy()
     x[2] = np.nan
-    made = make("shared").impute(x, draws=500, particles=100)
+    made = make("shared").impute(x, draws=1000, particles=400)
     sd = np.sqrt(1 / G_PRECISION + SZ**2 + SX**2)
-    assert made.values["x"].shape == (500, ROWS)
-    assert made.values["x"][:, 2].mean() == pytest.approx(G_MEAN, abs=5 * sd / 500**0.5)
-    assert made.values["x"][:, 2].std() == pytest.approx(sd, abs=7 * sd / 1000**0.5)
+    assert made.values["x"].shape == (1000, ROWS)
+    assert made.values["x"][:, 2].mean() == pytest.approx(G_MEAN, abs=5 * sd / 1000**0.5)
+    assert made.values["x"][:, 2].std() == pytest.approx(sd, abs=5 * sd / 2000**0.5)
 
 
 def test_picks_are_in_proportion_to_the_weights() -> None:
@@ -322,9 +344,9 @@ def test_predictions_share_globals_and_not_noise_across_blocks(make: Any, blocks
     """`cov(x_i, x_j)` of two new rows is `Var(g)` and what the guide of z adds, whichever blocks they are in."""
     drawn = make("shared").predictive(60)["x"]
     assert drawn.shape == (60, ROWS) and len(np.unique(drawn)) == drawn.size
-    prior = make("shared").prior_predictive(8)
-    assert prior["g"].shape == () and prior["z"].shape == (8,)
-    assert abs(prior["z"].mean() - prior["g"]) < 5 * SZ / 8**0.5
+    prior = make("shared").prior_predictive(ROWS)
+    assert prior["g"].shape == () and prior["z"].shape == (ROWS,)
+    assert abs(prior["z"].mean() - prior["g"]) < 5 * SZ / ROWS**0.5
 
 
 @pytest.mark.parametrize("name", ["shared", "shared_wide"])
@@ -344,7 +366,7 @@ def test_loo_equals_the_exact_leave_one_out_density(make: Any, name: str) -> Non
 
 
 def test_loo_is_refused_without_globals(make: Any) -> None:
-    with pytest.raises(ProgramError, match="Leave-one-out needs latents that all rows share.*log_likelihood"):
+    with pytest.raises(ProgramError, match=r"Leave-one-out needs latents that all rows share.*log_likelihood"):
         make("scm").loo()
     with pytest.raises(ProgramError, match="none"):
         make("scm").pointwise(3)
@@ -449,7 +471,7 @@ def test_values_that_a_site_cannot_take_are_refused(backend: str) -> None:
         run.do({"z": 2})
     with pytest.raises(DataError, match="'x' from -1 to -1 are outside"):
         run.conditional({"x": -1.0})
-    made = run.do({"z": 1}, rows=2, draws=3)
+    made = run.do({"z": 1}, rows=3, draws=3)
     assert (made["z"] == 1).all() and (made["x"] > 0).all()
 
 
