@@ -252,6 +252,11 @@ def of_step(value: Array, msg: Message) -> Array:
     return jnp.take(value, msg["step"], axis=value.ndim - 1 - msg["fn"].event_dim)
 
 
+def plates_of(trace: Mapping[str, Message]) -> dict[str, Array]:
+    """The rows that plates took in a run, for other runs to take the same; not of plates inside a scan."""
+    return {n: s["value"] for n, s in trace.items() if s["type"] == "plate" and s["value"] is not None}
+
+
 def message_key(key: Array, msg: Message) -> Array:
     """The key of a site, and of a step inside a scan."""
     own = site_key(key, msg["name"])

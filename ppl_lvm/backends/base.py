@@ -527,6 +527,10 @@ class Chain:
     def support(self) -> Any:
         return self.of.support
 
+    @property
+    def mean(self) -> Any:
+        raise ProgramError("A site inside a scan has no mean of its own: each step depends on the last; take draws.")
+
 
 def _kind(fn: Any) -> str:
     return type(innermost(fn.of if isinstance(fn, Chain) else fn)).__name__

@@ -15,6 +15,7 @@ from numpyro.distributions.transforms import biject_to
 from numpyro.ops.provenance import eval_provenance
 
 from ppl_lvm.algorithm import GuideFamily, Objective, Variant
+from ppl_lvm.backends import _numpyro_forward
 from ppl_lvm.backends._jax_dists import (
     GuideSite,
     draw,
@@ -33,6 +34,7 @@ from ppl_lvm.backends._numpyro_handlers import (
     message_key,
     of_step,
     owned,
+    plates_of,
     precision,
     site_key,
 )
@@ -59,6 +61,7 @@ from ppl_lvm.backends.base import (
     row_params,
     written,
 )
+from ppl_lvm.backends.forward import Anatomy, Forward
 from ppl_lvm.draws import Draws, Plate, Site
 from ppl_lvm.errors import BackendError, ProgramError
 from ppl_lvm.latents import Latent, PlateOf
@@ -690,74 +693,83 @@ class NumPyroBound:
             return value[0]
         return jnp.moveaxis(value, 0, self.structure.nesting + self.structure.plate_dim)
 
-    def evaluate(self, params: Params, batch: Call, key: Array, plan: Plan) -> dict[str, dict[str, Any]]:
-        """Values and densities of every site of one run, without gradients."""
+    def evaluate(
+        self, params: Params, batch: Call, key: Array, plan: Plan, values: Mapping[str, Any] | None = None
+    ) -> dict[str, dict[str, Any]]:
+        """Values and densities of every site of one run, without gradients; `values` as `draws` takes them."""
 
-        def run(params: Params, batch: Call, key: Array) -> dict[str, dict[str, Any]]:
-            sites = self.draws(params, batch, key, plan).sites
+        def run(
+            params: Params, batch: Call, key: Array, values: Mapping[str, Array]
+        ) -> dict[str, dict[str, Any]]:
+            sites = self.draws(params, batch, key, plan, values=values).sites
             return {n: {"value": s.value, "log_p": s.log_p, "log_q": s.log_q} for n, s in sites.items()}
 
-        return self._compiled(run, params, batch, key, _static(plan))
+        return self.compiled(run, params, batch, key, _static(plan), values or {})
 
-    def log_w(self, params: Params, batch: Call, key: Array, plan: Plan) -> Array:
+    def log_w(
+        self, params: Params, batch: Call, key: Array, plan: Plan, values: Mapping[str, Any] | None = None
+    ) -> Array:
         """Log weights `[M, K, B]` of one run, without gradients; nothing else is kept."""
 
-        def run(params: Params, batch: Call, key: Array) -> Array:
-            return self.draws(params, batch, key, plan).log_w
+        def run(params: Params, batch: Call, key: Array, values: Mapping[str, Array]) -> Array:
+            return self.draws(params, batch, key, plan, values=values).log_w
 
-        return self._compiled(run, params, batch, key, _static(plan))
+        return self.compiled(run, params, batch, key, _static(plan), values or {})
 
     def simulate(
-        self, params: Params, batch: Call, key: Array, draws: int, *, prior: bool = False
-    ) -> dict[str, Array]:
-        """Values `[draws, ...]` of every site of the model with its observed sites drawn anew.
+        self,
+        params: Params,
+        batch: Call,
+        key: Array,
+        draws: int,
+        how: Forward,
+        given: Mapping[str, Any] | None = None,
+        fixed: Mapping[str, Any] | None = None,
+        masks: Mapping[str, Any] | None = None,
+    ) -> dict[str, dict[str, Array]]:
+        """The program run forward `draws` times: "value", "mean", "log_p" and "log_q" of its sites.
 
-        Latent sites are drawn from the guide, or from the model where `prior` says so.
+        Values are `[draws, B, ...]`, or `[draws, ...]` for global sites; densities `[draws, B]` or `[draws]`. `given`
+        has the draws axis and stands for draws of the guide (of the model where the guide is not run). `fixed` is the
+        same for all draws, and only the model sees it; data of that name are replaced too. Elements of an observed
+        site outside its mask `[B, ...]` have no density and are drawn anew.
         """
+        return _numpyro_forward.simulate(
+            self, params, batch, key, draws, how, given or {}, fixed or {}, masks or {}
+        )
 
-        def run(params: Params, batch: Call, key: Array) -> dict[str, Array]:
-            one = partial(self._simulate, self.constrain(params), batch, prior)
-            return jax.vmap(one)(jax.random.split(key, draws))
+    def outside(self, params: Params, batch: Call, fixed: Mapping[str, Any]) -> list[str]:
+        """Sites whose fixed values are outside the support of their distribution in the model."""
+        return _numpyro_forward.outside(self, params, batch, fixed)
 
-        return self._compiled(run, params, batch, key, (draws, prior))
+    def anatomy(self, batch: Call) -> Anatomy:
+        """What the sites look like and look at."""
+        return _numpyro_forward.anatomy(self, batch)
 
-    def _simulate(self, constrained: Params, batch: Call, prior: bool, key: Array) -> dict[str, Array]:
-        self._check_frozen()
-        constrained = {**self.states, **constrained}
-
-        def anew(msg: Message) -> Array:
-            return draw(msg["fn"], message_key(key, msg), self.program.portable)
-
-        guide: dict[str, Message] = {}
-        with evaluation():
-            if not prior:
-                guide = self._trace(self._guide, Handler(constrained, key, anew, still=True), batch)
-            drawn = {n: s["value"] for n, s in guide.items() if s["type"] == "sample"}
-            plates = plates_of(guide)
-
-            def latent(msg: Message) -> Array:
-                return of_step(drawn[msg["name"]], msg) if msg["name"] in drawn else anew(msg)
-
-            handler = Handler(
-                constrained, key, latent, plates, anew, side="model", still=True, scanned=drawn
-            )
-            model = self._trace(self._model, handler, batch)
-        return {n: s["value"] for n, s in model.items() if s["type"] == "sample"}
-
-    def _compiled(
-        self, run: Callable[[Params, Call, Array], Any], params: Params, batch: Call, key: Array, static: Hashable
+    def compiled(
+        self,
+        run: Callable[[Params, Call, Array, Any], Any],
+        params: Params,
+        batch: Call,
+        key: Array,
+        static: Hashable,
+        values: Any,
     ) -> Any:
-        """`run(params, batch, key)`, compiled once for all fits of the program at this shape."""
+        """`run(params, batch, key, values)`, compiled once for all fits of the program at these shapes."""
 
-        def flat(params: Params, args: Any, kwargs: Any, key: Array) -> Any:
+        def flat(params: Params, args: Any, kwargs: Any, key: Array, values: Any) -> Any:
             EVALUATIONS.traces += 1
-            return run(params, Call(args, kwargs), key)
+            return run(params, Call(args, kwargs), key, values)
 
         shapes = tuple((a.shape, str(a.dtype)) for a in batch.leaves)
         names = (len(batch.args), tuple(batch.kwargs))
-        what = (run.__qualname__, static, self.program, self.dtype, self.asked_plate, shapes, names, self.constants)
+        leaves, tree = jax.tree.flatten(values)
+        given = (tree, tuple((np.shape(v), str(v.dtype)) for v in leaves))
+        fixed = (static, self.program, self.dtype, self.asked_plate, self.constants)
+        what = (run.__qualname__, *fixed, shapes, names, given)
         with precision(self.dtype):
-            return EVALUATIONS.get(what, lambda: jax.jit(flat))(dict(params), batch.args, dict(batch.kwargs), key)
+            step = EVALUATIONS.get(what, lambda: jax.jit(flat))
+            return step(dict(params), batch.args, dict(batch.kwargs), key, values)
 
     # Gradients.
 
@@ -820,11 +832,6 @@ class NumPyroBound:
 
 def _static(plan: Plan) -> Hashable:
     return plan.K, plan.M, plan.requests, tuple(plan.estimators.items())
-
-
-def plates_of(trace: Mapping[str, Message]) -> dict[str, Array]:
-    """The rows that plates took in a run, for other runs to take the same; not of plates inside a scan."""
-    return {n: s["value"] for n, s in trace.items() if s["type"] == "plate" and s["value"] is not None}
 
 
 def is_tree(value: Any) -> bool:

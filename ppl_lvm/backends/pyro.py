@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.distributions import biject_to, transform_to
 
 from ppl_lvm.algorithm import GuideFamily, Objective, Variant
+from ppl_lvm.backends import _pyro_forward
 from ppl_lvm.backends._pyro_handlers import (
     Handler,
     Message,
@@ -60,6 +61,7 @@ from ppl_lvm.backends.base import (
     row_params,
     written,
 )
+from ppl_lvm.backends.forward import Anatomy, Forward
 from ppl_lvm.draws import Draws, Plate, Site
 from ppl_lvm.errors import BackendError, ProgramError
 from ppl_lvm.latents import Latent, PlateOf
@@ -103,6 +105,8 @@ class PyroBound:
         self._missing = TorchMissing(program)
         self.joint_dims = self._missing.joint_dims
         self._evaluating = False
+        self._anatomy: Anatomy | None = None
+        self.forward_broadcasts: dict[Any, bool] = {}
         self._broadcasts: dict[tuple[bool, bool], tuple[bool, bool]] = {}
         with sealed(dtype), seeded(seed):
             self._probe(self.batch(example), data_plate, family)
@@ -693,7 +697,8 @@ class PyroBound:
         return value[0] if K > 1 else value[0, 0]
 
     @contextlib.contextmanager
-    def _evaluation(self) -> Iterator[None]:
+    def evaluation(self) -> Iterator[None]:
+        """Without gradients, modules in eval mode."""
         before, self._evaluating = self._evaluating, True
         try:
             with torch.no_grad():
@@ -701,48 +706,53 @@ class PyroBound:
         finally:
             self._evaluating = before
 
-    def evaluate(self, params: Params, batch: Call, key: int, plan: Plan) -> dict[str, dict[str, Any]]:
-        """Values and densities of every site of one run, without gradients, modules in eval mode."""
-        with self._evaluation():
-            sites = self.draws(params, batch, key, plan).sites
+    def evaluate(
+        self, params: Params, batch: Call, key: int, plan: Plan, values: Mapping[str, Any] | None = None
+    ) -> dict[str, dict[str, Any]]:
+        """Values and densities of every site of one run, in evaluation; `values` as `draws` takes them."""
+        given = {n: torch.as_tensor(v) for n, v in (values or {}).items()}
+        with self.evaluation():
+            sites = self.draws(params, batch, key, plan, values=given).sites
         return {n: {"value": s.value, "log_p": s.log_p, "log_q": s.log_q} for n, s in sites.items()}
 
-    def log_w(self, params: Params, batch: Call, key: int, plan: Plan) -> Tensor:
-        """Log weights `[M, K, B]` of one run, without gradients, modules in eval mode."""
-        with self._evaluation():
-            return self.draws(params, batch, key, plan).log_w
+    def log_w(
+        self, params: Params, batch: Call, key: int, plan: Plan, values: Mapping[str, Any] | None = None
+    ) -> Tensor:
+        """Log weights `[M, K, B]` of one run, in evaluation."""
+        given = {n: torch.as_tensor(v) for n, v in (values or {}).items()}
+        with self.evaluation():
+            return self.draws(params, batch, key, plan, values=given).log_w
 
     def simulate(
-        self, params: Params, batch: Call, key: int, draws: int, *, prior: bool = False
-    ) -> dict[str, Tensor]:
-        """Values `[draws, ...]` of every site of the model with its observed sites drawn anew.
+        self,
+        params: Params,
+        batch: Call,
+        key: int,
+        draws: int,
+        how: Forward,
+        given: Mapping[str, Any] | None = None,
+        fixed: Mapping[str, Any] | None = None,
+        masks: Mapping[str, Any] | None = None,
+    ) -> dict[str, dict[str, Tensor]]:
+        """The program run forward `draws` times: "value", "mean", "log_p" and "log_q" of its sites.
 
-        Latent sites are drawn from the guide, or from the model where `prior` says so.
+        Values are `[draws, B, ...]`, or `[draws, ...]` for global sites; densities `[draws, B]` or `[draws]`. `given`
+        has the draws axis and stands for draws of the guide (of the model where the guide is not run). `fixed` is the
+        same for all draws, and only the model sees it; data of that name are replaced too. Elements of an observed
+        site outside its mask `[B, ...]` have no density and are drawn anew.
         """
         self._check_shapes(params)
-        constrained = self.constrain(params)
+        return _pyro_forward.simulate(self, params, batch, key, draws, how, given or {}, fixed or {}, masks or {})
 
-        def anew(msg: Message) -> None:
-            msg["value"] = draw(msg["fn"])
+    def outside(self, params: Params, batch: Call, fixed: Mapping[str, Any]) -> list[str]:
+        """Sites whose fixed values are outside the support of their distribution in the model."""
+        return _pyro_forward.outside(self, params, batch, fixed)
 
-        values: list[dict[str, Tensor]] = []
-        with sealed(self.dtype), seeded(key), self._evaluation():
-            for _ in range(draws):
-                guide: dict[str, Message] = {}
-                handler = Handler(constrained, anew)
-                if not prior:
-                    guide = self._trace(self._guide, handler, batch, params)
-
-                def latent(msg: Message, guide: dict[str, Message] = guide) -> None:
-                    if msg["name"] in guide:
-                        msg["value"] = of_step(guide[msg["name"]]["value"], msg)
-                    else:
-                        anew(msg)
-
-                model_handler = Handler(constrained, latent, handler.subsamples, anew)
-                model = self._trace(self._model, model_handler, batch, params)
-                values.append({n: s["value"] for n, s in model.items()})
-        return {n: torch.stack([v[n] for v in values]) for n in values[0]} if values else {}
+    def anatomy(self, batch: Call) -> Anatomy:
+        """What the sites look like and look at."""
+        if self._anatomy is None:
+            self._anatomy = _pyro_forward.anatomy(self, batch)
+        return self._anatomy
 
     # Gradients.
 
