@@ -202,7 +202,7 @@ class Fit:
         self._need_globals("Leave-one-out")
         tree = self.to_arviz(draws, data, seed, particles=particles, predictive=0)
         stats, name = tree["sample_stats"], next(iter(tree["log_likelihood"].data_vars))
-        ratio = stats["log_weight"].values
+        ratio = np.asarray(stats["log_weight"])
         # Draws of the exact posterior have one ratio, whose tail has no shape that could be fitted.
         if np.ptp(ratio) < 1e-6 * max(1.0, np.abs(ratio).max()):
             return loo(tree, var_name=name, pointwise=True)

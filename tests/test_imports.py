@@ -34,7 +34,9 @@ ARROWS = {
     "backends": {"algorithm", "draws", "errors", "nets", "ops", "program"},
     "legality": {"algorithm", "backends", "draws", "errors", "estimators"},  # "auto" prefers some by name
     "to_arviz": {"errors"},
-    "posterior": {"algorithm", "backends", "draws", "errors", "ops", "program", "to_arviz"},
+    "fitted": {"backends", "errors", "lookup", "program"},
+    "predict": {"backends", "errors", "fitted"},
+    "posterior": {"backends", "errors", "fitted", "legality", "lookup", "predict", "program", "to_arviz"},
     "progress": set[str](),
     "fit": {
         *("algorithm", "backend_of", "backends", "draws", "errors", "legality", "lookup", "ops", "posterior"),

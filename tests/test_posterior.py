@@ -108,10 +108,11 @@ def shared_guide(ppl: Any, x: Any) -> None:
 
 
 def wide_shared_guide(ppl: Any, x: Any) -> None:
+    """Off for g, and wide enough for what the posterior of z is without x."""
     loc = ppl.param("loc", G_MEAN)
     g = ppl.sample("g", ppl.dist.Normal(loc + 0.1, 1.2 * G_PRECISION**-0.5))
     with ppl.plate("rows", len(x)):
-        ppl.sample("z", ppl.dist.Normal(g + GAIN * (x - g), 1.1 * Z_SD))
+        ppl.sample("z", ppl.dist.Normal(g + GAIN * (x - g), 1.7 * Z_SD))
 
 
 # Plates inside the data plate, an event, and a covariate.
@@ -147,17 +148,30 @@ PROGRAMS: dict[str, Callable[[str], Fit]] = {
 }
 
 
-@pytest.fixture(params=BACKENDS)
-def make(request: pytest.FixtureRequest) -> Callable[[str], Fit]:
+def maker(backend: str) -> Callable[[str], Fit]:
     """One fit per program and backend, as nothing that is asked of it changes it."""
 
     def made(name: str) -> Fit:
-        key = name, request.param
+        key = name, backend
         if key not in MADE:
-            MADE[key] = PROGRAMS[name](request.param)
+            MADE[key] = PROGRAMS[name](backend)
         return MADE[key]
 
     return made
+
+
+@pytest.fixture(params=BACKENDS)
+def make(request: pytest.FixtureRequest) -> Callable[[str], Fit]:
+    return maker(request.param)
+
+
+SLOW_BACKENDS = (pytest.param("numpyro", marks=pytest.mark.slow), "pyro")
+"""Where the backends share all code that is tested but runs that take long to compile."""
+
+
+@pytest.fixture(params=SLOW_BACKENDS)
+def make_slowly(request: pytest.FixtureRequest) -> Callable[[str], Fit]:
+    return maker(request.param)
 
 
 def assert_moments(draws: np.ndarray, mean: Any, sd: float) -> None:
@@ -214,7 +228,7 @@ def centred_guide(ppl: Any, t: Any, y: Any) -> None:
         ppl.sample("u", ppl.dist.Normal(0.0 * unit, 1.0))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", SLOW_BACKENDS)
 def test_a_program_that_reduces_new_draws_over_rows_is_run_draw_by_draw(backend: str) -> None:
     """`t.mean()` over all axes would be a mean over draws too."""
     run = as_fit(backend, centred_model, centred_guide, ("t", "y"), np.arange(4.0), np.zeros(4))
@@ -254,9 +268,9 @@ def test_encode_and_decode(make: Any) -> None:
     assert_moments(run.decode({"u": u}, draws=DRAWS, mean=False)["w"], D * u, SW)
 
 
-def test_active_units_take_the_noise_of_the_mean_off(make: Any) -> None:
-    assert make("scm").active_units(threshold=abducted(*TREATED).var() * 0.5, draws=DRAWS) == {"u": 1}
-    assert make("scm").active_units(threshold=abducted(*TREATED).var() * 1.5, draws=DRAWS) == {"u": 0}
+def test_active_units_take_the_noise_of_the_mean_off(make_slowly: Any) -> None:
+    assert make_slowly("scm").active_units(threshold=abducted(*TREATED).var() * 0.5, draws=DRAWS) == {"u": 1}
+    assert make_slowly("scm").active_units(threshold=abducted(*TREATED).var() * 1.5, draws=DRAWS) == {"u": 0}
 
 
 def test_impute_draws_what_is_missing_given_what_is_seen(make: Any) -> None:
@@ -280,14 +294,14 @@ def test_impute_draws_what_is_missing_given_what_is_seen(make: Any) -> None:
         assert made.values["y"][:, row].std() == pytest.approx(sd, abs=5 * sd / (2 * n) ** 0.5)
 
 
-def test_impute_under_a_global(make: Any) -> None:
+def test_impute_under_a_global(make_slowly: Any) -> None:
     """A missing row of x is drawn from its predictive under q(g)."""
     x = X.copy()
     x[2] = np.nan
-    made = make("shared").impute(x, draws=1000, particles=400)
-    sd = np.sqrt(1 / G_PRECISION + SZ**2 + SX**2)
+    made = make_slowly("shared_wide").impute(x, draws=1000, particles=100)
+    sd = np.sqrt(1.2**2 / G_PRECISION + SZ**2 + SX**2)
     assert made.values["x"].shape == (1000, ROWS)
-    assert made.values["x"][:, 2].mean() == pytest.approx(G_MEAN, abs=5 * sd / 1000**0.5)
+    assert made.values["x"][:, 2].mean() == pytest.approx(G_MEAN + 0.1, abs=5 * sd / 1000**0.5)
     assert made.values["x"][:, 2].std() == pytest.approx(sd, abs=5 * sd / 2000**0.5)
 
 
@@ -329,9 +343,9 @@ def test_rows_of_a_draw_share_its_globals_across_blocks(make: Any, blocks: None)
     np.testing.assert_allclose(run.pointwise(7, particles=2), normal(X, g[:, None], np.hypot(SZ, SX)), rtol=1e-10)
 
 
-def test_noise_of_the_globals_is_not_that_of_the_rows(make: Any) -> None:
+def test_noise_of_the_globals_is_not_that_of_the_rows(make_slowly: Any) -> None:
     """One stream of random numbers, begun again for the rows, would draw both from the same ones."""
-    found = make("shared").posterior(DRAWS)
+    found = make_slowly("shared").posterior(DRAWS)
     g = (found.values["g"] - G_MEAN) * G_PRECISION**0.5
     z = (found.values["z"] - (found.values["g"][:, None] * (1 - GAIN) + GAIN * X)) / Z_SD
     assert_moments(g, 0.0, 1.0)
@@ -340,24 +354,24 @@ def test_noise_of_the_globals_is_not_that_of_the_rows(make: Any) -> None:
     np.testing.assert_allclose(correlation, 0.0, atol=5 / DRAWS**0.5)
 
 
-def test_predictions_share_globals_and_not_noise_across_blocks(make: Any, blocks: None) -> None:
+def test_predictions_share_globals_and_not_noise_across_blocks(make_slowly: Any, blocks: None) -> None:
     """`cov(x_i, x_j)` of two new rows is `Var(g)` and what the guide of z adds, whichever blocks they are in."""
-    drawn = make("shared").predictive(60)["x"]
+    drawn = make_slowly("shared").predictive(60)["x"]
     assert drawn.shape == (60, ROWS) and len(np.unique(drawn)) == drawn.size
-    prior = make("shared").prior_predictive(ROWS)
+    prior = make_slowly("shared").prior_predictive(ROWS)
     assert prior["g"].shape == () and prior["z"].shape == (ROWS,)
     assert abs(prior["z"].mean() - prior["g"]) < 5 * SZ / ROWS**0.5
 
 
 @pytest.mark.parametrize("name", ["shared", "shared_wide"])
-def test_loo_equals_the_exact_leave_one_out_density(make: Any, name: str) -> None:
+def test_loo_equals_the_exact_leave_one_out_density(make_slowly: Any, name: str) -> None:
     """Without row n, g is normal around the others' mean, and x_n around g; also from a guide that is off."""
     noise = SZ**2 + SX**2
     precision = 1 / SG**2 + (ROWS - 1) / noise
     exact = normal(X, (X.sum() - X) / noise / precision, np.sqrt(1 / precision + noise).item())
-    found = make(name).loo(DRAWS, particles=50)
-    ll = make(name).pointwise(DRAWS, particles=50)
-    g = make(name).posterior(DRAWS)
+    found = make_slowly(name).loo(DRAWS, particles=50)
+    ll = make_slowly(name).pointwise(DRAWS, particles=50)
+    g = make_slowly(name).posterior(DRAWS)
     assert g.log_p_global is not None and g.log_q_global is not None
     log_r = (g.log_p_global + ll.sum(1) - g.log_q_global)[:, None] - ll
     r = np.exp(log_r - log_r.max(0))
@@ -388,8 +402,8 @@ def test_nothing_needs_the_training_rows(make: Any) -> None:
             ask()
 
 
-def test_data_by_name_are_the_same_rows(make: Any) -> None:
-    run = make("scm")
+def test_data_by_name_are_the_same_rows(make_slowly: Any) -> None:
+    run = make_slowly("scm")
     named = dict(zip(("w", "y", "t"), TREATED[::-1], strict=True))
     np.testing.assert_allclose(run.log_likelihood(named, 3).values, run.log_likelihood(draws=3).values, rtol=1e-12)
 
@@ -397,8 +411,8 @@ def test_data_by_name_are_the_same_rows(make: Any) -> None:
 # Plates inside the rows, covariates.
 
 
-def test_inner_plates_and_covariates(make: Any) -> None:
-    run = make("nested")
+def test_inner_plates_and_covariates(make_slowly: Any) -> None:
+    run = make_slowly("nested")
     found = run.posterior(4)
     assert found.values["z"].shape == (4, 4) and found.dims["z"] == ("pupils",)
     assert found.values["e"].shape == (4, 4, 3) and found.dims["e"] == ("pupils", "items")
@@ -442,11 +456,8 @@ def test_inner_plates_and_covariates(make: Any) -> None:
     ],
 )
 def test_what_is_asked_wrongly_is_refused(ask: Callable[[Fit], object], kind: type[PplLvmError], message: str) -> None:
-    key = "scm", "pyro"
-    if key not in MADE:
-        MADE[key] = PROGRAMS["scm"]("pyro")
     with pytest.raises(kind, match=message):
-        ask(MADE[key])
+        ask(maker("pyro")("scm"))
 
 
 def coin_model(ppl: Any, x: Any) -> None:
@@ -462,7 +473,7 @@ def coin_guide(ppl: Any, x: Any) -> None:
         ppl.sample("z", ppl.dist.Bernoulli(logits=level))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", SLOW_BACKENDS)
 def test_values_that_a_site_cannot_take_are_refused(backend: str) -> None:
     run = as_fit(backend, coin_model, coin_guide, ("x",), np.ones(3))
     with pytest.raises(DataError, match="'z' is discrete"):

@@ -27,7 +27,8 @@ from ppl_lvm.report import (
     plain,
     table,
     write,
-)from ppl_lvm.to_arviz import to_arviz
+)
+from ppl_lvm.to_arviz import to_arviz
 
 if TYPE_CHECKING:
     from xarray import DataTree
