@@ -37,7 +37,9 @@ ARROWS = {
     "legality": {"algorithm", "backends", "draws", "errors", "estimators"},  # "auto" prefers some by name
     "to_arviz": {"errors"},
     "data": {"backends", "errors", "lookup", "program"},
-    "posterior": {"algorithm", "backends", "data", "draws", "errors", "ops", "program", "to_arviz"},
+    "fitted": {"backends", "errors", "lookup", "program"},
+    "predict": {"backends", "errors", "fitted"},
+    "posterior": {"backends", "data", "errors", "fitted", "legality", "lookup", "predict", "program", "to_arviz"},
     "progress": set[str](),
     "fit": {
         *("algorithm", "backend_of", "backends", "data", "draws", "errors", "legality", "lookup", "ops", "posterior"),

@@ -108,19 +108,15 @@ def _one(
     for name, site in model.items():
         if site["type"] != "sample":
             continue
-        info = sites[name]
+        info, mask = sites[name], placed(masks, site)
         if not is_factor(site["fn"]):
-            value = site["value"]
-            if name in masks:
-                value = jnp.where(placed(masks, site), value, anew(site, model_key))
+            value = site["value"] if mask is None else jnp.where(mask, site["value"], anew(site, model_key))
             out["value"][name] = bound._from_site(value, site["fn"].event_dim, info)
         if how.means and info.role == "observed" and not is_factor(site["fn"]):
             mean = jnp.broadcast_to(site["fn"].mean, site["fn"].shape())
             out["mean"][name] = bound._from_site(mean, site["fn"].event_dim, info)
         if how.densities:
-            density = site_log_prob(site)
-            if name in masks:
-                density = masked(site["fn"], site["value"], placed(masks, site))
+            density = site_log_prob(site) if mask is None else masked(site["fn"], site["value"], mask)
             out["log_p"][name] = bound._rows(bound._full(density, info), info)
     if how.densities:
         for name, site in guide.items():
@@ -154,10 +150,11 @@ def outside(bound: NumPyroBound, params: Params, batch: Call, fixed: Values) -> 
     with precision(bound.dtype):
         key, constrained = jax.random.key(0), {**bound.states, **bound.constrain(params)}
 
-        def take(msg: Message) -> Array:
+        def take(msg: Message) -> Any:
             if msg["name"] not in fixed:
                 return draw(msg["fn"], message_key(key, msg), bound.program.portable)
-            value = of_step(bound._to_site(jnp.asarray(fixed[msg["name"]]), bound.structure.sites[msg["name"]]), msg)
+            value: Any = bound._to_site(jnp.asarray(fixed[msg["name"]]), bound.structure.sites[msg["name"]])
+            value = of_step(value, msg)
             if not bool(jnp.all(msg["fn"].support(value))):
                 wrong.append(msg["name"])
             return value
@@ -205,7 +202,8 @@ def _anatomy(bound: NumPyroBound, batch: Call) -> Anatomy:
             params, key, replayed, plates_of(guide), observed, side="model", still=True, scanned=drawn, unrolled=True
         )
         model = bound._trace(bound._model, handler, batch)
-        return *({n: s for n, s in t.items() if s["type"] == "sample"} for t in (guide, model)), raw
+        of_guide, of_model = ({n: s for n, s in t.items() if s["type"] == "sample"} for t in (guide, model))
+        return of_guide, of_model, raw
 
     guide, model, _ = traces(batch)
     every = guide | model

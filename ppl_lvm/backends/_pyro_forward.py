@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -22,6 +22,16 @@ if TYPE_CHECKING:
 
 Values = Mapping[str, Any]
 Tables = dict[str, dict[str, Tensor]]
+ONE = range(1), range(1)
+"""The axes of a single draw."""
+
+
+class Arrays(NamedTuple):
+    """Values of sites (see `PyroBound.simulate`)."""
+
+    given: Mapping[str, Tensor]
+    fixed: Mapping[str, Tensor]
+    masks: Mapping[str, Tensor]
 
 
 def simulate(
@@ -37,13 +47,13 @@ def simulate(
 ) -> Tables:
     """See `PyroBound.simulate`."""
     outer = any(not i.local for i in bound.structure.sites.values())
-    values = [{n: torch.as_tensor(v) for n, v in part.items()} for part in (given, fixed, masks)]
+    values = Arrays(*({n: torch.as_tensor(v) for n, v in part.items()} for part in (given, fixed, masks)))
     with sealed(bound.dtype), seeded(key), bound.evaluation():
         constrained = bound.constrain(params)
 
         def run(entries: range) -> Tables:
             axes = (entries, range(1)) if outer else (range(1), entries)
-            return _run(bound, params, constrained, batch, how, *values, *axes)
+            return _run(bound, params, constrained, batch, how, values, *axes)
 
         if draws == 1 or _broadcasts(bound, params, batch, how, values, outer):
             return run(range(draws))
@@ -54,7 +64,7 @@ def simulate(
 
 
 def _broadcasts(
-    bound: PyroBound, params: Params, batch: Call, how: Forward, values: list[dict[str, Tensor]], outer: bool
+    bound: PyroBound, params: Params, batch: Call, how: Forward, values: Arrays, outer: bool
 ) -> bool:
     """Whether draws can be made at once: whether each of two has the densities that it has in a run of its own.
 
@@ -75,25 +85,24 @@ def _broadcasts(
 
 
 def _same_apart(
-    bound: PyroBound, params: Params, batch: Call, how: Forward, values: list[dict[str, Tensor]], outer: bool
+    bound: PyroBound, params: Params, batch: Call, how: Forward, values: Arrays, outer: bool
 ) -> bool:
     constrained = bound.constrain(params)
     both = replace(how, densities=True)
     axes = (range(2), range(1)) if outer else (range(1), range(2))
     # Whatever a program raises on shapes it was not written for, it is not to be run on them.
     try:
-        whole = _run(bound, params, constrained, batch, both, *values, *axes)
+        whole = _run(bound, params, constrained, batch, both, values, *axes)
     except Exception:
         return False
-    data = _replaced(bound, batch, values[1])
+    data = _replaced(bound, batch, values.fixed)
     for i in range(2):
         # Every site of the model at the values of this draw; data are as they were in the whole run.
         fixed = {n: v[i] for n, v in whole["value"].items()}
-        alone = _run(
-            bound, params, constrained, data, Forward(prior=True, densities=True), {}, fixed, {}, *[range(1)] * 2, False
-        )
+        one = Arrays({}, fixed, {})
+        alone = _run(bound, params, constrained, data, Forward(prior=True, densities=True), one, *ONE, False)
         for n, density in alone["log_p"].items():
-            if n not in values[2] and not torch.allclose(whole["log_p"][n][i], density[0], rtol=1e-3, atol=1e-3):
+            if n not in values.masks and not torch.allclose(whole["log_p"][n][i], density[0], rtol=1e-3, atol=1e-3):
                 return False
     return True
 
@@ -113,13 +122,12 @@ def _run(
     constrained: Params,
     batch: Call,
     how: Forward,
-    given: Mapping[str, Tensor],
-    fixed: Mapping[str, Tensor],
-    masks: Mapping[str, Tensor],
+    values: Arrays,
     outer: range,
     inner: range,
     replacing: bool = True,
 ) -> Tables:
+    given, fixed, masks = values
     sites, n = bound.structure.sites, bound.structure.nesting
     by_outer = any(not i.local for i in sites.values())
     M, K = bound._sizes = len(outer), len(inner)
@@ -145,7 +153,7 @@ def _run(
         if info.name not in values:
             return None
         value = values[info.name][None]
-        return bound._to_site(value[None] if info.local else value, info, range(1), range(1))
+        return bound._to_site(value[None] if info.local else value, info, *ONE)
 
     def from_guide(msg: Message) -> None:
         info = sites[msg["name"]]
@@ -239,7 +247,7 @@ def outside(bound: PyroBound, params: Params, batch: Call, fixed: Values) -> lis
             msg["value"] = draw(msg["fn"])
             return
         info, value = bound.structure.sites[name], torch.as_tensor(fixed[name])[None]
-        msg["value"] = of_step(bound._to_site(value[None] if info.local else value, info, range(1), range(1)), msg)
+        msg["value"] = of_step(bound._to_site(value[None] if info.local else value, info, *ONE), msg)
         if not bool(msg["fn"].support.check(msg["value"]).all()):
             wrong.append(name)
 

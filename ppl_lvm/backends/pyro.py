@@ -446,7 +446,7 @@ class PyroBound:
             plan.K * plan.layout(self.structure, True)[0] > 1,
         )
         if any(many) and many not in self._broadcasts:
-            with sealed(self.dtype), seeded(0), self._evaluation():
+            with sealed(self.dtype), seeded(0), self.evaluation():
                 self._broadcasts[many] = self._try(*many, batch)
         return self._broadcasts.get(many, (True, True))
 
