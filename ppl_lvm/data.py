@@ -275,8 +275,8 @@ class _Arguments:
         given = self.data if len(values) <= len(self.data) else list(self.names[: self.positional])
         if self.closed and len(values) > len(given):
             raise DataError(
-                f"Program {self.program!r} takes {len(given)} arguments ({', '.join(given)}), but {len(values)} were "
-                f"given."
+                f"Program {self.program!r} takes {len(given)} argument{'s' * (len(given) != 1)} ({', '.join(given)}), "
+                f"but {len(values)} were given."
             )
         names = [*given, *[None] * len(values)]
         if self.closed:

@@ -298,9 +298,9 @@ def _check_values(bound: Any, chosen: Program, call: Call, example: Call) -> Non
     for site, info in bound.structure.sites.items():
         values = names.get(chosen.argument_of(site))
         known = knowns.get(chosen.argument_of(site))
-        has_data = values is not None and (info.role == "observed" or known is not None)
+        latent = info.role != "observed" and known is None
         # A program that subsamples itself was probed on other rows than its data have.
-        if not has_data or bound.structure.plate_size is not None:
+        if latent or values is None or bound.structure.plate_size is not None:
             continue
         for first in range(0, len(values), size):
             rows = slice(max(0, min(first, len(values) - size)), None)
