@@ -202,6 +202,18 @@ def test_masked_steps_do_not_count(backend: Backend) -> None:
 
 
 @on_both
+def test_missing_steps_have_no_density(backend: Backend) -> None:
+    holes = X.copy()
+    holes[0, 1] = holes[2, 3] = holes[2, 0] = np.nan
+    options: dict[str, Any] = {"data": holes, "recipe": "elbo", "backend": backend, "dtype": "float64", "steps": 1, "missing": "mask"}
+    run = fit(Program("chain", model, guide, portable=True, arguments=("x",)), **options)
+    found = run.posterior(4)
+    likelihood = norm.logpdf(X, found.values["z"], np.exp(-0.2))
+    expected = np.where(np.isnan(holes), 0.0, likelihood).sum(-1)
+    np.testing.assert_allclose(found.log_likelihood["x"], expected, atol=1e-10)
+
+
+@on_both
 def test_a_scan_is_fitted_and_predicted_from(backend: Backend) -> None:
     run = fit(Program("chain", model, guide, portable=True, arguments=("x",)), data=X, recipe="iwae", draws=3,
               backend=backend, steps=3, batch_size=2, dtype="float64")  # fmt: skip

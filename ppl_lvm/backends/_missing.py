@@ -76,15 +76,18 @@ class Run:
         argument = missing._program.argument_of(name)
         if argument not in self._known:
             return
+        entries, data = self._known[argument], self._data[argument]
+        if "step" in msg:  # of a scan: time is the first axis of a row
+            entries, data = entries[:, msg["step"]], data[:, msg["step"]]
         if self._guide and not msg["is_observed"]:
             missing._drawn.add(name)
             shape = missing._shapes.setdefault(name, tuple(msg["value"].shape))
-            known, value = (self._laid(name, a, shape) for a in (self._known[argument], self._data[argument]))
+            known, value = (self._laid(name, a, shape) for a in (entries, data))
             msg["drawn"] = (fn, msg["value"])
             msg["value"] = missing.merge(known, value, msg["value"])
             msg["fn"] = missing.apart(fn, ~known)
         elif not self._guide and msg["is_observed"]:
-            known = self._laid(name, self._known[argument], tuple(msg["value"].shape))
+            known = self._laid(name, entries, tuple(msg["value"].shape))
             msg["value"] = missing.merge(known, msg["value"], missing.neutral(fn, msg["value"]))
             msg["fn"] = missing.apart(fn, known)
         else:
