@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from ppl_lvm import backends, lookup
-from ppl_lvm.backends.base import Call, Plan
+from ppl_lvm.backends.base import ROWS, Call, Plan
 from ppl_lvm.backends.forward import Anatomy, Forward
 from ppl_lvm.errors import DataError, ProgramError
 from ppl_lvm.program import Program
@@ -57,7 +57,7 @@ class Fitted:
 
     def __post_init__(self) -> None:
         if self.structure.data_plate is not None and self.structure.plate_size is None and self.example.leaves:
-            self._bounds[_shape(self.blank(self.structure.rows))] = self.bound
+            self._bounds[_shape(self.repeated(self.example, self.structure.rows))] = self.bound
 
     @property
     def structure(self) -> Any:
@@ -73,8 +73,7 @@ class Fitted:
 
     def named(self, call: Call) -> dict[str, Any]:
         """The arguments that are given, by name."""
-        pairs = {**dict(zip(self.program.arguments, call.args, strict=False)), **call.kwargs}
-        return {n: a for n, a in pairs.items() if a is not None}
+        return {n: a for n, a in call.named(self.program.arguments).items() if a is not None and n != ROWS}
 
     def sites(self, *roles: str, local: bool | None = None) -> list[str]:
         """Names of sites that have values."""
@@ -96,8 +95,8 @@ class Fitted:
 
     # Rows.
 
-    def check(self, call: Call, missing: bool = False) -> Call:
-        """The call, if its arrays are numbers of the fit's shapes with the same rows; NaN only where `missing`.
+    def check(self, call: Call) -> Call:
+        """The call, if its arrays have the fit's shapes.
 
         Raises:
             DataError: they are not.
@@ -112,22 +111,11 @@ class Fitted:
                     f"Rows of {name!r} have shape {np.shape(array)[1:]}, the fit was made on "
                     f"{np.shape(known[name])[1:]}."
                 )
-            if not np.ndim(array):
-                raise DataError(f"{name!r} is {array!r}; data are arrays whose first axis is rows.")
-            if np.asarray(array).dtype.kind not in "fiub":
-                raise DataError(f"{name!r} must be numbers; found dtype {np.asarray(array).dtype}.")
-            if not missing and np.asarray(array).dtype.kind == "f" and not np.isfinite(np.asarray(array)).all():
-                raise DataError(f"{name!r} holds NaN or infinite values; impute(data) draws what is missing.")
-        lengths = {name: np.shape(array)[0] for name, array in given.items()}
-        if len(set(lengths.values())) > 1:
-            raise DataError(f"The data must share their first axis, the rows; found {lengths}.")
-        if 0 in lengths.values():
-            raise DataError("There are no rows.")
         return call
 
     def blank(self, rows: int) -> Call:
-        """Zeros for every argument of the fit."""
-        return self.example.map(lambda a: np.zeros((rows, *np.shape(a)[1:]), np.asarray(a).dtype))
+        """Zeros for every argument of the fit, none of them missing."""
+        return self.example.own.map(lambda a: np.zeros((rows, *np.shape(a)[1:]), np.asarray(a).dtype))
 
     def repeated(self, call: Call, rows: int) -> Call:
         """The rows of a call, over again until there are enough."""
@@ -172,10 +160,7 @@ class Fitted:
     def bound_for(self, call: Call) -> Any:
         key = _shape(call)
         if key not in self._bounds:
-            known = self.bound
-            self._bounds[key] = type(known)(
-                self.program, call, seed=0, dtype=known.dtype, data_plate=known.asked_plate
-            )
+            self._bounds[key] = self.bound.on(call)
         return self._bounds[key]
 
     # Draws.

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ppl_lvm import lookup, predict
-from ppl_lvm.backends.base import Call, Plan
+from ppl_lvm.backends.base import ROWS, Call, Plan
+from ppl_lvm.data import as_given, check_missing, read
 from ppl_lvm.errors import DataError, ProgramError
 from ppl_lvm.fitted import CHUNK, ENTRIES, Block, Chunk, Fitted, joined
 from ppl_lvm.predict import Codes, Resampled
@@ -284,7 +285,7 @@ class Fit:
 
         Source: Rezende, Mohamed, Wierstra (2014), arXiv:1401.4082, section 6.3, here by importance resampling.
         """
-        call = self._fitted.check(Call.of(data), missing=True)
+        call = self._fitted.check(read(data, self.program, "mask"))
         return predict.impute(self._fitted, call, draws, particles, fill, seed)
 
     def conditional(
@@ -443,9 +444,22 @@ class Fit:
     # Parts.
 
     def _call(self, data: object) -> Call:
-        if data is None and self._data is None:
-            raise DataError("The fit holds no training rows (without_data); pass data=.")
-        return self._fitted.check(Call.of(data)) if data is not None else self._data  # type: ignore[return-value]
+        if data is None:
+            if self._data is None:
+                raise DataError("The fit holds no training rows (without_data); pass data=.")
+            if self._data.sample:
+                raise DataError("The fit was made from batches, whose rows it does not keep; pass data=.")
+            return self._data
+        assert self._example is not None
+        masked = bool(self._example.known)
+        call = self._fitted.check(read(data, self.program, "mask" if masked else None))
+        check_missing(call, self._bound, self.program)
+        if self._bound.row_params and ROWS not in call.kwargs:
+            raise DataError(
+                f"Parameters {sorted(self._bound.row_params)} have an entry for every row of the fit, so they say "
+                f"nothing of other rows; call run.refit(data) first, which fits them with all others frozen."
+            )
+        return call
 
     def _rows_for(self, values: Mapping[str, Any], data: object, rows: int | None) -> tuple[Call, bool]:
         """Rows to simulate: the data where they are given (True), or blanks, as many as values have or are asked for.
@@ -529,9 +543,10 @@ class Fit:
 
     def _observed_data(self, call: Call) -> dict[str, np.ndarray]:
         """Values of the observed sites, `[rows, ...]`: the data of that name, or what the model observes."""
-        fitted, named = self._fitted, self._fitted.named(call)
+        fitted, given = self._fitted, as_given(call, self.program)
         names = fitted.sites("observed")
-        found = {n: np.asarray(named[n]) for n in names if n in named and fitted.rows(call) == len(named[n])}
+        named = {n: given[a] for n in names if (a := self.program.argument_of(n)) in given}
+        found = {n: np.asarray(v) for n, v in named.items() if fitted.rows(call) == len(v)}
         if len(found) < len(names):
             how = predict.Forward(keep=frozenset(names))
             seen = predict.forward(fitted, call, 1, 0, how, names=frozenset(names) - found.keys())

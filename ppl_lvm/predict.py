@@ -197,18 +197,22 @@ def conditional(
 
 
 def impute(fitted: Fitted, data: Call, draws: int, particles: int, fill: float, seed: int) -> Resampled:
-    named = fitted.named(data)
-    masks = {n: ~np.isnan(a) for n, a in named.items() if np.asarray(a).dtype.kind == "f" and np.isnan(a).any()}
-    anatomy = fitted.anatomy
-    for n, mask in masks.items():
-        if n not in fitted.sites("observed"):
+    anatomy, known = fitted.anatomy, data.known
+    data, given = data.own, fitted.named(data)
+    site_of = {fitted.program.argument_of(s): s for s in fitted.sites("observed")}
+    missing = {n: np.asarray(mask) for n, mask in known.items() if not np.all(mask)}
+    for n, mask in missing.items():
+        if n not in site_of:
             raise DataError(
-                f"Argument {n!r} has {int((~mask).sum())} missing values, but no observed site has its name, so the "
+                f"Argument {n!r} has {int((~mask).sum())} missing values, but no observed site has its values, so the "
                 f"model does not say what they could be; observed sites are {fitted.sites('observed')}."
             )
+    named = {site_of[n]: a for n, a in given.items() if n in site_of}
+    masks = {site_of[n]: mask for n, mask in missing.items()}
+    for n, mask in masks.items():
         if not fitted.structure.sites[n].local:
             raise ProgramError(f"Site {n!r} is not in the data plate, so its entries cannot be imputed by row.")
-        readers = [s for s, seen in anatomy.arguments.items() if n in seen]
+        readers = [s for s, seen in anatomy.arguments.items() if fitted.program.argument_of(n) in seen]
         readers += [s for s, seen in anatomy.parents.items() if n in seen]
         if readers:
             raise ProgramError(
@@ -222,7 +226,7 @@ def impute(fitted: Fitted, data: Call, draws: int, particles: int, fill: float, 
                 f"Rows {np.flatnonzero(partly)[:5].tolist()} of {n!r} are missing in part, and its distribution has no "
                 f"density of single elements; use one that is independent over elements, given the latents."
             )
-    filled = data.map_named(fitted.program.arguments, lambda n, a: np.where(masks[n], a, fill) if n in masks else a)
+    filled = data.map_named(fitted.program.arguments, lambda n, a: np.where(missing[n], a, fill) if n in missing else a)
     observed = [n for n in fitted.sites("observed") if n in named]
     shaped = {n: m.reshape(len(m), *anatomy.shapes[n]) for n, m in masks.items()}
     how = Forward(keep=frozenset(fitted.sites("observed")), densities=True)

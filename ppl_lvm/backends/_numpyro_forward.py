@@ -12,7 +12,8 @@ import numpyro.distributions as dist
 from numpyro.ops.provenance import eval_provenance
 
 from ppl_lvm.backends._jax_dists import draw, site_log_prob
-from ppl_lvm.backends._numpyro_handlers import Handler, Message, Params, precision, site_key
+from ppl_lvm.backends._numpyro_handlers import Handler, Message, Params, message_key, of_step, plates_of, precision
+from ppl_lvm.backends._numpyro_state import evaluation
 from ppl_lvm.backends.base import Call, is_factor
 from ppl_lvm.backends.forward import Anatomy, Forward
 
@@ -45,7 +46,9 @@ def simulate(
         return jax.vmap(one)(jax.random.split(key, draws), values["given"])
 
     values = {"given": given, "fixed": fixed, "masks": masks}
-    return bound.compiled(run, params, batch, key, (draws, how), values)
+    bound._check_frozen()
+    with evaluation():
+        return bound.compiled(run, params, batch, key, (draws, how), values)
 
 
 def _one(
@@ -63,25 +66,29 @@ def _one(
     guide_key, model_key = jax.random.split(key)
 
     def placed(values: Values, msg: Message) -> Array | None:
-        return bound._to_site(values.get(msg["name"]), sites[msg["name"]])
+        if msg["name"] not in values:
+            return None
+        return of_step(bound._to_site(values[msg["name"]], sites[msg["name"]]), msg)
 
     def anew(msg: Message, key: Array) -> Array:
-        return draw(msg["fn"], site_key(key, msg["name"]), bound.program.portable)
+        return draw(msg["fn"], message_key(key, msg), bound.program.portable)
 
     def from_guide(msg: Message) -> Array:
         value = placed(given, msg)
         return anew(msg, guide_key) if value is None else value
 
+    constrained = {**bound.states, **constrained}
     guide: dict[str, Message] = {}
     if not how.prior:
-        guide = bound._trace(bound._guide, Handler(constrained, guide_key, from_guide), batch)
+        guide = bound._trace(bound._guide, Handler(constrained, guide_key, from_guide, still=True), batch)
+    drawn = {n: s["value"] for n, s in guide.items() if s["type"] == "sample"}
 
     def latent(msg: Message) -> Array:
         value = placed(fixed, msg)
         if value is None and how.prior:
             value = placed(given, msg)
-        if value is None and msg["name"] in guide and msg["name"] not in how.fresh:
-            return guide[msg["name"]]["value"]
+        if value is None and msg["name"] in drawn and msg["name"] not in how.fresh:
+            return of_step(drawn[msg["name"]], msg)
         return anew(msg, model_key) if value is None else value
 
     def observed(msg: Message) -> Array:
@@ -93,8 +100,9 @@ def _one(
     def argument(name: str, value: Array) -> Array:
         return jnp.asarray(fixed[name]).reshape(value.shape).astype(value.dtype) if name in fixed else value
 
-    plates = {n: s["value"] for n, s in guide.items() if s["type"] == "plate"}
-    handler = Handler(constrained, model_key, latent, plates, observed)
+    handler = Handler(
+        constrained, model_key, latent, plates_of(guide), observed, side="model", still=True, scanned=drawn
+    )
     model = bound._trace(bound._model, handler, batch.map_named(bound.program.arguments, argument))
     out: dict[str, dict[str, Array]] = {"value": {}, "mean": {}, "log_p": {}, "log_q": {}}
     for name, site in model.items():
@@ -140,12 +148,13 @@ def outside(bound: NumPyroBound, params: Params, batch: Call, fixed: Values) -> 
     """Sites whose fixed values are outside the support of their distribution in the model."""
     wrong: list[str] = []
     with precision(bound.dtype):
-        key, constrained = jax.random.key(0), bound.constrain(params)
+        key, constrained = jax.random.key(0), {**bound.states, **bound.constrain(params)}
 
         def take(msg: Message) -> Any:
             if msg["name"] not in fixed:
-                return draw(msg["fn"], site_key(key, msg["name"]), bound.program.portable)
+                return draw(msg["fn"], message_key(key, msg), bound.program.portable)
             value: Any = bound._to_site(jnp.asarray(fixed[msg["name"]]), bound.structure.sites[msg["name"]])
+            value = of_step(value, msg)
             if not bool(jnp.all(msg["fn"].support(value))):
                 wrong.append(msg["name"])
             return value
@@ -153,42 +162,46 @@ def outside(bound: NumPyroBound, params: Params, batch: Call, fixed: Values) -> 
         def observed(msg: Message) -> Array:
             return take(msg) if msg["name"] in fixed else msg["value"]
 
-        bound._trace(bound._model, Handler(constrained, key, take, observed=observed), batch)
+        handler = Handler(constrained, key, take, observed=observed, side="model", still=True, unrolled=True)
+        bound._trace(bound._model, handler, batch)
     return wrong
 
 
 def anatomy(bound: NumPyroBound, batch: Call) -> Anatomy:
     """See `forward.Anatomy`."""
-    with precision(bound.dtype):
+    with precision(bound.dtype), evaluation():
         return _anatomy(bound, batch)
 
 
 def _anatomy(bound: NumPyroBound, batch: Call) -> Anatomy:
-    key, params = jax.random.key(0), bound.constrain(bound.initial)
+    key, params = jax.random.key(0), {**bound.constrain(bound.initial), **bound.states}
     names = dict(zip(bound.program.arguments, range(len(batch.args)), strict=False))
     args = {n: batch.args[i] for n, i in names.items() if batch.args[i] is not None} | dict(batch.kwargs)
 
     def prior(msg: Message) -> Array:
-        return draw(msg["fn"], site_key(key, msg["name"]), bound.program.portable)
+        return draw(msg["fn"], message_key(key, msg), bound.program.portable)
 
     def traces(batch: Call, values: Values | None = None) -> tuple[dict[str, Message], dict[str, Message], Any]:
         raw: dict[str, Array] = {}
 
         def take(msg: Message) -> Array:
-            return prior(msg) if values is None else values[msg["name"]]
+            return prior(msg) if values is None else of_step(values[msg["name"]], msg)
 
         def observed(msg: Message) -> Array:
             raw[msg["name"]] = msg["value"]
-            return msg["value"] if values is None or is_factor(msg["fn"]) else values[msg["name"]]
+            return msg["value"] if values is None or is_factor(msg["fn"]) else of_step(values[msg["name"]], msg)
 
-        guide = bound._trace(bound._guide, Handler(params, key, take), batch)
+        handler = Handler(params, key, take, still=True, scanned=values, unrolled=True)
+        guide = bound._trace(bound._guide, handler, batch)
         drawn = {n: s["value"] for n, s in guide.items() if s["type"] == "sample"}
-        plates = {n: s["value"] for n, s in guide.items() if s["type"] == "plate"}
 
         def replayed(msg: Message) -> Array:
-            return drawn[msg["name"]] if msg["name"] in drawn else take(msg)
+            return of_step(drawn[msg["name"]], msg) if msg["name"] in drawn else take(msg)
 
-        model = bound._trace(bound._model, Handler(params, key, replayed, plates, observed), batch)
+        handler = Handler(
+            params, key, replayed, plates_of(guide), observed, side="model", still=True, scanned=drawn, unrolled=True
+        )
+        model = bound._trace(bound._model, handler, batch)
         of_guide, of_model = ({n: s for n, s in t.items() if s["type"] == "sample"} for t in (guide, model))
         return of_guide, of_model, raw
 

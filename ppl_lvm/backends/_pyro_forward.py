@@ -12,7 +12,7 @@ import torch
 from pyro.ops.provenance import detach_provenance, get_provenance, track_provenance
 from torch import Tensor
 
-from ppl_lvm.backends._pyro_handlers import Handler, Message, Params, sealed, seeded
+from ppl_lvm.backends._pyro_handlers import Handler, Message, Params, of_step, sealed, seeded
 from ppl_lvm.backends._torch_dists import draw, log_prob, site_log_prob
 from ppl_lvm.backends.base import Call, Plan, SiteInfo, is_factor
 from ppl_lvm.backends.forward import Anatomy, Forward
@@ -48,7 +48,7 @@ def simulate(
     """See `PyroBound.simulate`."""
     outer = any(not i.local for i in bound.structure.sites.values())
     values = Arrays(*({n: torch.as_tensor(v) for n, v in part.items()} for part in (given, fixed, masks)))
-    with sealed(bound.dtype), seeded(key), torch.no_grad():
+    with sealed(bound.dtype), seeded(key), bound.evaluation():
         constrained = bound.constrain(params)
 
         def run(entries: range) -> Tables:
@@ -158,7 +158,7 @@ def _run(
     def from_guide(msg: Message) -> None:
         info = sites[msg["name"]]
         value = of_draws(info)
-        msg["value"] = anew(msg, info) if value is None else value
+        msg["value"] = anew(msg, info) if value is None else of_step(value, msg)
 
     guide: dict[str, Message] = {}
     handler = Handler(constrained, from_guide)
@@ -172,13 +172,13 @@ def _run(
             value = of_draws(info)
         if value is None and info.name in guide and info.name not in how.fresh:
             value = guide[info.name]["value"]
-        msg["value"] = anew(msg, info) if value is None else value
+        msg["value"] = anew(msg, info) if value is None else of_step(value, msg)
 
     def observed(msg: Message) -> None:
         info = sites[msg["name"]]
         value = of_all(fixed, info)
         if value is not None:
-            msg["value"] = value
+            msg["value"] = of_step(value, msg)
         elif info.name not in how.keep and not is_factor(msg["fn"]):
             msg["value"] = anew(msg, info)
 
@@ -247,7 +247,7 @@ def outside(bound: PyroBound, params: Params, batch: Call, fixed: Values) -> lis
             msg["value"] = draw(msg["fn"])
             return
         info, value = bound.structure.sites[name], torch.as_tensor(fixed[name])[None]
-        msg["value"] = bound._to_site(value[None] if info.local else value, info, *ONE)
+        msg["value"] = of_step(bound._to_site(value[None] if info.local else value, info, *ONE), msg)
         if not bool(msg["fn"].support.check(msg["value"]).all()):
             wrong.append(name)
 
@@ -255,7 +255,7 @@ def outside(bound: PyroBound, params: Params, batch: Call, fixed: Values) -> lis
         if msg["name"] in fixed:
             take(msg)
 
-    with sealed(bound.dtype), seeded(0), torch.no_grad():
+    with sealed(bound.dtype), seeded(0), bound.evaluation():
         bound._trace(bound._model, Handler(bound.constrain(params), take, observed=observed), batch, params)
     return wrong
 
@@ -263,7 +263,7 @@ def outside(bound: PyroBound, params: Params, batch: Call, fixed: Values) -> lis
 def anatomy(bound: PyroBound, batch: Call) -> Anatomy:
     """See `forward.Anatomy`."""
     bound._sizes = 1, 1
-    with sealed(bound.dtype), seeded(0), torch.no_grad():
+    with sealed(bound.dtype), seeded(0), bound.evaluation():
         return _anatomy(bound, batch)
 
 
@@ -286,7 +286,7 @@ def _anatomy(bound: PyroBound, batch: Call) -> Anatomy:
 
     def replayed(msg: Message) -> None:
         if msg["name"] in guide:
-            msg["value"] = guide[msg["name"]]["value"]
+            msg["value"] = of_step(guide[msg["name"]]["value"], msg)
         else:
             take(msg)
 
@@ -316,7 +316,8 @@ def _anatomy(bound: PyroBound, batch: Call) -> Anatomy:
 
     def shape(name: str, site: Message) -> tuple[int, ...]:
         info = bound.structure.sites[name]
-        return tuple(bound._from_site(plain[name], site["fn"].event_dim, info).shape[3 if info.local else 1 :])
+        value = detach_provenance(site["value"])
+        return tuple(bound._from_site(value, site["fn"].event_dim, info).shape[3 if info.local else 1 :])
 
     return Anatomy(
         parents=of(in_model, "site:"),
