@@ -15,7 +15,7 @@ from ppl_lvm.to_arviz import to_arviz
 if TYPE_CHECKING:
     from xarray import DataTree
 
-DRAWS = 50
+DRAWS = 500
 Groups = Mapping[str, Mapping[str, np.ndarray]]
 
 
