@@ -123,6 +123,7 @@ class Handler(Messenger):
             elif offer is None and msg["fn"] == _stored and name not in pyro.get_param_store():
                 raise ProgramError(f"Parameter {name!r} is read before it is given an initial value.")
             return
+        value: Any
         if "$$$" in name:
             value = offer
         elif name in self.params:

@@ -75,7 +75,7 @@ class Modules:
             hook = register_module_forward_pre_hook(notice)
             # pyro.module asks a module for its parameters, and that is all there is to be noticed of one which is
             # never called itself.
-            torch.nn.Module.named_parameters = asked  # type: ignore[method-assign]
+            torch.nn.Module.named_parameters = asked  # type: ignore[method-assign, assignment]
             try:
                 yield
                 self._refuse_changed(buffers)

@@ -516,10 +516,17 @@ class PyroBound:
         if "kl" in plan.requests and in_guide is not None and in_model is not None:
             extra["kl"] = self._rows(self._full(kl(in_guide, in_model), info), info)
         scales: dict[str, Any] = {}
-        if info.user_scaled:
-            for label, message in (("user_scale", in_model), ("guide_scale", in_guide)):
-                if message is not None:
-                    scales[label] = self._scale(self._user_scale(message, self.structure.data_plate), info)
+        for label, message in (("user_scale", in_model), ("guide_scale", in_guide)):
+            if message is None:
+                continue
+            scale = self._user_scale(message, self.structure.data_plate)
+            if info.user_scaled:
+                scales[label] = self._scale(scale, info)
+            elif not isinstance(scale, Tensor) and abs(scale - 1.0) > 1e-9:
+                raise ProgramError(
+                    f"Site {name!r} is scaled by {scale} in this run and was not in the first one; begin with another "
+                    f"scale than one, or give the weight to the objective (beta)."
+                )
         optional = ("log_p", "log_q", "log_q_frozen", "weight", "credit", "through", "log_p_full", "log_q_full")
         return Site(
             name=name,
