@@ -643,3 +643,39 @@ def test_obs_mask_is_refused_with_the_way_out() -> None:
 
     with pytest.raises(ProgramError, match=r"'x_unobserved'.*poutine.mask"):
         fitted(Example(model, guide, (LOCAL_ROWS, LOCAL_ROWS > 0)), steps=1)
+
+
+def test_sites_that_change_from_run_to_run_are_refused() -> None:
+    def looping(x: Tensor, guide: bool) -> None:
+        mu = pyro.sample("mu", dist.Normal(pyro.param("m", torch.tensor(0.0)), 1.0))
+        for i in pyro.plate("rows", len(x), subsample_size=2):
+            if not guide:
+                pyro.sample(f"x_{int(i)}", dist.Normal(mu, 0.5), obs=x[int(i)])
+
+    example = Example(partial(looping, guide=False), partial(looping, guide=True), LOCAL_ROWS)
+    with pytest.raises(ProgramError, match=r"Site 'x_\d' was .*met.*with statement"):
+        fitted(example, steps=5)
+
+
+def test_weights_of_rows_that_are_one_in_the_first_batch_count_in_the_others() -> None:
+    """Losses of the two mini-batches of an epoch, nothing being random, have the whole batch's as their mean."""
+
+    def weighted(x: Tensor, w: Tensor) -> None:
+        with pyro.plate("rows", len(x)), poutine.scale(scale=w):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def guide(x: Tensor, w: Tensor) -> None:
+        slope = pyro.param("slope", torch.tensor(0.3))
+        with pyro.plate("rows", len(x)), poutine.scale(scale=w):
+            pyro.sample("z", dist.Delta(slope * x))
+
+    weights = np.array([1.0, 1.0, 3.0, 5.0])
+    example = Example(weighted, guide, (np.array([0.5, -1.0, 2.0, 0.1]), weights))
+    pieces = fitted(example, steps=2, batch_size=2, learning_rate=0.0)
+    x, z = torch.tensor(example.data[0]), 0.3 * torch.tensor(example.data[0])
+    log_p = dist.Normal(0.0, 1.0).log_prob(z) + dist.Normal(z, 1.0).log_prob(x)
+    expected = -(torch.tensor(weights) * log_p).mean()
+    assert pieces.history["loss"].mean() == pytest.approx(expected.item(), rel=1e-12)
+    with pytest.raises(LegalityError, match="scaled"):
+        fitted(example, steps=1, batch_size=2, recipe="iwae")

@@ -219,10 +219,8 @@ class PyroBound:
             if name in auxiliary:
                 role = "auxiliary"
             of_model = model.get(name, site)
-            scales = [
-                torch.as_tensor(self._user_scale(s, data_plate), dtype=torch.get_default_dtype())
-                for s in (site, of_model)
-            ]
+            given = [self._user_scale(s, data_plate) for s in (site, of_model)]
+            scales = [torch.as_tensor(scale, dtype=torch.get_default_dtype()) for scale in given]
             for scale in scales:
                 check_scale(name, scale.shape, frames[data_plate].dim if data_plate and local(site) else None)
             infos[name] = SiteInfo(
@@ -237,7 +235,8 @@ class PyroBound:
                 ),
                 local_in_model=local(of_model),
                 closed_kl=role == "latent" and torch.equal(*scales) and has_kl(site, of_model),
-                user_scaled=any(float((scale - 1.0).abs().max()) > 1e-9 for scale in scales),
+                # A tensor's values are those of this batch, and others in the next one.
+                user_scaled=any(isinstance(scale, Tensor) or abs(scale - 1.0) > 1e-9 for scale in given),
                 fixed=site["is_observed"] and role == "auxiliary",
                 point=is_point(site["fn"]),
             )
@@ -429,7 +428,7 @@ class PyroBound:
         variants: dict[str, Variant] = {}
 
         def latent(msg: Message) -> None:
-            info = structure.sites[msg["name"]]
+            info = self._known(msg["name"])
             fn = msg["fn"]
             lead = ((M, K) if M > 1 else (K,) if K > 1 else ()) if info.local else (M, 1) if M > 1 else ()
             if lead:
@@ -466,10 +465,12 @@ class PyroBound:
         drawn = {name: s["value"] for name, s in guide.items()}
 
         def replayed(msg: Message) -> None:
-            msg["value"] = drawn[msg["name"]]
+            msg["value"] = drawn[self._known(msg["name"]).name]
 
         model_handler = Handler(constrained, replayed, handler.subsamples)
         model = self._trace(self._model, model_handler, batch, params)
+        for name in {*guide, *model} ^ set(structure.sites):
+            self._known(name, missing=name in structure.sites)
         subsamples.update(model_handler.subsamples)
         frozen: dict[str, Message] = {}
         if isinstance(dropout, Dropout):
@@ -484,6 +485,17 @@ class PyroBound:
             )
             for info in structure.sites.values()
         }
+
+    def _known(self, name: str, missing: bool = False) -> SiteInfo:
+        """The site's facts from the first run, which every run must agree with."""
+        if missing or name not in self.structure.sites:
+            raise ProgramError(
+                f"Site {name!r} was {'met' if missing else 'not met'} when the program was first run, and is "
+                f"{'not in' if missing else 'in'} this run; a program must have the same sites in every run. A loop "
+                f"over a plate that subsamples, for one, names other sites each time; use the plate in a with "
+                f"statement."
+            )
+        return self.structure.sites[name]
 
     def _site(
         self,
