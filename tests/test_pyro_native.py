@@ -679,3 +679,39 @@ def test_weights_of_rows_that_are_one_in_the_first_batch_count_in_the_others() -
     assert pieces.history["loss"].mean() == pytest.approx(expected.item(), rel=1e-12)
     with pytest.raises(LegalityError, match="scaled"):
         fitted(example, steps=1, batch_size=2, recipe="iwae")
+
+
+@pytest.mark.filterwarnings("ignore:.*was not registered in the param store because requires_grad=False")
+def test_frozen_layers_stay_and_a_second_fit_sees_other_modes() -> None:
+    """Neither a frozen weight nor a mode is kept from an earlier fit's graph; a weight as long as a batch is fine."""
+    torch.set_default_dtype(torch.float32)
+    net, guide = networks(nn.Linear(3, 4), nn.Dropout(0.5), nn.Linear(4, 3))
+    for parameter in net[1].parameters():
+        parameter.requires_grad_(False)
+    example = Example(local_model, guide, LOCAL_ROWS)
+    options: dict[str, Any] = {"steps": 3, "batch_size": 4, "compile": "graph"}
+    first = fitted(example, **options)
+    assert first.state.mode == "graph"
+    assert not any(name.startswith("net$$$1.") for name in first.params)
+    with torch.no_grad():
+        net[1].weight.mul_(3.0)
+    losses = [first.history["loss"], fitted(example, **options).history["loss"]]
+    net.eval()
+    losses += [fitted(example, **options).history["loss"], fitted(example, **options).history["loss"]]
+    eager = fitted(example, **options | {"compile": "eager"}).history["loss"]
+    assert not np.allclose(losses[0], losses[1])
+    assert not np.allclose(losses[1], losses[2])
+    np.testing.assert_array_equal(losses[2], losses[3])
+    np.testing.assert_allclose(losses[2], eager, rtol=1e-10)
+
+
+def test_a_module_that_is_built_in_the_program_is_refused() -> None:
+    def guide(x: Tensor) -> None:
+        net = nn.Linear(1, 1)
+        pyro.module("net", net)
+        pyro.sample("mu", dist.Normal(net(x[:1]).sum(), 1.0))
+        with pyro.plate("rows", len(x)):
+            pyro.sample("z", dist.Normal(x, 1.0))
+
+    with pytest.raises(ProgramError, match="build modules outside of model and guide"):
+        fitted(Example(local_model, guide, LOCAL_ROWS), steps=1)

@@ -50,9 +50,8 @@ class PyroLoss(ELBO):
         states, own = self._extras(plan, batch)
         objective, plan = self._now(plan)
         with torch.no_grad():
-            draws = bound.draws(
-                self._leaves(bound), batch, None, plan, total_rows=self._total_rows, states=states, own=own
-            )
+            params = {n: leaf.detach() for n, leaf in self._leaves(bound).items()}
+            draws = bound.draws(params, batch, None, plan, total_rows=self._total_rows, states=states, own=own)
             return float(losses(draws, objective, plan)[0])
 
     def loss_and_grads(self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any) -> float:
@@ -114,7 +113,7 @@ class PyroLoss(ELBO):
                 f"Parameters {missing} are not in Pyro's parameter store, where SVI looks for them; use "
                 f"pyro.settings.set(module_local_params=False)."
             )
-        for name, parameter in bound.module_parameters.items():
+        for name, parameter in bound.modules.parameters.items():
             if stored[name] is not parameter:
                 raise ProgramError(
                     f"Pyro's parameter store has another tensor under {name!r} than the module itself, which would "

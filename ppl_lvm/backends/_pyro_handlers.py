@@ -124,6 +124,11 @@ class Handler(Messenger):
                 raise ProgramError(f"Parameter {name!r} is read before it is given an initial value.")
             return
         value: Any
+        if isinstance(offer, torch.nn.Parameter):
+            raise ProgramError(
+                f"Parameter {name!r} is of a module that the program did not have, or had frozen, when it was first "
+                f"run; build modules outside of model and guide, and freeze and unfreeze layers between fits."
+            )
         if "$$$" in name:
             value = offer
         elif name in self.params:

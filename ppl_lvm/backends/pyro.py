@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import warnings
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -93,14 +93,8 @@ class PyroBound:
                 store._param_to_name[leaf] = name
 
     @property
-    def module_parameters(self) -> Mapping[str, torch.nn.Parameter]:
-        """The parameters that modules own, as they own them."""
-        return self._modules.parameters
-
-    @property
-    def own_setup(self) -> Hashable:
-        """What tells this bound from others of the same program: modules that were set up in its probe."""
-        return id(self._modules.setup) if self._modules.setup else None
+    def modules(self) -> Modules:
+        return self._modules
 
     def on(self, example: Call) -> PyroBound:
         """The same program on data of another shape, with what its modules set up here."""
