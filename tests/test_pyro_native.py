@@ -16,6 +16,7 @@ from pyro.distributions.transforms import affine_autoregressive, iterated
 from pyro.infer import Trace_ELBO, autoguide
 from pyro.infer.autoguide import AutoDelta, AutoGuideList, AutoMultivariateNormal, AutoNormal
 from pyro.nn import PyroModule, PyroParam, PyroSample
+from pyro.nn.module import to_pyro_module_
 from torch import Tensor, nn
 from torch.distributions import constraints
 
@@ -238,6 +239,23 @@ def guide_list() -> Example:
     return Example(model, guide, (x, x @ [1.0, -2.0] + 0.3))
 
 
+def converted() -> Example:
+    """A network of torch made Bayesian in place."""
+    net = nn.Sequential(nn.Linear(2, 2), nn.Tanh(), nn.Linear(2, 1))
+    to_pyro_module_(net)
+    for module in net.modules():
+        for name, value in list(module.named_parameters(recurse=False)):
+            setattr(module, name, PyroSample(dist.Normal(0.0, 1.0).expand(value.shape).to_event(value.dim())))
+
+    def model(x: Tensor, y: Tensor) -> None:
+        mean = net(x).squeeze(-1)
+        with pyro.plate("data", len(x)):
+            pyro.sample("y", dist.Normal(mean, 0.5), obs=y)
+
+    x = RNG.normal(size=(7, 2))
+    return Example(model, AutoNormal(model), (x, x.sum(1)))
+
+
 # A Gaussian process: the rows depend on each other, so the program is one row.
 
 
@@ -320,7 +338,7 @@ EXAMPLES = {
     f.__name__: f
     for f in (
         *(vae, semi_supervised, mixture_map, mixture_normal, deep_markov, topics, regression, guide_list),
-        *(gaussian_process, crossed, subsampled, subsampled_automatically, loop),
+        *(converted, gaussian_process, crossed, subsampled, subsampled_automatically, loop),
     )
 }
 
