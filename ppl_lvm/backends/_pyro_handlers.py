@@ -185,6 +185,12 @@ class Handler(Messenger):
             elif offer is None and msg["fn"] == _stored and name not in pyro.get_param_store():
                 raise ProgramError(f"Parameter {name!r} is read before it is given an initial value.")
             return
+        value: Any
+        if isinstance(offer, torch.nn.Parameter):
+            raise ProgramError(
+                f"Parameter {name!r} is of a module that the program did not have, or had frozen, when it was first "
+                f"run; build modules outside of model and guide, and freeze and unfreeze layers between fits."
+            )
         if "$$$" in name:
             value = offer
         elif name in self.params:

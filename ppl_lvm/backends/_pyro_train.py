@@ -81,7 +81,7 @@ class Trainer:
         names = (len(example.args), tuple(example.kwargs))
         self._key: tuple[Hashable, ...] = (
             *(bound.program, bound.dtype, bound.structure.data_plate, static_key(objective, plan)),
-            *(plan.K, plan.M, shapes, names, rows is None, bound.own_setup),
+            *(plan.K, plan.M, shapes, names, rows is None, bound.modules.form),
         )
         self._step: Callable[..., list[Tensor]] | None = None
 
@@ -165,7 +165,9 @@ class Trainer:
             return
         for node in graph.graph.nodes:
             value = getattr(graph, node.target, None) if node.op == "get_attr" else None
-            if isinstance(value, Tensor) and value.dim() > 1 and value.shape[0] in (rows, self._rows):
+            if not isinstance(value, Tensor) or self._bound.modules.owns(value):
+                continue
+            if value.dim() > 1 and value.shape[0] in (rows, self._rows):
                 raise BackendError(
                     f"The program holds a tensor of shape {tuple(value.shape)} of its own, which mini-batches cannot "
                     f"reach; pass it as data."

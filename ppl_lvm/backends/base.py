@@ -628,6 +628,10 @@ class Steps:
                 self._kept.popitem(last=False)
         return self._kept[key]
 
+    def renew(self, key: Hashable, build: Callable[[], Any]) -> Any:
+        self._kept.pop(key, None)
+        return self.get(key, build)
+
 
 class Trainer(Protocol):
     """Optimiser steps in chunks. A tree holds all state: parameters, optimiser, estimators' state and parameters."""
