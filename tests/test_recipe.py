@@ -187,7 +187,7 @@ def test_unknown_names_list_the_valid_ones_and_suggest_one() -> None:
     unknown = message("elbo", estimator={"y": "pathwis"})
     assert unknown.startswith("estimator.y of recipe 'elbo' asks for an unknown estimator 'pathwis'")
     assert "Did you mean 'pathwise'?" in unknown
-    assert "has no option 'drwas'. Did you mean 'draws'? Options: batch_size, draws" in message(
+    assert "has no option 'drwas'. Did you mean 'draws'? Options: batch_size, check_every, clip, draws" in message(
         "iwae", drwas=3
     )
     assert "objective, 'elbo', has no option 'draw'. Did you mean 'draws'?" in message(
@@ -195,7 +195,7 @@ def test_unknown_names_list_the_valid_ones_and_suggest_one() -> None:
     )
     unknown = message({"objective": "elbo", "stps": 3})
     assert "unknown key 'stps'. Did you mean 'steps'? Keys: batch_size" in unknown
-    assert "optimizer has no option 'lr'. Options: learning_rate, name" in message(
+    assert "optimizer has no option 'lr'. Options: clip, learning_rate, name, weight_decay." in message(
         "elbo", optimizer={"lr": 1}
     )
 
