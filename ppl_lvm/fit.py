@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from ppl_lvm import backends, legality, progress
 from ppl_lvm.algorithm import Schedule
-from ppl_lvm.backends.base import Call, numbers_of
-from ppl_lvm.errors import DataError, LegalityError, PplLvmError, ProgramError
+from ppl_lvm.backends.base import Call, numbers_of, parameter_groups
+from ppl_lvm.errors import DataError, LegalityError, PplLvmError, ProgramError, RecipeError
+from ppl_lvm.monitor import EarlyStopping, Moment, Run, Watch, restart_seeds, run_seed, without_early_stopping
+from ppl_lvm.parameters import descent, starting_values
 from ppl_lvm.posterior import Fit, State
 from ppl_lvm.program import Program, backend_of
 from ppl_lvm.program import program as load_program
 from ppl_lvm.recipe import Recipe
 from ppl_lvm.recipe import recipe as load_recipe
+from ppl_lvm.stages import in_stages
+from ppl_lvm.validation import HeldOut, split
 
 CHUNK = 100
 """Steps between two looks at the loss: progress, non-finite values. Nothing is read from the device in between."""
@@ -35,6 +40,9 @@ def fit(
     compile: str = "auto",
     data_plate: str | None = None,
     state: State | None = None,
+    validation: object = None,
+    start: Fit | Mapping[str, Any] | None = None,
+    callbacks: Sequence[Callable[[Moment], object]] = (),
     **overrides: Any,
 ) -> Fit:
     """Fits a latent-variable program to data by the objective and the gradient estimators of a recipe.
@@ -43,7 +51,8 @@ def fit(
         model: a portable program (`program("vae", latent=8)` or its name), or a native model of Pyro or NumPyro.
         guide: the native model's guide or autoguide.
         data: the program's arguments: an array, a tuple of arrays or a dict by name, whose first axis is rows.
-        recipe: a name, a path to a TOML file, a mapping or a Recipe; None: the program's own.
+        recipe: a name, a path to a TOML file, a mapping or a Recipe, or a list of them that are run as stages, each
+            from the parameters of the last; None: the program's own.
         backend: "pyro" or "numpyro"; found from a native program, the first one installed for a portable one.
         seed: initial parameters, order of rows and noise are functions of it.
         dtype: "float32" or "float64".
@@ -51,9 +60,19 @@ def fit(
         compile: "auto", "compiled" or "eager", and on Pyro "graph" (traced, not compiled).
         data_plate: the plate of the rows where the program leaves it open; "none": the whole program is one row.
         state: of an earlier fit, to go on from to `steps` in all.
+        validation: a fraction of the rows, taken out by a permutation that depends on the seed, or other data. Every
+            `check_every` steps `history["validation"]` gets the recipe's objective per row on them, with the same
+            noise each time and schedules at their end; `patience` stops early on it and keeps the best parameters.
+        start: an earlier fit, or constrained values by name; parameters of these names start from them.
+        callbacks: `f(moment)` is called every `check_every` steps with `step`, `loss`, `validation`, `params` and
+            `state`; `moment.stop()` ends the fit, or the stage. What a callback raises ends the fit and is passed on
+            as it is; one that wants to keep what there is saves `moment.state`.
         **overrides: options of the recipe, `draws=50`, `learning_rate=1e-2`, `steps=100`.
 
     Rows are shuffled once per epoch and taken `batch_size` at a time; the last, smaller batch of an epoch is left out.
+    `history` holds "step", "loss" and "gradient_norm" (before clipping) of every step, and "validation" at
+    "validation_step"; of stages one after the other, with the number in "stage"; of restarts those of the best one,
+    and in "restarts" what they were compared by: validation, or the mean loss of their last tenth.
 
     Raises:
         RecipeError, ProgramError, DataError, LegalityError, BackendError: before training starts.
@@ -73,56 +92,75 @@ def fit(
     if dtype not in ("float32", "float64"):
         raise DataError(f"dtype={dtype!r} was asked for; use 'float32' or 'float64'.")
     call = Call.of(data)
-    rows = _rows(call)
+    if how.stages:
+        once = partial(fit, chosen, None, data, backend=name, seed=seed, dtype=dtype, progress_bar=progress_bar)
+        once = partial(once, compile=compile, data_plate=data_plate, validation=validation, callbacks=callbacks)
+        return in_stages(how, once, start, state)
+    training, held_out = split(call, _rows(call), validation, seed)
+    rows = _rows(training)
     messages: list[str] = []
 
     library = backends.load(name)
-    bound, example, batched = _bind(library, chosen, call, rows, how, seed, dtype, data_plate, messages)
-    _check_support(bound, chosen, call, example)
+    bound, example, batched = _bind(library, chosen, training, rows, how, seed, dtype, data_plate, messages)
+    _check_support(bound, chosen, training, example)
     plan, notes = legality.plan(how.objective, how.estimator, bound.structure)
     messages += [f"estimator: {note}" for note in notes]
+    moved = descent(how, parameter_groups(bound.structure, how.objective, plan, example))
+    seeds = restart_seeds(seed, how.restarts) if state is None else [run_seed(seed, state.restart)]
     trainer = library.Trainer(
         bound,
         plan,
         how.objective,
-        how.optimizer,
+        moved,
         bound.batch(example),
-        seed=seed,
+        seeds=seeds,
+        initials=_initials(library, bound, example, seeds, start, state, messages),
         rows=rows if batched else None,
         steps=how.steps,
         mode=_mode(compile, state),
     )
     tree, step = _start(trainer, state, name, seed, how.steps)
 
-    held = bound.batch(call)
-    numbers = numbers_of(how.objective, plan, how.optimizer)
-    losses: list[np.ndarray] = []
+    held = bound.batch(training)
+    numbers = numbers_of(how.objective, plan, moved.optimizers)
+    watch = Watch(
+        trainer,
+        _runs(how, held_out, seeds, state),
+        None if held_out is None else HeldOut(library, chosen, held_out, bound, rows, seed).look(trainer, numbers),
+        callbacks,
+        params=lambda arrays: _constrained(library, bound, trainer.params_of(arrays)),
+        state=lambda arrays, step, r: _state(name, seed, step, trainer, arrays, r, state),
+    )
     with progress.bar(f"{chosen.name} · {how.name} · {name}", how.steps, step, progress_bar) as advance:
-        while step < how.steps:
-            n = min(CHUNK, how.steps - step)
-            index = _index(rows, how.batch_size, seed, step, CHUNK) if batched else None
+        while step < how.steps and not watch.over:
+            n = min(CHUNK, how.steps - step, how.check_every - step % how.check_every)
+            index = np.stack([_index(rows, how.batch_size, s, step, CHUNK) for s in seeds]) if batched else None
             values = {k: _values(v, step, CHUNK) for k, v in numbers.items()}
             tree, chunk = trainer.run(tree, held, index, values, step, n)
-            losses.append(library.to_numpy(chunk).astype(np.float64))
-            if not np.isfinite(losses[-1]).all():
-                _stop(losses[-1], step, bound, trainer, tree, plan, held, index, library.key_of(seed))
+            watch.add({k: library.to_numpy(v).astype(np.float64) for k, v in chunk.items()}, step)
+            if watch.lost is not None:
+                r = watch.lost
+                batch = None if index is None else index[r]
+                _stop(watch.runs[r], step, bound, trainer.params(tree, r), plan, held, batch, library.key_of(seeds[r]))
             step += n
-            advance(n, float(losses[-1][-1]))
+            if step % how.check_every == 0:
+                watch.check(step, tree)
+            advance(n, *watch.last)
 
-    loss = np.concatenate(losses) if losses else np.zeros(0)
-    constrained = bound.constrain(trainer.params(tree))
+    ended = watch.finish(step, tree)
+    trained = trainer.params_of(ended.kept)
     return Fit(
         program=chosen,
         recipe=how,
         backend=name,
         seed=seed,
-        params={n: library.to_numpy(v) for n, v in constrained.items()},
-        history={"step": np.arange(how.steps - len(loss), how.steps), "loss": loss},
+        params=_constrained(library, bound, trained),
+        history=watch.history(ended),
         seconds=time.perf_counter() - started,
-        messages=messages + [note for note in trainer.notes if note not in messages],
-        state=State(name, seed, step, trainer.mode, trainer.pack(tree)),
+        messages=messages + watch.messages + [note for note in trainer.notes if note not in messages],
+        state=_state(name, seed, ended.step, trainer, ended.state, ended.run, state),
         _bound=bound,
-        _trained=trainer.params(tree),
+        _trained=trained,
         _data=call,
     )
 
@@ -262,7 +300,51 @@ def _start(trainer: Any, state: State | None, backend: str, seed: int, steps: in
         )
     if state.step > steps:
         raise DataError(f"The state is at step {state.step} already and steps = {steps}; ask for more.")
-    return trainer.unpack(state.arrays), state.step
+    return trainer.unpack(without_early_stopping(state.arrays)), state.step
+
+
+def _initials(
+    library: Any,
+    bound: Any,
+    example: Call,
+    seeds: Sequence[int],
+    start: Fit | Mapping[str, Any] | None,
+    state: State | None,
+    messages: list[str],
+) -> list[Mapping[str, Any]]:
+    """Unconstrained initial parameters of every restart."""
+    initials = [bound.initial]
+    for seed in seeds[1:]:
+        other = library.Bound(bound.program, example, seed=seed, dtype=bound.dtype, data_plate=bound.asked_plate)
+        initials.append(other.initial)
+    if start is None:
+        return initials
+    if state is not None:
+        raise DataError("Both state and start were given; a state brings its parameters, so leave start out.")
+    return [starting_values(initial, start, bound, messages) for initial in initials]
+
+
+def _runs(how: Recipe, held_out: Call | None, seeds: Sequence[int], state: State | None) -> list[Run]:
+    if how.patience is None:
+        return [Run(None) for _ in seeds]
+    if held_out is None:
+        raise RecipeError(
+            f"Recipe {how.name!r} has patience = {how.patience}, which goes by validation; pass validation=0.1 or data."
+        )
+    runs = [Run(EarlyStopping(how.patience, how.min_delta)) for _ in seeds]
+    if state is not None and runs[0].early is not None:
+        runs[0].early.unpack(state.arrays)
+    return runs
+
+
+def _constrained(library: Any, bound: Any, params: Mapping[str, Any]) -> dict[str, Any]:
+    return {n: library.to_numpy(v) for n, v in bound.constrain(params).items()}
+
+
+def _state(
+    name: str, seed: int, step: int, trainer: Any, arrays: Mapping[str, np.ndarray], run: int, state: State | None
+) -> State:
+    return State(name, seed, step, trainer.mode, arrays, run if state is None else state.restart)
 
 
 def _epochs(rows: int, size: int, seed: int, first: int) -> Iterator[np.ndarray]:
@@ -288,20 +370,20 @@ def _values(number: float | Schedule, first: int, steps: int) -> np.ndarray:
 
 
 def _stop(
-    losses: np.ndarray,
+    run: Run,
     first: int,
     bound: Any,
-    trainer: Any,
-    tree: Any,
+    params: Mapping[str, Any],
     plan: Any,
     held: Call,
     index: np.ndarray | None,
     key: Any,
 ) -> None:
     """Raises with the step of the first non-finite loss and the sites that are not finite there or later."""
-    i = int(np.flatnonzero(~np.isfinite(losses))[0])
-    batch = held if index is None else held.map(lambda a: a[index[i]])
-    table = bound.evaluate(trainer.params(tree), batch, key, plan)
+    assert run.diverged is not None
+    loss = run.record("loss")[run.diverged - first - len(run.records["loss"][-1])]
+    batch = held if index is None else held.map(lambda a: a[index[run.diverged - first]])
+    table = bound.evaluate(params, batch, key, plan)
     guilty = [
         f"{name} ({label})"
         for name, row in table.items()
@@ -309,6 +391,6 @@ def _stop(
         if row[label] is not None and not np.isfinite(np.asarray(row[label])).all()
     ]
     raise PplLvmError(
-        f"The loss at step {first + i} is {losses[i]}. Densities that are not finite at the parameters it left behind: "
+        f"The loss at step {run.diverged} is {loss}. Densities that are not finite at the parameters it left behind: "
         f"{guilty or 'none'}. Lower the learning rate, or bound the scales of these sites."
     )

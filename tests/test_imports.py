@@ -36,9 +36,13 @@ ARROWS = {
     "to_arviz": {"errors"},
     "posterior": {"algorithm", "backends", "draws", "errors", "ops", "program", "to_arviz"},
     "progress": set[str](),
+    "parameters": {"algorithm", "backends", "errors", "lookup"},
+    "monitor": {"backends"},
+    "validation": {"algorithm", "backends", "errors"},
+    "stages": {"errors", "posterior", "recipe"},
     "fit": {
-        *("algorithm", "backend_of", "backends", "draws", "errors", "legality", "lookup", "ops", "posterior"),
-        *("program", "progress", "recipe", "to_arviz"),
+        *("algorithm", "backend_of", "backends", "draws", "errors", "legality", "lookup", "monitor", "ops"),
+        *("parameters", "posterior", "program", "progress", "recipe", "stages", "to_arviz", "validation"),
     },
     "pictures": {"datasets", "errors", "to_arviz"},
     "report": {

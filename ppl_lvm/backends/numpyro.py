@@ -35,6 +35,7 @@ from ppl_lvm.backends.base import (
     as_float,
     check_scale,
     check_sites,
+    check_value,
     example_kinds,
     find_data_plate,
     is_factor,
@@ -42,6 +43,7 @@ from ppl_lvm.backends.base import (
     losses,
 )
 from ppl_lvm.draws import Draws, Plate, Site
+from ppl_lvm.errors import DataError
 
 if TYPE_CHECKING:
     from ppl_lvm.program import Program
@@ -110,7 +112,8 @@ class NumPyroBound:
         model = self._trace(self._model, model_handler, batch)
         self._supports = {n: s["fn"].support for n, s in model.items() if s["type"] == "sample" and s["is_observed"]}
         found = {**model_handler.found, **guide_handler.found}
-        self._transforms = {n: biject_to(c) for n, (_, c) in found.items()}
+        self._constraints = {n: c for n, (_, c) in found.items()}
+        self._transforms = {n: biject_to(c) for n, c in self._constraints.items()}
         self.initial = {n: self._unconstrain(n, v) for n, (v, _) in found.items()}
         self.structure = self._structure(guide, model, asked, batch)
         used = {"model": model_handler.found, "guide": guide_handler.found}
@@ -229,6 +232,24 @@ class NumPyroBound:
 
         value = jax.tree.map(leaf, value)
         return value if is_tree(value) else self._transforms[name]._inverse(value)
+
+    def unconstrain(self, name: str, value: Any) -> Any:
+        """The unconstrained value of a parameter's constrained one; DataError where it can have no such value."""
+        with precision(self.dtype):
+            known = self.constrain({name: self.initial[name]})[name]
+            if jax.tree.structure(value) != jax.tree.structure(known):
+                layout = jax.tree.structure(known)
+                raise DataError(f"start: {name!r} is not laid out as its parameter, which is {layout}.")
+            value = jax.tree.map(lambda a, k: owned(a, k.dtype), value, known)
+
+            def inside() -> bool:
+                within = is_tree(value) or bool(jnp.all(self._constraints[name](value)))
+                inverse = jax.tree.leaves(self._unconstrain(name, value))
+                return within and all(bool(jnp.isfinite(a).all()) for a in inverse)
+
+            for found, needed in zip(jax.tree.leaves(value), jax.tree.leaves(known), strict=True):
+                check_value(name, found, needed.shape, inside)
+            return self._unconstrain(name, value)
 
     def constrain(self, params: Params) -> dict[str, Any]:
         """Constrained values of unconstrained parameters."""

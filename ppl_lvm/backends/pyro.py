@@ -38,6 +38,7 @@ from ppl_lvm.backends.base import (
     as_float,
     check_scale,
     check_sites,
+    check_value,
     example_kinds,
     find_data_plate,
     is_factor,
@@ -155,6 +156,7 @@ class PyroBound:
         self._supports = {n: s["fn"].support for n, s in model.items() if s["is_observed"]}
         found = {**guide_handler.values, **model_handler.values}
         constraint = {**guide_handler.constraints, **model_handler.constraints}
+        self._constraints = constraint
         self._transforms = {n: transform_to(constraint[n]) for n in found}
         self.initial = {
             n: self._transforms[n].inv(self._cast(v.detach())).detach().clone() for n, v in found.items()
@@ -288,6 +290,23 @@ class PyroBound:
             for n, info in structure.sites.items()
         }
         return replace(structure, sites=sites)
+
+    def unconstrain(self, name: str, value: Any) -> Tensor:
+        """The unconstrained value of a parameter's constrained one; DataError where it can have no such value."""
+        with sealed(self.dtype):
+            known = self._transforms[name](self.initial[name])
+            value = torch.as_tensor(np.array(value)).to(known)
+
+            def inverse() -> Tensor:
+                return self._transforms[name].inv(value).detach().clone()
+
+            check_value(
+                name,
+                value,
+                known.shape,
+                lambda: bool(self._constraints[name].check(value).all() and inverse().isfinite().all()),
+            )
+            return inverse()
 
     def constrain(self, params: Params) -> dict[str, Tensor]:
         """Constrained values of unconstrained parameters."""
