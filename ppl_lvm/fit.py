@@ -381,8 +381,9 @@ def _stop(
 ) -> None:
     """Raises with the step of the first non-finite loss and the sites that are not finite there or later."""
     assert run.diverged is not None
-    loss = run.record("loss")[run.diverged - first - len(run.records["loss"][-1])]
-    batch = held if index is None else held.map(lambda a: a[index[run.diverged - first]])
+    i = run.diverged - first
+    loss = run.records["loss"][-1][i]
+    batch = held if index is None else held.map(lambda a: a[index[i]])
     table = bound.evaluate(params, batch, key, plan)
     guilty = [
         f"{name} ({label})"

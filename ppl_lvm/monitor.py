@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -219,7 +220,7 @@ class Watch:
             if losses is not None:
                 run.validation.append((step, float(losses[r])))
             if run.early is not None and losses is not None:
-                run.early.see(step, float(losses[r]), lambda r=r: self._trainer.pack(tree, r))
+                run.early.see(step, float(losses[r]), partial(self._trainer.pack, tree, r))
                 if run.early.over:
                     run.ended = step, self._trainer.pack(tree, r)
             for callback in self._callbacks:

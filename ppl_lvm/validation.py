@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -75,7 +76,7 @@ class HeldOut:
         held_out = len(call.leaves[0]) if call.leaves else 0
         size = structure.rows if structure.data_plate is not None else held_out
         for i, first in enumerate(range(0, held_out, max(size, 1))):
-            block = call.map(lambda a, f=first: a[f : f + size])
+            block = call.map(operator.itemgetter(slice(first, first + size)))
             n = min(size, held_out - first)
             own = bound if n == size and structure.data_plate is not None else bind(block)
             key = library.key_of(int(np.random.SeedSequence([seed, NOISE, i]).generate_state(1)[0]))

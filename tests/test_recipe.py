@@ -140,7 +140,8 @@ def test_numbers_may_be_schedules() -> None:
     }
     assert annealed == recipe("elbo", beta=Schedule(schedule="linear", start=0.0, end=1.0, steps=100))
     assert recipe(json.loads(json.dumps(annealed.to_dict()))) == annealed
-    assert recipe("elbo", learning_rate=table | {"schedule": "cosine"}).optimizer.numbers()
+    (optimizer,) = recipe("elbo", learning_rate=table | {"schedule": "cosine"}).optimizers.values()
+    assert optimizer.numbers()
 
 
 def test_algorithms_of_a_users_file(own: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

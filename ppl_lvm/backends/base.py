@@ -522,7 +522,7 @@ def check_value(name: str, found: Any, needed: Sequence[int], inside: Callable[[
 
 
 def own_name(owner: str, name: str) -> str:
-    """What a parameter of an estimator or of the objective itself is called: "estimator.z.weight", "objective.log_z"."""
+    """What a parameter of an estimator or of the objective is called: "estimator.z.weight", "objective.log_z"."""
     return f"objective.{name}" if owner == "objective" else f"estimator.{owner}.{name}"
 
 

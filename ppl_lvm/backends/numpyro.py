@@ -237,8 +237,8 @@ class NumPyroBound:
         """The unconstrained value of a parameter's constrained one; DataError where it can have no such value."""
         with precision(self.dtype):
             known = self.constrain({name: self.initial[name]})[name]
-            if jax.tree.structure(value) != jax.tree.structure(known):
-                layout = jax.tree.structure(known)
+            layout = jax.tree.structure(known)
+            if str(jax.tree.structure(value)) != str(layout):
                 raise DataError(f"start: {name!r} is not laid out as its parameter, which is {layout}.")
             value = jax.tree.map(lambda a, k: owned(a, k.dtype), value, known)
 
