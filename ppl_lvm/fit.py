@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -43,6 +44,7 @@ def fit(
     validation: object = None,
     start: Fit | Mapping[str, Any] | None = None,
     callbacks: Sequence[Callable[[Moment], object]] = (),
+    device: str | None = None,
     **overrides: Any,
 ) -> Fit:
     """Fits a latent-variable program to data by the objective and the gradient estimators of a recipe.
@@ -67,6 +69,8 @@ def fit(
         callbacks: `f(moment)` is called every `check_every` steps with `step`, `loss`, `validation`, `params` and
             `state`; `moment.stop()` ends the fit, or the stage. What a callback raises ends the fit and is passed on
             as it is; one that wants to keep what there is saves `moment.state`.
+        device: "cpu", "gpu" or "cuda:1", where the fit runs; None: the library's default. A native model's own tensors
+            are the caller's to put there. What is asked of the fit later runs on the library's default.
         **overrides: options of the recipe, `draws=50`, `learning_rate=1e-2`, `steps=100`.
 
     Rows are shuffled once per epoch and taken `batch_size` at a time; the last, smaller batch of an epoch is left out.
@@ -92,9 +96,14 @@ def fit(
     if dtype not in ("float32", "float64"):
         raise DataError(f"dtype={dtype!r} was asked for; use 'float32' or 'float64'.")
     call = Call.of(data)
+    once = partial(fit, chosen, None, data, backend=name, seed=seed, dtype=dtype, progress_bar=progress_bar)
+    once = partial(once, compile=compile, data_plate=data_plate, validation=validation, callbacks=callbacks)
+    if device is not None:
+        library = backends.load(name)
+        with library.on(device):
+            there = once(recipe=how, start=start, state=state)
+        return replace(there, _trained=library.off_device(there._trained))
     if how.stages:
-        once = partial(fit, chosen, None, data, backend=name, seed=seed, dtype=dtype, progress_bar=progress_bar)
-        once = partial(once, compile=compile, data_plate=data_plate, validation=validation, callbacks=callbacks)
         return in_stages(how, once, start, state)
     training, held_out = split(call, _rows(call), validation, seed)
     rows = _rows(training)

@@ -11,7 +11,7 @@ from toys import GLOBAL_ROWS, ROWS
 
 from ppl_lvm import Fit, State, backends, fit
 from ppl_lvm.backends.base import Call, Plan
-from ppl_lvm.errors import DataError, PplLvmError, RecipeError
+from ppl_lvm.errors import BackendError, DataError, PplLvmError, RecipeError
 from ppl_lvm.monitor import EarlyStopping, Moment, restart_seeds
 from ppl_lvm.parameters import frozen, optimizer_of
 from ppl_lvm.program import Program
@@ -437,3 +437,22 @@ def test_what_a_callback_raises_is_passed_on_and_its_checkpoint_goes_on(backend:
         run(backend, steps=6, check_every=4, callbacks=[callback])
     assert kept[0].step == 4
     assert_same_bits(run(backend, steps=6, state=kept[0]), run(backend, steps=6))
+
+
+# Devices.
+
+
+@pytest.mark.parametrize(("backend", "mode"), [("pyro", "eager"), ("pyro", "graph"), ("numpyro", "eager")])
+def test_a_device_by_name_is_the_same_fit(backend: str, mode: str) -> None:
+    options: dict[str, Any] = {"steps": 2, "validation": 0.25, "compile": mode}
+    here, named = run(backend, NET, **options), run(backend, NET, device="cpu", **options)
+    assert_same_bits(here, named)
+    np.testing.assert_array_equal(here.history["loss"], named.history["loss"])
+    np.testing.assert_array_equal(here.log_likelihood(draws=3).values, named.log_likelihood(draws=3).values)
+
+
+@on_both
+def test_a_device_that_is_not_there_is_refused(backend: str) -> None:
+    for device in ("gpu:99", "cuda:99", "tpu9", "cpu:x"):
+        with pytest.raises(BackendError, match=f"device='{device}' was asked for; .* has .*cpu.* here"):
+            run(backend, device=device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -51,6 +52,28 @@ def key_of(seed: int) -> jax.Array:
 def to_numpy(x: Any) -> np.ndarray:
     """An array of the backend as numpy's."""
     return np.asarray(x)
+
+
+def on(device: str) -> contextlib.AbstractContextManager[Any]:
+    """What is made inside this block is on a device: "cpu", "gpu", "cuda:0".
+
+    Raises:
+        BackendError: there is no such device.
+    """
+    kind, _, number = device.partition(":")
+    try:
+        found = jax.devices(kind)
+    except RuntimeError:
+        found = []
+    if not (number or "0").isdecimal() or int(number or 0) >= len(found):
+        there = dict.fromkeys(f"{d.platform}:{i}" for i, d in enumerate(jax.devices())) | {"cpu": None}
+        raise BackendError(f"device={device!r} was asked for; JAX has {', '.join(there)} here.")
+    return jax.default_device(found[int(number or 0)])
+
+
+def off_device(params: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Parameters of a fit as further calls find them; JAX moves them to where it computes."""
+    return params
 
 
 class Trainer:

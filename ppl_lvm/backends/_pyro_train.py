@@ -7,6 +7,7 @@ random numbers at one seed.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 from collections.abc import Callable, Hashable, Mapping, Sequence
@@ -20,6 +21,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
 from ppl_lvm.algorithm import Objective
+from ppl_lvm.backends._pyro_handlers import kept_generators, sealed, seed_generators
 from ppl_lvm.backends.base import (
     Call,
     Descent,
@@ -33,7 +35,7 @@ from ppl_lvm.backends.base import (
     static_key,
     with_numbers,
 )
-from ppl_lvm.backends.pyro import PyroBound, sealed
+from ppl_lvm.backends.pyro import PyroBound
 from ppl_lvm.errors import BackendError
 
 Bound = PyroBound
@@ -60,6 +62,25 @@ def key_of(seed: int) -> int:
 def to_numpy(x: Any) -> np.ndarray:
     """An array of the backend as numpy's."""
     return x.detach().cpu().numpy() if isinstance(x, Tensor) else np.asarray(x)
+
+
+def on(device: str) -> contextlib.AbstractContextManager[Any]:
+    """What is made inside this block is on a device: "cpu", "gpu", "cuda:0".
+
+    Raises:
+        BackendError: there is no such device.
+    """
+    there = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+    name = device.replace("gpu", "cuda")
+    name = "cuda:0" if name == "cuda" else name
+    if name not in there:
+        raise BackendError(f"device={device!r} was asked for; PyTorch has {', '.join(there)} here.")
+    return torch.device(name)
+
+
+def off_device(params: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """Parameters of a fit as further calls find them, which are not inside its `on`."""
+    return {n: p.cpu() for n, p in params.items()}
 
 
 class Trainer:
@@ -95,7 +116,7 @@ class Trainer:
         names = (len(example.args), tuple(example.kwargs))
         self._key: tuple[Hashable, ...] = (
             *(bound.program, bound.dtype, bound.structure.data_plate, static_key(objective, plan)),
-            *(plan.K, plan.M, descent.static_key(), shapes, names, rows is None),
+            *(plan.K, plan.M, descent.static_key(), shapes, names, rows is None, str(torch.get_default_device())),
         )
         self._step: Callable[..., list[Tensor]] | None = None
 
@@ -192,7 +213,7 @@ class Trainer:
     def _initial(self, values: Mapping[str, Tensor]) -> Tree:
         dtype = getattr(torch, self._bound.dtype)
         states, own = initial_extras(self._objective, self._plan, self._example)
-        params = {n: p.detach().clone() for n, p in values.items()}
+        params = {n: p.detach().to(torch.get_default_device()).clone() for n, p in values.items()}
         own_params = {s: {n: torch.tensor(v, dtype=dtype) for n, v in ps.items()} for s, ps in own.items()}
         return self._with_optimizers(
             params, own_params, {s: torch.tensor(v, dtype=dtype) for s, v in states.items()}
@@ -241,7 +262,7 @@ class Trainer:
             fixed["rows"] = torch.tensor(float(self._rows), dtype=dtype)
         where = None if index is None else torch.as_tensor(index)
         found, norms = [], []
-        with sealed(self._bound.dtype), torch.random.fork_rng(devices=[]), torch.no_grad():
+        with sealed(self._bound.dtype), kept_generators(), torch.no_grad():
             for i in range(n):
                 inputs = fixed | {key: tree[key] for key in ("params", "own", "states")}
                 inputs["numbers"] = {name: v[i] for name, v in scalars.items()}
@@ -255,7 +276,7 @@ class Trainer:
                         key, lambda: self._prepare(leaves, structure, rows)  # noqa: B023 - called at once
                     )
                     self.notes.extend(notes)
-                torch.default_generator.manual_seed(_step_seed(seed, start + i))
+                seed_generators(_step_seed(seed, start + i))
                 loss, norm, *rest = self._step(*leaves)
                 found.append(loss)
                 norms.append(norm)
@@ -297,7 +318,8 @@ class Trainer:
     def unpack(self, arrays: Mapping[str, np.ndarray]) -> list[Tree]:
         tree = self._initial(self._initials[0])
         check_state({n: a for n, a in arrays.items() if not n.startswith("optimizer/")}, _packed(tree))
-        held = {n: torch.from_numpy(np.array(v)) for n, v in arrays.items()}
+        device = torch.get_default_device()
+        held = {n: torch.from_numpy(np.array(v)).to(device) for n, v in arrays.items()}
         params = {n: held[f"params/{n}"] for n in tree["params"]}
         own = {s: {n: held[f"own/{s}/{n}"] for n in ps} for s, ps in tree["own"].items()}
         states = {s: held[f"states/{s}"] for s in tree["states"]}

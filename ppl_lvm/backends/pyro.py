@@ -86,6 +86,7 @@ class PyroBound:
 
         def convert(name: str, a: Any) -> Tensor:
             a = a if isinstance(a, Tensor) else torch.as_tensor(np.asarray(a))
+            a = a.to(torch.get_default_device())
             kind = "f" if a.is_floating_point() else "b" if a.dtype == torch.bool else "i"
             return a.to(getattr(torch, self.dtype)) if as_float(self._kinds, name, kind) else a
 
@@ -170,6 +171,7 @@ class PyroBound:
         )
 
     def _cast(self, value: Tensor) -> Tensor:
+        value = value.to(torch.get_default_device())
         return value.to(getattr(torch, self.dtype)) if value.is_floating_point() else value
 
     def _hold(self, offered: Mapping[str, torch.nn.Parameter], called: list[torch.nn.Module]) -> None:
