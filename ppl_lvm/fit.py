@@ -129,6 +129,7 @@ def fit(
         mode=_mode(compile, state),
     )
     tree, step = _start(trainer, state, name, seed, how.steps)
+    messages += _about_restarts(how, trainer, tree, seeds, state)
 
     held = bound.batch(training)
     numbers = numbers_of(how.objective, plan, moved.optimizers)
@@ -331,6 +332,19 @@ def _initials(
     if state is not None:
         raise DataError("Both state and start were given; a state brings its parameters, so leave start out.")
     return [starting_values(initial, start, bound, messages) for initial in initials]
+
+
+def _about_restarts(how: Recipe, trainer: Any, tree: Any, seeds: Sequence[int], state: State | None) -> list[str]:
+    if how.restarts > 1 and state is not None:
+        return [f"restarts: the state goes on with its own, {state.restart}, alone"]
+    if len(seeds) > 1:
+        first, second = trainer.pack(tree, 0), trainer.pack(tree, 1)
+        if all(np.array_equal(first[n], second[n]) for n in first):
+            return [
+                "restarts: the initial parameters do not depend on the seed, so restarts differ in noise and order of "
+                "rows alone"
+            ]
+    return []
 
 
 def _runs(how: Recipe, held_out: Call | None, seeds: Sequence[int], state: State | None) -> list[Run]:

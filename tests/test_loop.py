@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -130,7 +131,8 @@ def test_frozen_parameters_keep_their_bits(backend: str) -> None:
             same = np.array_equal(held.params[name], ROWS.params[name])
             assert same == (name in names), name
     assert not any(np.array_equal(free.params[n], ROWS.params[n]) for n in ROWS.params)
-    norm = [run(backend, freeze=f).history["gradient_norm"][0] for f in ([], "model", "guide")]
+    parts: tuple[Any, ...] = ([], "model", "guide")
+    norm = [run(backend, freeze=f).history["gradient_norm"][0] for f in parts]
     np.testing.assert_allclose(norm[0] ** 2, norm[1] ** 2 + norm[2] ** 2, rtol=1e-9)
 
 
@@ -202,10 +204,8 @@ def test_the_validation_loss_is_the_objective_per_row(backend: str) -> None:
 @on_both
 def test_schedules_are_at_their_end_in_validation(backend: str) -> None:
     beta = {"schedule": "linear", "start": 0.0, "end": 1.0, "steps": 1000}
-    plain, annealed = (
-        run(backend, validation=0.2, learning_rate=0.0, steps=2, check_every=1, **more).history
-        for more in ({}, {"objective.beta": beta})
-    )
+    options: dict[str, Any] = {"validation": 0.2, "learning_rate": 0.0, "steps": 2, "check_every": 1}
+    plain, annealed = (run(backend, **o).history for o in (options, options | {"objective.beta": beta}))
     np.testing.assert_allclose(annealed["validation"], plain["validation"], rtol=1e-12)
     assert not np.allclose(annealed["loss"], plain["loss"], rtol=1e-3)
 
@@ -234,7 +234,7 @@ def test_patience_counts_checks_without_improvement() -> None:
     early = EarlyStopping(patience=2, min_delta=0.5)
     for step, loss in enumerate([3.0, 2.0, 1.6, float("nan")]):
         assert not early.over
-        early.see(step, loss, lambda step=step: {"at": np.array(step)})
+        early.see(step, loss, partial(dict, at=np.array(step)))
     assert early.over
     assert (early.best, early.step, early.arrays) == (2.0, 1, {"at": np.array(1)})
     assert "under 2 (step 1) by more than min_delta = 0.5 in 2 checks" in early.reason
@@ -310,7 +310,7 @@ def test_stages_are_fits_one_after_the_other(backend: str) -> None:
     options: dict[str, Any] = {"dtype": "float64", "seed": 3, "backend": backend, "compile": "eager"}
     options["validation"] = 0.25
     staged = fit(NET, data=X, recipe=recipe, check_every=2, **options)
-    plain = {"batch_size": 5, "learning_rate": 0.1, "check_every": 2}
+    plain: dict[str, Any] = {"batch_size": 5, "learning_rate": 0.1, "check_every": 2}
     first = fit(NET, data=X, recipe="elbo", steps=3, freeze="guide", **plain, **options)
     second = fit(NET, data=X, recipe="iwae", draws=3, steps=2, start=first, **plain, **options)
     assert_same_bits(staged, second)
@@ -352,7 +352,9 @@ def test_restarts_are_the_runs_one_by_one(backend: str, validated: bool) -> None
         np.testing.assert_allclose(value, alone[best].state.arrays[name], rtol=1e-8, atol=1e-10, err_msg=name)
     assert together.state.restart == best
     assert any(f"restarts: kept {best} of 0 to 2" in m for m in together.messages)
-    on = run(backend, NET, state=together.state, **(options | {"steps": 6}))
+    assert not any("do not depend on the seed" in m for m in together.messages)
+    on = run(backend, NET, restarts=3, state=together.state, **(options | {"steps": 6}))
+    assert any(f"goes on with its own, {best}, alone" in m for m in on.messages)
     further = run(backend, NET, **(options | {"steps": 6, "seed": restart_seeds(3, 3)[best]}))
     assert_close(on.params, further.params)
 
@@ -360,7 +362,8 @@ def test_restarts_are_the_runs_one_by_one(backend: str, validated: bool) -> None
 @on_both
 def test_restarts_with_early_stopping_end_each_on_its_own(backend: str) -> None:
     options: dict[str, Any] = {"validation": X[:7], "check_every": 1, "patience": 1, "optimizer": sgd(0.5), "steps": 12}
-    together = run(backend, NET, restarts=2, **options)
+    together = run(backend, restarts=2, **options)
+    assert any("do not depend on the seed" in m for m in together.messages)
     best = together.state.restart
     assert together.history["restarts"][best] == together.history["validation"].min()
     assert len(together.history["loss"]) == together.state.step
