@@ -22,7 +22,7 @@ from ppl_lvm.program import program as load_program
 from ppl_lvm.recipe import Recipe
 from ppl_lvm.recipe import recipe as load_recipe
 from ppl_lvm.stages import in_stages
-from ppl_lvm.validation import HeldOut, split
+from ppl_lvm.validation import HeldOut, at_least, split
 
 CHUNK = 100
 """Steps between two looks at the loss: progress, non-finite values. Nothing is read from the device in between."""
@@ -112,6 +112,8 @@ def fit(
     library = backends.load(name)
     bound, example, batched = _bind(library, chosen, training, rows, how, seed, dtype, data_plate, messages)
     _check_support(bound, chosen, training, example)
+    if held_out is not None and _rows(held_out) is not None:
+        _check_support(bound, chosen, at_least(held_out, example), example)
     plan, notes = legality.plan(how.objective, how.estimator, bound.structure)
     messages += [f"estimator: {note}" for note in notes]
     moved = descent(how, parameter_groups(bound.structure, how.objective, plan, example))

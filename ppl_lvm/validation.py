@@ -48,6 +48,12 @@ def split(call: Call, rows: int | None, validation: object, seed: int) -> tuple[
     return call.map(lambda a: a[kept]), call.map(lambda a: a[held])
 
 
+def at_least(call: Call, example: Call) -> Call:
+    """Rows repeated where there are fewer than in the example, whose shape checks of support have."""
+    size = max((len(a) for a in example.leaves), default=0)
+    return call.map(lambda a: a if len(a) >= size else np.resize(np.asarray(a), (size, *np.shape(a)[1:])))
+
+
 def _row_shapes(call: Call) -> list[tuple[int, ...]]:
     return [np.shape(a)[1:] for a in call.leaves]
 

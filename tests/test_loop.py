@@ -15,7 +15,7 @@ from ppl_lvm.backends.base import Call, Plan
 from ppl_lvm.errors import BackendError, DataError, PplLvmError, RecipeError
 from ppl_lvm.monitor import EarlyStopping, Moment, restart_seeds
 from ppl_lvm.parameters import frozen, optimizer_of
-from ppl_lvm.program import Program
+from ppl_lvm.program import Program, program
 from ppl_lvm.validation import HeldOut, split
 
 BACKENDS = ("pyro", "numpyro")
@@ -43,12 +43,12 @@ def net_guide(ppl: Any, x: Any) -> None:
 NET = Program("net", net_model, net_guide, portable=True, arguments=("x",))
 
 
-def run(backend: str, program: Program = TOY, data: Any = X, **options: Any) -> Fit:
+def run(backend: str, chosen: Program = TOY, data: Any = X, **options: Any) -> Fit:
     settings: dict[str, Any] = {"recipe": "elbo", "steps": 1, "batch_size": 5, "dtype": "float64", "seed": 3}
     settings |= {"steps": options.get("steps", 1)}
     # A step or two are sooner done than compiled.
     settings["compile"] = "eager" if backend == "pyro" or settings["steps"] < 4 else "compiled"
-    return fit(program, data=data, backend=backend, **(settings | options))
+    return fit(chosen, data=data, backend=backend, **(settings | options))
 
 
 def sgd(rate: float = 0.01, **options: Any) -> dict[str, Any]:
@@ -184,12 +184,12 @@ def test_a_fraction_of_the_rows_is_held_out() -> None:
 @on_both
 def test_the_validation_loss_is_the_objective_per_row(backend: str) -> None:
     """From the tables of values and densities: blocks of 5, 5 and 2 rows; N = 20 rows share the globals' terms."""
-    program = Program("global_rows", GLOBAL_ROWS.model, GLOBAL_ROWS.guide, portable=True, arguments=("x",))
-    found = run(backend, program, validation=X[:12], learning_rate=0.0, steps=3, check_every=1, draws=2, outer=3)
+    toy = Program("global_rows", GLOBAL_ROWS.model, GLOBAL_ROWS.guide, portable=True, arguments=("x",))
+    found = run(backend, toy, validation=X[:12], learning_rate=0.0, steps=3, check_every=1, draws=2, outer=3)
     assert found.history["validation_step"].tolist() == [1, 2, 3]
     assert np.ptp(found.history["validation"]) == 0
     library = backends.load(backend)
-    held_out = HeldOut(library, program, Call((X[:12],)), found._bound, 20, seed=3)
+    held_out = HeldOut(library, toy, Call((X[:12],)), found._bound, 20, seed=3)
     assert [share for *_, share in held_out.blocks] == [5 / 12, 5 / 12, 2 / 12]
     expected = 0.0
     for bound, batch, key, share in held_out.blocks:
@@ -262,6 +262,19 @@ def test_a_continued_run_ends_with_the_same_bits(backend: str, tmp_path: Path) -
     np.testing.assert_array_equal(rest.history["loss"], whole.history["loss"][4:])
     assert whole.history["validation_step"].tolist() == [3, 6, 8]
     np.testing.assert_array_equal(rest.history["validation"], whole.history["validation"][1:])
+
+
+@on_both
+def test_validation_data_are_checked_like_data(backend: str) -> None:
+    for x, what in ((np.array([1.0, np.nan]), "NaN"), (np.zeros(0), "and have some"), (np.array(["a"]), "numbers")):
+        with pytest.raises(DataError, match=what):
+            run(backend, validation=x)
+    counts = np.full((6, 3), 2.0)
+    for rows in (2, 9):
+        bad = np.full((rows, 3), 2.0)
+        bad[-1, 1] = 17.0
+        with pytest.raises(DataError, match=r"'x' are outside the support.*17"):
+            run(backend, program("vae"), counts, batch_size=None, validation=bad)
 
 
 def test_what_validation_needs() -> None:
