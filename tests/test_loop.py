@@ -102,6 +102,16 @@ def test_optimisers_by_pattern_move_their_own_parameters(backend: str) -> None:
     np.testing.assert_allclose(found.history["gradient_norm"], [norm], rtol=1e-9)
 
 
+def test_the_traced_step_equals_the_eager_one() -> None:
+    table = {"model": sgd(0.02, clip=0.5), "guide": {"name": "adamw", "learning_rate": 0.1, "clip": 2.0}}
+    options: dict[str, Any] = {"steps": 3, "optimizer": table, "freeze": ["q_z_gain"]}
+    graph, eager = (run("pyro", compile=mode, **options) for mode in ("graph", "eager"))
+    assert graph.state.mode == "graph"
+    assert_close(graph.params, eager.params)
+    np.testing.assert_allclose(graph.history["gradient_norm"], eager.history["gradient_norm"], rtol=1e-10)
+    assert np.array_equal(graph.params["q_z_gain"], ROWS.params["q_z_gain"])
+
+
 @on_both
 def test_schedules_move_clip_and_weight_decay(backend: str) -> None:
     """With a rate of one step, Adam moves by its sign: p - rate (g / (|g| + eps) + decay p)."""
@@ -347,7 +357,9 @@ def stable(run: Fit) -> dict[str, Any]:
 
 
 @on_both
-@pytest.mark.parametrize("validated", [False, True], ids=["by loss", "by validation"])
+@pytest.mark.parametrize(
+    "validated", [pytest.param(False, id="by loss"), pytest.param(True, id="by validation", marks=pytest.mark.slow)]
+)
 def test_restarts_are_the_runs_one_by_one(backend: str, validated: bool) -> None:
     more: dict[str, Any] = {"validation": X[:7] + 0.1, "check_every": 2} if validated else {}
     options: dict[str, Any] = {"steps": 4, "learning_rate": 0.1, **more}
@@ -372,6 +384,7 @@ def test_restarts_are_the_runs_one_by_one(backend: str, validated: bool) -> None
     assert_close(on.params, further.params)
 
 
+@pytest.mark.slow
 @on_both
 def test_restarts_with_early_stopping_end_each_on_its_own(backend: str) -> None:
     options: dict[str, Any] = {"validation": X[:7], "check_every": 1, "patience": 1, "optimizer": sgd(0.5), "steps": 12}
@@ -458,7 +471,10 @@ def test_what_a_callback_raises_is_passed_on_and_its_checkpoint_goes_on(backend:
 # Devices.
 
 
-@pytest.mark.parametrize(("backend", "mode"), [("pyro", "eager"), ("pyro", "graph"), ("numpyro", "eager")])
+@pytest.mark.parametrize(
+    ("backend", "mode"),
+    [("pyro", "eager"), ("pyro", "graph"), pytest.param("numpyro", "eager", marks=pytest.mark.slow)],
+)
 def test_a_device_by_name_is_the_same_fit(backend: str, mode: str) -> None:
     options: dict[str, Any] = {"steps": 2, "validation": 0.25, "compile": mode}
     here, named = run(backend, NET, **options), run(backend, NET, device="cpu", **options)
