@@ -51,6 +51,7 @@ from ppl_lvm.backends.base import (
     as_float,
     check_scale,
     check_sites,
+    check_value,
     example_kinds,
     find_data_plate,
     given_rows,
@@ -63,7 +64,7 @@ from ppl_lvm.backends.base import (
 )
 from ppl_lvm.backends.forward import Anatomy, Forward
 from ppl_lvm.draws import Draws, Plate, Site
-from ppl_lvm.errors import BackendError, ProgramError
+from ppl_lvm.errors import BackendError, DataError, ProgramError
 from ppl_lvm.latents import Latent, PlateOf
 
 if TYPE_CHECKING:
@@ -180,7 +181,8 @@ class NumPyroBound:
             if s["type"] == "sample" and (s["is_observed"] or self._missing.fills(n))
         }
         found = {**model_handler.found, **guide_handler.found}
-        self._transforms = {n: biject_to(c) for n, (_, c) in found.items()}
+        self._constraints = {n: c for n, (_, c) in found.items()}
+        self._transforms = {n: biject_to(c) for n, c in self._constraints.items()}
         self.initial = {n: self._unconstrain(n, v) for n, (v, _) in found.items()}
         first = {**model_handler.initial_states, **guide_handler.initial_states}
         self.states = {n: self._cast(v) for n, v in first.items()}
@@ -433,6 +435,24 @@ class NumPyroBound:
     def _unconstrain(self, name: str, value: Any) -> Any:
         value = self._cast(value)
         return value if is_tree(value) else self._transforms[name]._inverse(value)
+
+    def unconstrain(self, name: str, value: Any) -> Any:
+        """The unconstrained value of a parameter's constrained one; DataError where it can have no such value."""
+        with precision(self.dtype):
+            known = self.constrain({name: self.initial[name]})[name]
+            layout = jax.tree.structure(known)
+            if str(jax.tree.structure(value)) != str(layout):
+                raise DataError(f"start: {name!r} is not laid out as its parameter, which is {layout}.")
+            value = jax.tree.map(lambda a, k: owned(a, k.dtype), value, known)
+
+            def inside() -> bool:
+                within = is_tree(value) or bool(jnp.all(self._constraints[name](value)))
+                inverse = jax.tree.leaves(self._unconstrain(name, value))
+                return within and all(bool(jnp.isfinite(a).all()) for a in inverse)
+
+            for found, needed in zip(jax.tree.leaves(value), jax.tree.leaves(known), strict=True):
+                check_value(name, found, needed.shape, inside)
+            return self._unconstrain(name, value)
 
     def constrain(self, params: Params) -> dict[str, Any]:
         """Constrained values of unconstrained parameters; states and networks as they are."""

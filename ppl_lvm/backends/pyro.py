@@ -51,6 +51,7 @@ from ppl_lvm.backends.base import (
     as_float,
     check_scale,
     check_sites,
+    check_value,
     example_kinds,
     find_data_plate,
     given_rows,
@@ -146,6 +147,7 @@ class PyroBound:
             if isinstance(a, bool | int | float | str):  # settings that a training loop passes along
                 return a
             a = a if isinstance(a, Tensor) else torch.as_tensor(np.asarray(a))
+            a = a.to(torch.get_default_device())
             kind = "f" if a.is_floating_point() else "b" if a.dtype == torch.bool else "i"
             return a.to(getattr(torch, self.dtype)) if as_float(self._kinds, name, kind) else a
 
@@ -227,6 +229,7 @@ class PyroBound:
         )
 
     def _cast(self, value: Tensor) -> Tensor:
+        value = value.to(torch.get_default_device())
         return value.to(getattr(torch, self.dtype)) if value.is_floating_point() else value
 
     def _latents(self, batch: Call, asked: str | None) -> list[Latent]:
@@ -351,6 +354,23 @@ class PyroBound:
             for n, info in structure.sites.items()
         }
         return replace(structure, sites=sites)
+
+    def unconstrain(self, name: str, value: Any) -> Tensor:
+        """The unconstrained value of a parameter's constrained one; DataError where it can have no such value."""
+        with sealed(self.dtype):
+            known = self._transforms[name](self.initial[name])
+            value = torch.as_tensor(np.array(value)).to(known)
+
+            def inverse() -> Tensor:
+                return self._transforms[name].inv(value).detach().clone()
+
+            check_value(
+                name,
+                value,
+                known.shape,
+                lambda: bool(self._constraints[name].check(value).all() and inverse().isfinite().all()),
+            )
+            return inverse()
 
     def constrain(self, params: Params) -> dict[str, Tensor]:
         """Constrained values of unconstrained parameters."""
