@@ -564,11 +564,18 @@ def test_a_scan_by_hand() -> None:
 
 def test_an_autoguide_over_a_scan() -> None:
     """The guide draws all times at once, outside any scan; the model's scan replays them."""
+
+    def model(x: Any) -> None:
+        with numpyro.plate("rows", len(x)):
+            pass
+        markov_model(x)
+
     x = rows(3, 4)
-    guide = autoguide.AutoNormal(markov_model)
-    run = fit(markov_model, guide, x, "elbo", steps=2, **WHOLE)
-    assert_same_elbo(run, markov_model)
+    run = fit(model, autoguide.AutoNormal(model), x, "elbo", steps=2, **WHOLE)
+    assert_same_elbo(run, model)
     assert run.params["z_auto_loc"].shape == (4, 3)
+    with pytest.raises(ProgramError, match="'rows' is a plate that the model opens only inside a scan"):
+        fit(markov_model, autoguide.AutoNormal(markov_model), x, "elbo", steps=1, **WHOLE)
 
 
 @pytest.mark.parametrize("estimator", ["score", "rloo"])
@@ -602,7 +609,7 @@ def test_what_a_scan_would_hide_is_refused() -> None:
     for guide, message in (
         (hidden, "'w' is declared inside the body of a scan"),
         (branched, "'z' is sampled inside cond"),
-        (looped, "samples inside a loop of JAX"),
+        (looped, "'z' is sampled inside a loop or transformation of JAX"),
     ):
         with pytest.raises(ProgramError, match=message):
             fit(markov_model, guide, rows(3, 2), "elbo", steps=1, **WHOLE)
