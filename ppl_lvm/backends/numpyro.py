@@ -147,7 +147,8 @@ class NumPyroBound:
             if isinstance(program, AutoGuide):
                 raise ProgramError(
                     f"Autoguide {type(program).__name__} cannot be set up: {error} is a plate that the model opens "
-                    f"only inside a scan, which NumPyro's autoguides do not know; open it once outside, or write a guide."
+                    f"only inside a scan, which NumPyro's autoguides do not know; open it once outside, or write "
+                    f"a guide."
                 ) from error
             raise
         inside = [n for n, s in trace.items() if s["type"] == "sample" and isinstance(s["value"], jax.core.Tracer)]
