@@ -262,7 +262,7 @@ def test_batch_statistics_are_updated_once_a_step(recipe: str) -> None:
     eager = Nnx(3, 4, rate=0.5)
     model, guide = vae(lambda: nnx_module("encoder", eager), network("stax", "decoder", 2, 3))
     x = rows(12)
-    options = {"draws": 4, "learning_rate": 0.0, "dtype": "float64", "batch_size": 5, "estimator": "dreg"}
+    options: dict[str, Any] = {"draws": 4, "learning_rate": 0.0, "dtype": "float64", "batch_size": 5, "estimator": "dreg"}
     run = fit(model, guide, x, recipe, steps=7, **options)
     net, mean, variance = run.params["encoder$params"]["first"], np.zeros(4), np.ones(4)
     for index in _index(12, 5, 0, 0, 7):
@@ -299,7 +299,7 @@ def test_statistics_that_differ_between_draws_are_averaged() -> None:
 def test_a_fit_with_state_goes_on_to_the_same_bits(tmp_path: Path) -> None:
     eager = Nnx(3, 4, rate=0.5)
     model, guide = vae(lambda: nnx_module("encoder", eager), network("stax", "decoder", 2, 3))
-    options = {"recipe": "elbo", "batch_size": 5, "dtype": "float64", "learning_rate": 0.01}
+    options: dict[str, Any] = {"recipe": "elbo", "batch_size": 5, "dtype": "float64", "learning_rate": 0.01}
     whole = fit(model, guide, rows(), steps=6, **options)
     part = fit(model, guide, rows(), steps=3, **options)
     part.state.save(tmp_path / "state.safetensors")
