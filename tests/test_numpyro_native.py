@@ -262,8 +262,8 @@ def test_batch_statistics_are_updated_once_a_step(recipe: str) -> None:
     eager = Nnx(3, 4, rate=0.5)
     model, guide = vae(lambda: nnx_module("encoder", eager), network("stax", "decoder", 2, 3))
     x = rows(12)
-    options: dict[str, Any] = {"draws": 4, "learning_rate": 0.0, "dtype": "float64", "batch_size": 5, "estimator": "dreg"}
-    run = fit(model, guide, x, recipe, steps=7, **options)
+    options: dict[str, Any] = {"draws": 4, "learning_rate": 0.0, "dtype": "float64", "batch_size": 5}
+    run = fit(model, guide, x, recipe, steps=7, estimator="dreg", **options)
     net, mean, variance = run.params["encoder$params"]["first"], np.zeros(4), np.ones(4)
     for index in _index(12, 5, 0, 0, 7):
         h = x[index] @ net["kernel"] + net["bias"]
