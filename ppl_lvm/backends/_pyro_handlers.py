@@ -4,34 +4,48 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
+from types import SimpleNamespace
 from typing import Any
 from zlib import crc32
 
 import array_api_compat.torch as xp
+import numpy as np
 import pyro
 import torch
 from pyro.distributions import constraints
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_map
 
 from ppl_lvm import nets, ops
 from ppl_lvm.backends import _torch_nets
+from ppl_lvm.backends._torch_dists import site_log_prob
+from ppl_lvm.backends.base import Chain
 from ppl_lvm.errors import ProgramError
 
 Params = Mapping[str, Tensor]
 Message = Any
+_stored = pyro.get_param_store().get_param
 
 
 @contextlib.contextmanager
 def sealed(dtype: str) -> Iterator[None]:
-    """Default dtype and validation switches as the engine needs them, and as they were before afterwards."""
+    """Default dtype and validation switches as the engine needs them, and as they were before afterwards.
+
+    Pyro's parameter store is empty inside: a PyroModule writes to it past every handler.
+    """
     before = torch.get_default_dtype()
+    store = pyro.get_param_store()
+    kept = dict(store.__dict__)
     with pyro.validation_enabled(False):
         torch.set_default_dtype(getattr(torch, dtype))
+        # Not `store.scope()`, which takes attributes off the owner's parameters.
+        store.__dict__.update({name: type(table)() for name, table in kept.items() if isinstance(table, dict)})
         try:
             yield
         finally:
+            store.__dict__.update(kept)
             torch.set_default_dtype(before)
 
 
@@ -46,11 +60,18 @@ def seeded(key: int) -> Iterator[None]:
 class Namespace:
     """What a portable program calls, spoken by Pyro; one object per fit, holding the networks it built."""
 
-    def __init__(self, seed: int, dtype: str) -> None:
+    def __init__(self, seed: int, dtype: str, total: int | None = None) -> None:
         self.dist = pyro.distributions
         self.nets, self.ops, self.xp = nets, ops, xp
         self.factor, self.deterministic = pyro.factor, pyro.deterministic
         self._seed, self._dtype = seed, dtype
+        self.total = total
+        """N, the rows of all data, where there are any."""
+        self.rows: Any = None
+        """Indices of this run's rows among them."""
+        self.row_params: set[str] = set()
+        self.handler: Handler | None = None
+        """The engine's handler of the run that is under way."""
         self._built: dict[str, tuple[nets.Network, Any, Any]] = {}
 
     def sample(self, name: str, fn: Any, obs: Tensor | None = None, **options: Any) -> Tensor:
@@ -65,6 +86,54 @@ class Namespace:
 
         return pyro.param(name, initial, constraints.real if constraint is None else constraint)
 
+    def row_param(
+        self, name: str, init: Any, constraint: Any = None, *, rows: Any = None, size: int | None = None
+    ) -> Tensor:
+        """A parameter with an entry for each of the N rows of the data, `[B, *init.shape]` at the rows of this run.
+
+        `init` is that of one row. A plate of the program's own size takes its indices and its size.
+        """
+        index, total = (self.rows, self.total) if rows is None else (rows, size)
+        if index is None or total is None:
+            raise ProgramError(
+                f"Parameter {name!r} has an entry for every row, but this run does not say which rows it is on; pass "
+                f"data whose first axis is rows, and refit it for new ones."
+            )
+        self.row_params.add(name)
+
+        def table() -> np.ndarray:
+            one = np.asarray(init() if callable(init) else init)
+            return np.array(np.broadcast_to(one, (total, *one.shape)))
+
+        return self.param(name, table, constraint)[index]
+
+    def scan(
+        self, f: Callable[[Any, Any], tuple[Any, Any]], init: Any, xs: Any = None, length: int | None = None
+    ) -> tuple[Any, Any]:
+        """`carry, y = f(carry, x)` over the first axis of xs; returns the last carry and all y.
+
+        A site inside f is one site of the program, with steps as the first dimension of its event.
+        """
+        leaves = [a for a in tree_flatten(xs)[0] if a is not None]
+        steps = length if length is not None else len(leaves[0]) if leaves else 0
+        if steps < 1 or any(len(a) != steps for a in leaves):
+            raise ProgramError(
+                f"A scan needs one number of steps; found length {length} and first axes {[len(a) for a in leaves]}."
+            )
+        handler = self.handler
+        assert handler is not None
+        if handler.step is not None:
+            raise ProgramError("A scan inside a scan is not known here; write the inner one as a Python loop.")
+        carry, ys = init, []
+        try:
+            for t in range(steps):
+                handler.step = t
+                carry, y = f(carry, tree_map(lambda a: None if a is None else a[t], xs))  # noqa: B023 - used at once
+                ys.append(y)
+        finally:
+            handler.step = None
+        return carry, tree_map(lambda *a: torch.stack(torch.broadcast_tensors(*a)), *ys)
+
     def module(self, name: str, spec: nets.Network) -> Callable[[Tensor], Tensor]:
         if name not in self._built:
             self._built[name] = (spec, *_torch_nets.build(spec, crc32(name.encode()) ^ self._seed, self._dtype))
@@ -74,23 +143,16 @@ class Namespace:
         return bind({leaf: pyro.param(f"{name}.{leaf}", value) for leaf, value in initial.items()})
 
 
-class Holder(torch.nn.Module):
-    """The modules of a native program, so that one functional call swaps all their parameters."""
-
-    def forward(self, f: Callable[[], Any]) -> Any:
-        return f()
-
-
 class Handler(Messenger):
     """Outermost: answers parameters, plates and latent sites, so that neither store nor generator is asked.
 
     Parameters of modules are offered by the module itself, whose tensors a functional call has swapped: they are
-    answered with what was offered.
+    answered with what was offered. In a probe (`params` None) the store, which is empty then, makes the others.
     """
 
     def __init__(
         self,
-        params: Params,
+        params: Params | None,
         latent: Callable[[Message], None],
         subsamples: Mapping[str, Tensor] | None = None,
         observed: Callable[[Message], None] | None = None,
@@ -98,42 +160,112 @@ class Handler(Messenger):
         super().__init__()
         self.params, self.latent, self.observed = params, latent, observed
         self.subsamples = dict(subsamples or {})
+        self.plates: dict[str, int] = {}
         self.constraints: dict[str, Any] = {}
+        self.step: int | None = None
+        """Number of the step inside a scan; its sites are recorded under names of their own and joined later."""
         self.offered: dict[str, torch.nn.Parameter] = {}
+        self.leaves: dict[str, Tensor] = {}
+        """The tensors that parameters are made of, before constraints."""
         self.values: dict[str, Tensor] = {}
+        self.missing: Any = None
 
     def _pyro_param(self, msg: Message) -> None:
         name = msg["name"]
         offer = msg["args"][1] if len(msg["args"]) > 1 else None
-        if isinstance(offer, torch.nn.Parameter):
-            self.offered[name] = offer
-        value: Any
+        if self.params is None:
+            if isinstance(offer, torch.nn.Parameter):
+                self.leaves[name] = offer
+                if self.offered.setdefault(name, offer) is not offer:
+                    raise ProgramError(
+                        f"Two parameters of modules are named {name!r}, which one value cannot be given for; give one "
+                        f"of the modules another name (PyroModule(name=...), or the name in pyro.module)."
+                    )
+                msg["value"], msg["done"] = offer, True
+            elif offer is None and msg["fn"] == _stored and name not in pyro.get_param_store():
+                raise ProgramError(f"Parameter {name!r} is read before it is given an initial value.")
+            return
         if "$$$" in name:
             value = offer
         elif name in self.params:
             value = self.params[name]
-        elif name in self.values:
-            value = self.values[name]
-        elif offer is None:
-            raise ProgramError(f"Parameter {name!r} is read before it is given an initial value.")
         else:
-            value = offer() if callable(offer) and not isinstance(offer, Tensor) else offer
-            value = torch.as_tensor(value).detach().clone()
-        if offer is not None:
-            self.constraints.setdefault(name, msg["kwargs"].get("constraint", constraints.real))
-        self.values[name] = value
+            raise ProgramError(
+                f"Parameter {name!r} was not met when the program was first run, on one batch; a program must have the "
+                f"same parameters in every run."
+            )
+        if msg["kwargs"].get("event_dim") is not None:
+            # A plate that takes its rows of a parameter notes them here for Pyro's own optimisers.
+            value._pyro_unconstrained_param = SimpleNamespace()
         msg["value"], msg["done"] = value, True
 
+    def _pyro_post_param(self, msg: Message) -> None:
+        name, value = msg["name"], msg["value"]
+        self.values[name] = value
+        if self.params is None:
+            if hasattr(value, "unconstrained"):
+                self.leaves[name] = value.unconstrained()
+            stored = pyro.get_param_store()._constraints
+            self.constraints[name] = stored.get(name, msg["kwargs"].get("constraint", constraints.real))
+
     def _pyro_sample(self, msg: Message) -> None:
+        if self.step is not None:
+            msg["step"] = self.step
         if site_is_subsample(msg):
+            size = self.plates.setdefault(msg["name"], msg["fn"].size)
+            if msg["fn"].size != size:
+                raise ProgramError(
+                    f"Plate {msg['name']!r} has {size} rows in the guide and {msg['fn'].size} in the model. A guide "
+                    f"that was set up on other data (an autoguide keeps its plates) serves those only; make a new one."
+                )
             if msg["name"] in self.subsamples:
                 msg["value"], msg["done"] = self.subsamples[msg["name"]], True
-        elif not msg["is_observed"] and not msg["infer"].get("_deterministic"):
+            return
+        if self.missing is not None:
+            self.missing.before(msg)
+        if not msg["is_observed"] and not msg["infer"].get("_deterministic"):
             self.latent(msg)
             msg["done"] = True
         elif msg["is_observed"] and self.observed is not None:
             self.observed(msg)
+        if self.missing is not None and self.observed is None:
+            self.missing.after(msg)
 
     def _pyro_post_sample(self, msg: Message) -> None:
         if site_is_subsample(msg):
             self.subsamples[msg["name"]] = msg["value"]
+        if self.step is not None:
+            # This handler is the outermost, so the trace sees what it leaves.
+            msg["of"], msg["name"] = msg["name"], f"{msg['name']}/{self.step}"
+
+
+def of_step(value: Tensor, msg: Message) -> Tensor:
+    """A site's value `[*batch, T, *event]` at the step of a message inside a scan; outside of one, all of it."""
+    return value.select(value.dim() - 1 - msg["fn"].event_dim, msg["step"]) if "step" in msg else value
+
+
+def joined_steps(sites: dict[str, Message]) -> dict[str, Message]:
+    """A run's sites, with those of a scan as one site each over all steps."""
+    steps: dict[str, list[Message]] = {}
+    for site in sites.values():
+        if "step" in site:
+            steps.setdefault(site["of"], []).append(site)
+    if not steps:
+        return sites
+    whole = {n: s for n, s in sites.items() if "step" not in s}
+    for name, parts in steps.items():
+        if name in whole:
+            raise ProgramError(f"Two sites are called {name!r}; give every site a name of its own.")
+        fn = Chain(parts[0]["fn"], len(parts))
+        values = torch.broadcast_tensors(*(s["value"] for s in parts))
+        log_probs = torch.broadcast_tensors(*(site_log_prob(s) for s in parts))
+        whole[name] = {
+            **parts[0],
+            "name": name,
+            "fn": fn,
+            "value": torch.stack(values, values[0].dim() + 1 - fn.event_dim),
+            "log_prob": torch.stack(log_probs).sum(0),
+            "mask": None,
+        }
+        del whole[name]["step"]
+    return whole

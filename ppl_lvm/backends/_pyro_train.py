@@ -81,7 +81,7 @@ class Trainer:
         names = (len(example.args), tuple(example.kwargs))
         self._key: tuple[Hashable, ...] = (
             *(bound.program, bound.dtype, bound.structure.data_plate, static_key(objective, plan)),
-            *(plan.K, plan.M, shapes, names, rows is None),
+            *(plan.K, plan.M, shapes, names, rows is None, bound.own_setup),
         )
         self._step: Callable[..., list[Tensor]] | None = None
 

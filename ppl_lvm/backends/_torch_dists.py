@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from torch import Tensor
 from torch.distributions import kl_divergence
 
 from ppl_lvm import ops
-from ppl_lvm.backends.base import product_support, rebuild
+from ppl_lvm.backends.base import Chain, product_support, rebuild
 
 Message = Any
 
@@ -46,7 +47,25 @@ def log_prob(fn: Any, value: Tensor) -> Tensor:
         count = _unexpanded(fn.total_count)
         choose = torch.lgamma(count + 1) - torch.lgamma(value + 1) - torch.lgamma(count - value + 1)
         return value * fn.logits - count * torch.nn.functional.softplus(fn.logits, threshold=40) + choose
-    return fn.log_prob(value)
+    with _unvalidated(fn):
+        return fn.log_prob(value)
+
+
+@contextlib.contextmanager
+def _unvalidated(fn: Any) -> Iterator[None]:
+    """A distribution made before validation was switched off (a PyroSample's prior) reads values back to the host."""
+    validated = []
+    inner = fn
+    while inner is not None:
+        if inner._validate_args:
+            validated.append(inner)
+            inner._validate_args = False
+        inner = getattr(inner, "base_dist", None)
+    try:
+        yield
+    finally:
+        for inner in validated:
+            inner._validate_args = True
 
 
 def _binomial(fn: Any) -> bool:
@@ -60,6 +79,8 @@ def _unexpanded(x: Tensor) -> Tensor:
 
 
 def site_log_prob(site: Message) -> Tensor:
+    if "log_prob" in site:  # of a scan, taken step by step
+        return site["log_prob"]
     value = log_prob(site["fn"], site["value"])
     mask = site["mask"]
     if mask is None or mask is True:
@@ -68,6 +89,8 @@ def site_log_prob(site: Message) -> Tensor:
 
 
 def kl(q: Message, p: Message) -> Tensor:
+    if isinstance(q["fn"], Chain) or isinstance(p["fn"], Chain):
+        raise NotImplementedError("sites inside a scan")
     # Some of torch's formulas index one distribution's terms by the other's shape.
     shape = torch.broadcast_shapes(q["fn"].batch_shape, p["fn"].batch_shape)
     value = kl_divergence(*(fn if fn.batch_shape == shape else fn.expand(shape) for fn in (q["fn"], p["fn"])))

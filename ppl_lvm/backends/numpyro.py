@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from numpyro import handlers
 from numpyro.distributions.transforms import biject_to
 from numpyro.infer.autoguide import AutoGuide
 from numpyro.ops.provenance import eval_provenance
 
-from ppl_lvm.algorithm import Objective, Variant
+from ppl_lvm.algorithm import GuideFamily, Objective, Variant
+from ppl_lvm.backends import _numpyro_forward
 from ppl_lvm.backends._jax_dists import (
     GuideSite,
     draw,
@@ -25,10 +25,23 @@ from ppl_lvm.backends._jax_dists import (
     kl,
     site_log_prob,
 )
+from ppl_lvm.backends._jax_missing import JaxMissing, feasible
 from ppl_lvm.backends._numpyro_guides import constants, own_guide, prototype_supports
-from ppl_lvm.backends._numpyro_handlers import Handler, Message, Namespace, Params, owned, precision, site_key
+from ppl_lvm.backends._numpyro_handlers import (
+    Handler,
+    Message,
+    Namespace,
+    Params,
+    message_key,
+    of_step,
+    owned,
+    plates_of,
+    precision,
+    site_key,
+)
 from ppl_lvm.backends._numpyro_state import after_run, changed, evaluation, is_key, next_states
 from ppl_lvm.backends.base import (
+    PRIOR_DRAWS,
     Call,
     Gradients,
     Plan,
@@ -41,12 +54,18 @@ from ppl_lvm.backends.base import (
     check_sites,
     example_kinds,
     find_data_plate,
+    given_rows,
     is_factor,
     is_point,
+    latent_site,
     losses,
+    row_params,
+    written,
 )
+from ppl_lvm.backends.forward import Anatomy, Forward
 from ppl_lvm.draws import Draws, Plate, Site
 from ppl_lvm.errors import BackendError, ProgramError
+from ppl_lvm.latents import Latent, PlateOf
 
 if TYPE_CHECKING:
     from ppl_lvm.program import Program
@@ -63,19 +82,47 @@ class NumPyroBound:
     name = "numpyro"
 
     def __init__(
-        self, program: Program, example: Call, *, seed: int, dtype: str, data_plate: str | None = None
+        self,
+        program: Program,
+        example: Call,
+        *,
+        seed: int,
+        dtype: str,
+        data_plate: str | None = None,
+        total: int | None = None,
     ) -> None:
         self.program, self.dtype, self.asked_plate = program, dtype, data_plate
-        self._model: Callable[..., Any] = program.model
+        size = len(example.leaves[0]) if example.leaves and np.ndim(example.leaves[0]) else None
+        self.total = size if total is None else total
         self._kinds = example_kinds(program)
-        self._guide: Callable[..., Any] = program.guide
+        guide = program.guide
+        assert guide is not None
+        family = guide if isinstance(guide, GuideFamily) else None
+        self._missing = JaxMissing(program)
+        self.joint_dims = self._missing.joint_dims
+        self._guide: Callable[..., Any] = guide
         with precision(dtype):
-            if program.portable:
-                ppl = Namespace(seed, dtype)
-                self._model, self._guide = partial(program.model, ppl), partial(program.guide, ppl)
+            key, batch = jax.random.key(seed), self.batch(example)
+            ppl = Namespace(seed, dtype, self.total) if program.portable or family is not None else None
+            self._ppl = ppl
+            if ppl is not None and size is not None:
+                batch = self.batch(example.with_rows(size))
+            self._model = given_rows(partial(program.model, ppl) if program.portable else program.model, ppl)
+            if family is not None:
+                latents = self._latents(batch, key, data_plate)
+                self._guide = given_rows(written(family, ppl, latents, program.arguments), ppl)
+            elif program.portable:
+                self._guide = given_rows(partial(guide, ppl), ppl)
             else:
-                self._guide = self._own(program.guide)
-            self._probe(self.batch(example), jax.random.key(seed), data_plate)
+                self._guide = given_rows(self._own(guide), None)
+            self._probe(batch, key, data_plate)
+        self.row_params = row_params(program, ppl, self.initial, self.total)
+
+    def on(self, example: Call) -> NumPyroBound:
+        """The same program on data of another shape."""
+        return NumPyroBound(
+            self.program, example, seed=0, dtype=self.dtype, data_plate=self.asked_plate, total=self.total
+        )
 
     def _own(self, guide: Callable[..., Any]) -> Callable[..., Any]:
         return own_guide(guide)
@@ -90,37 +137,49 @@ class NumPyroBound:
         with precision(self.dtype):
             return call.map_named(self.program.arguments, convert)
 
-    def in_support(self, site: str, value: np.ndarray) -> bool:
-        """Whether data of the probe's shape are values of an observed site."""
+    def in_support(self, site: str, value: np.ndarray, known: np.ndarray | None = None) -> bool:
+        """Whether data of the probe's shape are values of a site that has data, where they are known."""
         with precision(self.dtype):
-            return bool(jnp.all(self._supports[site](jnp.asarray(value))))
+            support, given = self._supports[site], jnp.asarray(value)
+            if known is not None:
+                given = jnp.where(known, given, feasible(support, given))
+            return bool(jnp.all(support(given)))
 
     # Structure and parameters, from probe runs on one draw.
 
     def _trace(self, program: Callable[..., Any], handler: Handler, batch: Call) -> dict[str, Message]:
-        with handler, handlers.trace() as trace:
-            program(*batch.args, **batch.kwargs)
+        handler.missing = self._missing.run(batch, guide=program is self._guide)
+        if self._ppl is not None:
+            self._ppl.handler = handler
+        with handler:
+            program(*batch.own.args, **batch.own.kwargs)
         for scan in handler.scans:
             for name, plate in scan.plates.items():
-                trace.setdefault(name, plate)
-        return trace
+                handler.trace.setdefault(name, plate)
+        return handler.trace
 
     def _probe(self, batch: Call, key: Array, asked: str | None) -> None:
         def prior(msg: Message) -> Array:
-            return draw(msg["fn"], site_key(key, msg["name"]), self.program.portable)
+            return draw(msg["fn"], message_key(key, msg), self.program.portable)
 
-        guide_handler = Handler({}, key, prior, cast=self._cast)
+        guide_handler = Handler({}, key, prior, cast=self._cast, unrolled=True)
         guide = self._traced(self._guide, guide_handler, batch)
         values = {n: s["value"] for n, s in guide.items() if s["type"] == "sample"}
-        plates = {n: s["value"] for n, s in guide.items() if s["type"] == "plate"}
+        plates = plates_of(guide)
 
         def replayed(msg: Message) -> Array:
-            return values[msg["name"]] if msg["name"] in values else prior(msg)
+            return of_step(values[msg["name"]], msg) if msg["name"] in values else prior(msg)
 
         known = {n: v for n, (v, _) in guide_handler.found.items()} | guide_handler.states
-        model_handler = Handler(known, key, replayed, plates, side="model", scanned=values, cast=self._cast)
+        model_handler = Handler(
+            known, key, replayed, plates, side="model", scanned=values, cast=self._cast, unrolled=True
+        )
         model = self._traced(self._model, model_handler, batch)
-        self._supports = {n: s["fn"].support for n, s in model.items() if s["type"] == "sample" and s["is_observed"]}
+        self._supports = {
+            n: s["fn"].support
+            for n, s in model.items()
+            if s["type"] == "sample" and (s["is_observed"] or self._missing.fills(n))
+        }
         found = {**model_handler.found, **guide_handler.found}
         self._transforms = {n: biject_to(c) for n, (_, c) in found.items()}
         self.initial = {n: self._unconstrain(n, v) for n, (v, _) in found.items()}
@@ -135,8 +194,8 @@ class NumPyroBound:
         groups = {n: frozenset(g for g, names in used.items() if n in names) for n in found}
         self.structure = structure
         self.structure = replace(self._with_parents(batch, values, key), groups=groups)
-        plates_of = {**model_handler.plates_of, **guide_handler.plates_of}
-        self._plated = sorted(n for n, around in plates_of.items() if structure.data_plate in around)
+        around_each = {**model_handler.plates_of, **guide_handler.plates_of}
+        self._plated = sorted(n for n, around in around_each.items() if structure.data_plate in around)
         self._restless = self._unfrozen(batch, values, plates, key) if self.states else []
 
     def _traced(self, program: Callable[..., Any], handler: Handler, batch: Call) -> dict[str, Message]:
@@ -182,7 +241,14 @@ class NumPyroBound:
         with evaluation():
             for program, side in ((self._guide, "guide"), (self._model, "model")):
                 handler = Handler(
-                    {**params, **left}, key, lambda m: values[m["name"]], plates, side=side, still=True, scanned=values
+                    {**params, **left},
+                    key,
+                    lambda m: of_step(values[m["name"]], m),
+                    plates,
+                    side=side,
+                    still=True,
+                    scanned=values,
+                    unrolled=True,
                 )
                 self._trace(program, handler, batch)
                 left |= handler.states
@@ -199,9 +265,9 @@ class NumPyroBound:
             key = jax.random.key(0)
             plates: dict[str, Array] = {}
             for program in (self._guide, self._model):
-                handler = Handler({}, key, lambda m: m["fn"].sample(site_key(key, m["name"])), plates)
+                handler = Handler({}, key, lambda m: m["fn"].sample(message_key(key, m)), plates, unrolled=True)
                 trace = self._trace(program, handler, Call(args, kwargs))
-                plates |= {n: s["value"] for n, s in trace.items() if s["type"] == "plate"}
+                plates |= plates_of(trace)
                 found |= {n: v for n, (v, _) in handler.found.items() if not is_tree(v)}
             return found
 
@@ -216,6 +282,45 @@ class NumPyroBound:
                 return []
             first = self.constrain(self.initial)
             return sorted(n for n, v in found.items() if n in first and jnp.shape(first[n]) != v.shape)
+
+    def _latents(self, batch: Call, key: Array, asked: str | None) -> list[Latent]:
+        """The model's latent sites, and where a guide for them starts."""
+
+        def trace(i: int) -> dict[str, Message]:
+            draws = jax.random.fold_in(key, i)
+
+            def prior(msg: Message) -> Array:
+                return draw(msg["fn"], message_key(draws, msg), self.program.portable)
+
+            handler = Handler({}, key, prior, unrolled=True)
+            return self._trace(self._model, handler, batch)
+
+        runs = [trace(i) for i in range(PRIOR_DRAWS)]
+        model = runs[0]
+        data_plate = self._data_plate(model, asked)
+        sizes = {n: s["args"] for n, s in model.items() if s["type"] == "plate"}
+        found = []
+        for name, site in model.items():
+            if site["type"] != "sample" or site["is_observed"]:
+                continue
+            fn, frames = site["fn"], site["cond_indep_stack"]
+            plates = tuple(PlateOf(f.name, f.dim, sizes[f.name][0], f.size) for f in frames)
+            transform = biject_to(fn.support)
+
+            def unconstrained(site: str = name, transform: Any = transform) -> list[np.ndarray]:
+                return [np.asarray(transform._inverse(r[site]["value"])) for r in runs]
+
+            found.append(latent_site(name, fn, plates, data_plate, transform, unconstrained))
+        return found
+
+    def _data_plate(self, model: dict[str, Message], asked: str | None) -> str | None:
+        observed = {n: s for n, s in model.items() if s["type"] == "sample" and s["is_observed"]}
+        data = {n: s for n, s in observed.items() if not is_factor(s["fn"])} or observed
+        return find_data_plate(
+            {n: [(f.name, f.dim) for f in s["cond_indep_stack"]] for n, s in data.items()},
+            asked,
+            [n for n, s in model.items() if s["type"] == "plate"],
+        )
 
     def _structure(
         self,
@@ -239,12 +344,7 @@ class NumPyroBound:
         # A batch dimension without a plate counts too: rows and draws must not meet it.
         ranks = [len(jax.eval_shape(partial(site_log_prob, s)).shape) for s in every]
         nesting = max([*ranks, *(-f.dim for s in every for f in s["cond_indep_stack"])], default=0)
-        data = {n: s for n, s in observed.items() if not is_factor(s["fn"])} or observed
-        data_plate = find_data_plate(
-            {n: [(f.name, f.dim) for f in s["cond_indep_stack"]] for n, s in data.items()},
-            asked,
-            list(sizes),
-        )
+        data_plate = self._data_plate(guide | model, asked)
         frames = {f.name: f for s in every for f in s["cond_indep_stack"]}
         dims = {n: f.dim for n, f in frames.items()}
 
@@ -305,13 +405,12 @@ class NumPyroBound:
         params = {**self.constrain(self.initial), **self.states}
 
         def densities(**given: Array) -> dict[str, dict[str, Array]]:
-            def value(msg: Message) -> Array:
-                return given[msg["name"]]
+            def replayed(msg: Message) -> Array:
+                return of_step(given[msg["name"]], msg)
 
-            guide = self._trace(self._guide, Handler(params, key, value, scanned=given), batch)
-            plates = {n: s["value"] for n, s in guide.items() if s["type"] == "plate"}
-            model_handler = Handler(params, key, value, plates, side="model", scanned=given)
-            model = self._trace(self._model, model_handler, batch)
+            handler = partial(Handler, params, key, replayed, scanned=given, unrolled=True)
+            guide = self._trace(self._guide, handler(), batch)
+            model = self._trace(self._model, handler(subsamples=plates_of(guide), side="model"), batch)
             return {
                 side: {n: site_log_prob(s) for n, s in trace.items() if s["type"] == "sample"}
                 for side, trace in (("guide", guide), ("model", model))
@@ -420,8 +519,8 @@ class NumPyroBound:
                 )
                 site = GuideSite(
                     msg["fn"],
-                    site_key(own_key, info.name),
-                    self._to_site(injected.get(info.name), info),
+                    message_key(own_key, msg),
+                    None if info.name not in injected else of_step(self._to_site(injected[info.name], info), msg),
                     info.support,
                     self.program.portable,
                 )
@@ -440,11 +539,11 @@ class NumPyroBound:
 
             guided = Handler(constrained, key, latent, still=not training, scan_keys=scan_key)
             guide = self._trace(self._guide, guided, batch)
-            plates = {n: s["value"] for n, s in guide.items() if s["type"] == "plate"}
+            plates = plates_of(guide)
             drawn = {n: s["value"] for n, s in guide.items() if s["type"] == "sample"}
 
             def replayed(msg: Message) -> Array:
-                return drawn[msg["name"]]
+                return of_step(drawn[msg["name"]], msg)
 
             replay = partial(Handler, key=key, latent=replayed, subsamples=plates, still=not training, scanned=drawn)
             modelled = replay({**constrained, **guided.states}, side="model")
@@ -517,6 +616,9 @@ class NumPyroBound:
             if message is not None:
                 row[label + "_full"] = self._full(site_log_prob(message), info)
                 row[label] = self._rows(row[label + "_full"], info)
+        if in_guide is not None and "drawn" in in_guide and name in plan.estimators:
+            fn, drawn = in_guide["drawn"]
+            row["log_q_drawn"] = self._rows(self._full(fn.log_prob(drawn), info), info)
         if name in frozen and name in plan.estimators and plan.estimators[name].frozen:
             row["log_q_frozen"] = self._rows(self._full(site_log_prob(frozen[name]), info), info)
         if variant is not None:
@@ -537,7 +639,7 @@ class NumPyroBound:
         self, info: SiteInfo, row: dict[str, Any], plan: Plan, layout: Mapping[str, tuple[int, int]]
     ) -> Site:
         extra = {"kl": row["kl"]} if "kl" in row else {}
-        optional = ("log_q_frozen", "weight", "credit", "through", "log_p_full", "log_q_full")
+        optional = ("log_q_frozen", "log_q_drawn", "weight", "credit", "through", "log_p_full", "log_q_full")
         return Site(
             name=info.name,
             role=info.role,
@@ -593,81 +695,90 @@ class NumPyroBound:
         value = value.reshape((1,) * (n - batch) + value.shape)
         return jnp.moveaxis(value, n + self.structure.plate_dim, 0)
 
-    def _to_site(self, value: Array | None, info: SiteInfo) -> Array | None:
-        if value is None or not info.local:
+    def _to_site(self, value: Array, info: SiteInfo) -> Array:
+        if not info.local:
             return value
         if self.structure.plate_dim is None:
             return value[0]
         return jnp.moveaxis(value, 0, self.structure.nesting + self.structure.plate_dim)
 
-    def evaluate(self, params: Params, batch: Call, key: Array, plan: Plan) -> dict[str, dict[str, Any]]:
-        """Values and densities of every site of one run, without gradients."""
+    def evaluate(
+        self, params: Params, batch: Call, key: Array, plan: Plan, values: Mapping[str, Any] | None = None
+    ) -> dict[str, dict[str, Any]]:
+        """Values and densities of every site of one run, without gradients; `values` as `draws` takes them."""
 
-        def run(params: Params, batch: Call, key: Array) -> dict[str, dict[str, Any]]:
-            sites = self.draws(params, batch, key, plan).sites
+        def run(
+            params: Params, batch: Call, key: Array, values: Mapping[str, Array]
+        ) -> dict[str, dict[str, Any]]:
+            sites = self.draws(params, batch, key, plan, values=values).sites
             return {n: {"value": s.value, "log_p": s.log_p, "log_q": s.log_q} for n, s in sites.items()}
 
-        return self._compiled(run, params, batch, key, _static(plan))
+        return self.compiled(run, params, batch, key, _static(plan), values or {})
 
-    def log_w(self, params: Params, batch: Call, key: Array, plan: Plan) -> Array:
+    def log_w(
+        self, params: Params, batch: Call, key: Array, plan: Plan, values: Mapping[str, Any] | None = None
+    ) -> Array:
         """Log weights `[M, K, B]` of one run, without gradients; nothing else is kept."""
 
-        def run(params: Params, batch: Call, key: Array) -> Array:
-            return self.draws(params, batch, key, plan).log_w
+        def run(params: Params, batch: Call, key: Array, values: Mapping[str, Array]) -> Array:
+            return self.draws(params, batch, key, plan, values=values).log_w
 
-        return self._compiled(run, params, batch, key, _static(plan))
+        return self.compiled(run, params, batch, key, _static(plan), values or {})
 
     def simulate(
-        self, params: Params, batch: Call, key: Array, draws: int, *, prior: bool = False
-    ) -> dict[str, Array]:
-        """Values `[draws, ...]` of every site of the model with its observed sites drawn anew.
+        self,
+        params: Params,
+        batch: Call,
+        key: Array,
+        draws: int,
+        how: Forward,
+        given: Mapping[str, Any] | None = None,
+        fixed: Mapping[str, Any] | None = None,
+        masks: Mapping[str, Any] | None = None,
+    ) -> dict[str, dict[str, Array]]:
+        """The program run forward `draws` times: "value", "mean", "log_p" and "log_q" of its sites.
 
-        Latent sites are drawn from the guide, or from the model where `prior` says so.
+        Values are `[draws, B, ...]`, or `[draws, ...]` for global sites; densities `[draws, B]` or `[draws]`. `given`
+        has the draws axis and stands for draws of the guide (of the model where the guide is not run). `fixed` is the
+        same for all draws, and only the model sees it; data of that name are replaced too. Elements of an observed
+        site outside its mask `[B, ...]` have no density and are drawn anew.
         """
+        return _numpyro_forward.simulate(
+            self, params, batch, key, draws, how, given or {}, fixed or {}, masks or {}
+        )
 
-        def run(params: Params, batch: Call, key: Array) -> dict[str, Array]:
-            one = partial(self._simulate, self.constrain(params), batch, prior)
-            return jax.vmap(one)(jax.random.split(key, draws))
+    def outside(self, params: Params, batch: Call, fixed: Mapping[str, Any]) -> list[str]:
+        """Sites whose fixed values are outside the support of their distribution in the model."""
+        return _numpyro_forward.outside(self, params, batch, fixed)
 
-        return self._compiled(run, params, batch, key, (draws, prior))
+    def anatomy(self, batch: Call) -> Anatomy:
+        """What the sites look like and look at."""
+        return _numpyro_forward.anatomy(self, batch)
 
-    def _simulate(self, constrained: Params, batch: Call, prior: bool, key: Array) -> dict[str, Array]:
-        self._check_frozen()
-        constrained = {**self.states, **constrained}
-
-        def anew(msg: Message) -> Array:
-            return draw(msg["fn"], site_key(key, msg["name"]), self.program.portable)
-
-        guide: dict[str, Message] = {}
-        with evaluation():
-            if not prior:
-                guide = self._trace(self._guide, Handler(constrained, key, anew, still=True), batch)
-            drawn = {n: s["value"] for n, s in guide.items() if s["type"] == "sample"}
-            plates = {n: s["value"] for n, s in guide.items() if s["type"] == "plate"}
-
-            def latent(msg: Message) -> Array:
-                return drawn[msg["name"]] if msg["name"] in drawn else anew(msg)
-
-            handler = Handler(
-                constrained, key, latent, plates, anew, side="model", still=True, scanned=drawn
-            )
-            model = self._trace(self._model, handler, batch)
-        return {n: s["value"] for n, s in model.items() if s["type"] == "sample"}
-
-    def _compiled(
-        self, run: Callable[[Params, Call, Array], Any], params: Params, batch: Call, key: Array, static: Hashable
+    def compiled(
+        self,
+        run: Callable[[Params, Call, Array, Any], Any],
+        params: Params,
+        batch: Call,
+        key: Array,
+        static: Hashable,
+        values: Any,
     ) -> Any:
-        """`run(params, batch, key)`, compiled once for all fits of the program at this shape."""
+        """`run(params, batch, key, values)`, compiled once for all fits of the program at these shapes."""
 
-        def flat(params: Params, args: Any, kwargs: Any, key: Array) -> Any:
+        def flat(params: Params, args: Any, kwargs: Any, key: Array, values: Any) -> Any:
             EVALUATIONS.traces += 1
-            return run(params, Call(args, kwargs), key)
+            return run(params, Call(args, kwargs), key, values)
 
         shapes = tuple((a.shape, str(a.dtype)) for a in batch.leaves)
         names = (len(batch.args), tuple(batch.kwargs))
-        what = (run.__qualname__, static, self.program, self.dtype, self.asked_plate, shapes, names, self.constants)
+        leaves, tree = jax.tree.flatten(values)
+        given = (tree, tuple((np.shape(v), str(v.dtype)) for v in leaves))
+        fixed = (static, self.program, self.dtype, self.asked_plate, self.constants)
+        what = (run.__qualname__, *fixed, shapes, names, given)
         with precision(self.dtype):
-            return EVALUATIONS.get(what, lambda: jax.jit(flat))(dict(params), batch.args, dict(batch.kwargs), key)
+            step = EVALUATIONS.get(what, lambda: jax.jit(flat))
+            return step(dict(params), batch.args, dict(batch.kwargs), key, values)
 
     # Gradients.
 

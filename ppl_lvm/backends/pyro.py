@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -22,13 +22,26 @@ from pyro import poutine
 from pyro.ops.provenance import get_provenance, track_provenance
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
-from torch.distributions import transform_to
+from torch.distributions import biject_to, transform_to
 
-from ppl_lvm.algorithm import Objective, Variant
-from ppl_lvm.backends._pyro_handlers import Handler, Holder, Message, Namespace, Params, sealed, seeded
-from ppl_lvm.backends._torch_dists import GuideSite, draw, finite_support, has_kl, kl, site_log_prob
+from ppl_lvm.algorithm import GuideFamily, Objective, Variant
+from ppl_lvm.backends import _pyro_forward
+from ppl_lvm.backends._pyro_handlers import (
+    Handler,
+    Message,
+    Namespace,
+    Params,
+    joined_steps,
+    of_step,
+    sealed,
+    seeded,
+)
+from ppl_lvm.backends._pyro_modules import Dropout, Modules
+from ppl_lvm.backends._torch_dists import GuideSite, draw, finite_support, has_kl, kl, log_prob, site_log_prob
+from ppl_lvm.backends._torch_missing import TorchMissing, feasible
 from ppl_lvm.backends._torch_tables import equal, joined
 from ppl_lvm.backends.base import (
+    PRIOR_DRAWS,
     Call,
     Gradients,
     Plan,
@@ -40,12 +53,18 @@ from ppl_lvm.backends.base import (
     check_sites,
     example_kinds,
     find_data_plate,
+    given_rows,
     is_factor,
     is_point,
+    latent_site,
     losses,
+    row_params,
+    written,
 )
+from ppl_lvm.backends.forward import Anatomy, Forward
 from ppl_lvm.draws import Draws, Plate, Site
 from ppl_lvm.errors import BackendError, ProgramError
+from ppl_lvm.latents import Latent, PlateOf
 
 if TYPE_CHECKING:
     from ppl_lvm.program import Program
@@ -58,110 +77,156 @@ class PyroBound:
     name = "pyro"
 
     def __init__(
-        self, program: Program, example: Call, *, seed: int, dtype: str, data_plate: str | None = None
+        self,
+        program: Program,
+        example: Call,
+        *,
+        seed: int,
+        dtype: str,
+        data_plate: str | None = None,
+        total: int | None = None,
+        setup: Modules | None = None,
     ) -> None:
-        self.program, self.dtype, self.asked_plate = program, dtype, data_plate
-        for role, call in (("model", program.model), ("guide", program.guide)):
-            if isinstance(call, pyro.nn.PyroModule):
-                raise BackendError(
-                    f"The {role} is a PyroModule ({type(call).__name__}), whose parameters cannot be given "
-                    f"functionally yet; write it as a function with pyro.param, and its networks as torch.nn "
-                    f"modules with pyro.module."
-                )
-        self._model: Callable[..., Any] = program.model
-        self._guide: Callable[..., Any] = program.guide
-        if program.portable:
-            ppl = Namespace(seed, dtype)
-            self._model, self._guide = partial(program.model, ppl), partial(program.guide, ppl)
+        self.program, self.dtype, self.asked_plate, self._seed = program, dtype, data_plate, seed
+        size = len(example.leaves[0]) if example.leaves and np.ndim(example.leaves[0]) else None
+        self.total = size if total is None else total
+        guide = program.guide
+        assert guide is not None
+        family = guide if isinstance(guide, GuideFamily) else None
+        self._ppl = ppl = Namespace(seed, dtype, self.total) if program.portable or family is not None else None
+        self._model = given_rows(partial(program.model, ppl) if program.portable else program.model, ppl)
+        self._guide: Callable[..., Any] = guide
+        if family is None:
+            self._guide = given_rows(partial(guide, ppl) if program.portable else guide, ppl)
+        if ppl is not None and size is not None:
+            example = example.with_rows(size)
         self._kinds = example_kinds(program)
-        self._holder = Holder()
-        self._paths: dict[str, str] = {}
+        self._modules = Modules(self._cast, [] if setup is None else setup.setup)
+        self._missing = TorchMissing(program)
+        self.joint_dims = self._missing.joint_dims
+        self._evaluating = False
+        self._anatomy: Anatomy | None = None
+        self.forward_broadcasts: dict[Any, bool] = {}
         self._broadcasts: dict[tuple[bool, bool], tuple[bool, bool]] = {}
         with sealed(dtype), seeded(seed):
-            self._probe(self.batch(example), data_plate)
+            self._probe(self.batch(example), data_plate, family)
+        self.row_params = row_params(program, ppl, self.initial, self.total)
+
+    def write(self, params: Params) -> None:
+        """Puts these values into the program's own modules, and into the parameter store."""
+        self._modules.keep()
+        store = pyro.get_param_store()
+        with torch.no_grad():
+            for name, value in params.items():
+                leaf = self._leaves[name]
+                leaf.copy_(value)
+                store._constraints[name], store._params[name] = self._constraints[name], leaf.requires_grad_(True)
+                store._param_to_name[leaf] = name
+
+    @property
+    def module_parameters(self) -> Mapping[str, torch.nn.Parameter]:
+        """The parameters that modules own, as they own them."""
+        return self._modules.parameters
+
+    @property
+    def own_setup(self) -> Hashable:
+        """What tells this bound from others of the same program: modules that were set up in its probe."""
+        return id(self._modules.setup) if self._modules.setup else None
+
+    def on(self, example: Call) -> PyroBound:
+        """The same program on data of another shape, with what its modules set up here."""
+        return PyroBound(
+            self.program,
+            example,
+            seed=self._seed,
+            dtype=self.dtype,
+            data_plate=self.asked_plate,
+            total=self.total,
+            setup=self._modules,
+        )
 
     def batch(self, call: Call) -> Call:
         """Tensors of this fit's dtype."""
 
-        def convert(name: str, a: Any) -> Tensor:
+        def convert(name: str, a: Any) -> Any:
+            if isinstance(a, bool | int | float | str):  # settings that a training loop passes along
+                return a
             a = a if isinstance(a, Tensor) else torch.as_tensor(np.asarray(a))
             kind = "f" if a.is_floating_point() else "b" if a.dtype == torch.bool else "i"
             return a.to(getattr(torch, self.dtype)) if as_float(self._kinds, name, kind) else a
 
         return call.map_named(self.program.arguments, convert)
 
-    def in_support(self, site: str, value: np.ndarray) -> bool:
-        """Whether data of the probe's shape are values of an observed site."""
-        return bool(self._supports[site].check(torch.as_tensor(value)).all())
+    def in_support(self, site: str, value: np.ndarray, known: np.ndarray | None = None) -> bool:
+        """Whether data of the probe's shape are values of a site that has data, where they are known."""
+        support, given = self._supports[site], torch.as_tensor(value)
+        if known is not None:
+            given = torch.where(torch.as_tensor(known), given, feasible(support, given))
+        return bool(support.check(given).all())
 
     # Structure and parameters, from probe runs on one draw.
 
     def _trace(
         self, program: Callable[..., Any], handler: Handler, batch: Call, params: Params | None = None
     ) -> dict[str, Message]:
+        handler.missing = self._missing.run(batch, guide=program is self._guide)
+
         def run() -> dict[str, Message]:
+            if self._ppl is not None:
+                self._ppl.handler = handler
             with handler:
-                nodes = poutine.trace(program).get_trace(*batch.args, **batch.kwargs).nodes
-            return {
-                n: s
-                for n, s in nodes.items()
-                if s["type"] == "sample" and not site_is_subsample(s) and not (s["infer"] or {}).get("_deterministic")
-            }
+                nodes = poutine.trace(program).get_trace(*batch.own.args, **batch.own.kwargs).nodes
+            return joined_steps(
+                {
+                    n: s
+                    for n, s in nodes.items()
+                    if s["type"] == "sample"
+                    and not site_is_subsample(s)
+                    and not (s["infer"] or {}).get("_deterministic")
+                }
+            )
 
-        if not self._paths:
-            return run()
-        swapped = {path: (params or self.initial)[n] for n, path in self._paths.items()}
-        # pyro.module skips parameters that need no gradient, so even stopped ones are leaves that do.
-        swapped = {p: v if v.requires_grad else v.detach().requires_grad_(True) for p, v in swapped.items()}
-        return torch.func.functional_call(self._holder, swapped, (run,))
+        return self._modules.run(run, params or {}, self._evaluating)
 
-    def _probe(self, batch: Call, asked: str | None) -> None:
-        called: list[torch.nn.Module] = []
-        cast: dict[int, tuple[torch.nn.Parameter, Tensor]] = {}
-
-        def notice(module: torch.nn.Module, _: Any) -> None:
-            # Until its parameters are known and can be swapped, a module of another precision is cast for the probe.
-            called.append(module)
-            for parameter in module.parameters(recurse=False):
-                if self._cast(parameter.data).dtype != parameter.dtype:
-                    cast[id(parameter)] = (parameter, parameter.data)
-                    parameter.data = self._cast(parameter.data)
-
-        def restore() -> None:
-            for parameter, data in cast.values():
-                parameter.data = data
-
+    def _probe(self, batch: Call, asked: str | None, family: GuideFamily | None) -> None:
         def prior(msg: Message) -> None:
             msg["value"] = draw(msg["fn"]).detach()
 
-        with contextlib.ExitStack() as stack:
-            hook = torch.nn.modules.module.register_module_forward_pre_hook(notice)
-            stack.callback(restore)
-            stack.callback(hook.remove)
-            guide_handler = Handler({}, prior)
-            with torch.no_grad():
-                guide = self._trace(self._guide, guide_handler, batch)
+        with self._modules.noticed(), torch.no_grad():
+            if family is not None:
+                family_guide = written(family, self._ppl, self._latents(batch, asked), self.program.arguments)
+                self._guide = given_rows(family_guide, self._ppl)
+            guide_handler = Handler(None, prior)
+            guide = self._trace(self._guide, guide_handler, batch)
             values = {n: s["value"] for n, s in guide.items()}
 
             def replayed(msg: Message) -> None:
                 if msg["name"] in values:
-                    msg["value"] = values[msg["name"]]
+                    msg["value"] = of_step(values[msg["name"]], msg)
                 else:
                     prior(msg)
 
-            model_handler = Handler(guide_handler.values, replayed, guide_handler.subsamples)
-            with torch.no_grad():
-                model = self._trace(self._model, model_handler, batch)
-        self._supports = {n: s["fn"].support for n, s in model.items() if s["is_observed"]}
+            model_handler = Handler(None, replayed, guide_handler.subsamples)
+            model_handler.offered, model_handler.plates = guide_handler.offered, guide_handler.plates
+            model = self._trace(self._model, model_handler, batch)
+            again = self._modules.hold(model_handler.offered)
+        self._supports = {
+            n: s["fn"].support for n, s in model.items() if s["is_observed"] or self._missing.fills(n)
+        }
         found = {**guide_handler.values, **model_handler.values}
         constraint = {**guide_handler.constraints, **model_handler.constraints}
-        self._transforms = {n: transform_to(constraint[n]) for n in found}
+        self._transforms = {n: transform_to(constraint[n]) for n in found if n not in again}
         self.initial = {
-            n: self._transforms[n].inv(self._cast(v.detach())).detach().clone() for n, v in found.items()
+            n: transform.inv(self._cast(found[n].detach())).detach().clone()
+            for n, transform in self._transforms.items()
         }
-        self._hold({**guide_handler.offered, **model_handler.offered}, called)
-        used = {"model": model_handler.values, "guide": guide_handler.values}
-        groups = {n: frozenset(g for g, names in used.items() if n in names) for n in found}
+        self._leaves = {**guide_handler.leaves, **model_handler.leaves}
+        self._constraints = constraint
+        used = {
+            role: {again.get(n, n) for n in handler.values}
+            for role, handler in (("model", model_handler), ("guide", guide_handler))
+        }
+        groups = {n: frozenset(g for g, names in used.items() if n in names) for n in self.initial}
         structure = self._structure(guide, model, asked)
         self.structure = replace(
             self._with_parents(structure, batch, values, guide_handler.subsamples), groups=groups
@@ -170,25 +235,38 @@ class PyroBound:
     def _cast(self, value: Tensor) -> Tensor:
         return value.to(getattr(torch, self.dtype)) if value.is_floating_point() else value
 
-    def _hold(self, offered: Mapping[str, torch.nn.Parameter], called: list[torch.nn.Module]) -> None:
-        """Finds the module that owns each parameter offered by `pyro.module`, so that it can be swapped."""
-        owners: dict[int, tuple[torch.nn.Module, str]] = {}
-        for root in called:
-            for module in root.modules():
-                for leaf, parameter in module.named_parameters(recurse=False):
-                    owners[id(parameter)] = (module, leaf)
-        held: dict[int, str] = {}
-        for name, parameter in offered.items():
-            if id(parameter) not in owners:
-                raise ProgramError(
-                    f"Parameter {name!r} is registered by pyro.module, but its module was not called in a run, so its "
-                    f"values cannot be given functionally. Call the module instead of reading its weights."
-                )
-            module, leaf = owners[id(parameter)]
-            if id(module) not in held:
-                held[id(module)] = f"m{len(held)}"
-                self._holder.add_module(held[id(module)], module)
-            self._paths[name] = f"{held[id(module)]}.{leaf}"
+    def _latents(self, batch: Call, asked: str | None) -> list[Latent]:
+        """The model's latent sites, and where a guide for them starts."""
+
+        def prior(msg: Message) -> None:
+            msg["value"] = draw(msg["fn"])
+
+        runs = [self._trace(self._model, Handler(None, prior), batch) for _ in range(PRIOR_DRAWS)]
+        model = runs[0]
+        data_plate = self._data_plate(model, asked)
+        found = []
+        for name, site in model.items():
+            if site["is_observed"]:
+                continue
+            fn, frames = site["fn"], [f for f in site["cond_indep_stack"] if f.vectorized]
+            plates = tuple(PlateOf(f.name, f.dim, f.full_size or f.size, f.size) for f in frames)
+            transform = biject_to(fn.support)
+
+            def unconstrained(site: str = name, transform: Any = transform) -> list[np.ndarray]:
+                return [transform.inv(r[site]["value"]).numpy() for r in runs]
+
+            found.append(latent_site(name, fn, plates, data_plate, transform, unconstrained))
+        return found
+
+    def _data_plate(self, model: dict[str, Message], asked: str | None) -> str | None:
+        observed = {n: s for n, s in model.items() if s["is_observed"]}
+        data = {n: s for n, s in observed.items() if not is_factor(s["fn"])} or observed
+        known = {f.name for s in model.values() for f in s["cond_indep_stack"] if f.vectorized}
+        return find_data_plate(
+            {n: [(f.name, f.dim) for f in s["cond_indep_stack"] if f.vectorized] for n, s in data.items()},
+            asked,
+            sorted(known),
+        )
 
     def _structure(self, guide: dict[str, Message], model: dict[str, Message], asked: str | None) -> Structure:
         observed = {n: s for n, s in model.items() if s["is_observed"]}
@@ -203,15 +281,7 @@ class PyroBound:
         ranks = [site_log_prob(s).dim() for s in every]
         nesting = max([*ranks, *(-f.dim for f in frames.values())], default=0)
         self._ranks = {n: len(s["fn"].batch_shape) for t in (model, guide) for n, s in t.items()}
-        data = {n: s for n, s in observed.items() if not is_factor(s["fn"])} or observed
-        data_plate = find_data_plate(
-            {
-                n: [(f.name, f.dim) for f in s["cond_indep_stack"] if f.vectorized]
-                for n, s in data.items()
-            },
-            asked,
-            list(frames),
-        )
+        data_plate = self._data_plate(model, asked)
 
         def local(site: Message) -> bool:
             return data_plate is None or any(f.name == data_plate for f in site["cond_indep_stack"])
@@ -270,7 +340,7 @@ class PyroBound:
         params = self.constrain(self.initial)
 
         def replayed(msg: Message) -> None:
-            msg["value"] = marked[msg["name"]]
+            msg["value"] = of_step(marked[msg["name"]], msg)
 
         def parents(program: Callable[..., Any]) -> dict[str, frozenset[str]]:
             handler = Handler(params, replayed, subsamples)
@@ -292,6 +362,15 @@ class PyroBound:
     def constrain(self, params: Params) -> dict[str, Tensor]:
         """Constrained values of unconstrained parameters."""
         return {n: self._transforms[n](v) for n, v in params.items()}
+
+    def _check_shapes(self, params: Params) -> None:
+        for name, value in params.items():
+            if value.shape != self.initial[name].shape:
+                raise ProgramError(
+                    f"Parameter {name!r} has shape {tuple(value.shape)}, and {tuple(self.initial[name].shape)} where "
+                    f"the program meets these data first, so it belongs to the rows that it was fitted on; ask for "
+                    f"those, or write an amortised guide."
+                )
 
     # One run.
 
@@ -335,6 +414,7 @@ class PyroBound:
         states: Mapping[str, Tensor] | None,
         own: Mapping[str, Mapping[str, Tensor]] | None,
     ) -> Draws:
+        self._check_shapes(params)
         constrained = self.constrain(params)
         K = plan.K * plan.layout(self.structure, True)[0]
         M = plan.M * plan.layout(self.structure, False)[0]
@@ -350,7 +430,7 @@ class PyroBound:
             N=N,
             scale=N / rows,
             outer_weight=outer_weight,
-            batch=batch.leaves[0] if batch.leaves else None,
+            batch=next((a for a in batch.leaves if isinstance(a, Tensor)), None),
             states=states or {},
             own=own or {},
         )
@@ -366,7 +446,7 @@ class PyroBound:
             plan.K * plan.layout(self.structure, True)[0] > 1,
         )
         if any(many) and many not in self._broadcasts:
-            with sealed(self.dtype), seeded(0), torch.no_grad():
+            with sealed(self.dtype), seeded(0), self.evaluation():
                 self._broadcasts[many] = self._try(*many, batch)
         return self._broadcasts.get(many, (True, True))
 
@@ -438,13 +518,16 @@ class PyroBound:
                 base = tuple(fn.batch_shape)[-n:] if n else ()
                 fn = fn.expand(torch.Size(lead + (1,) * (n - len(base)) + base))
                 msg["fn"] = fn
-            injected = self._to_site(given[info.name], info, outer, inner) if info.name in given else None
+            injected = None
+            if info.name in given:
+                injected = of_step(self._to_site(given[info.name], info, outer, inner), msg)
             count, stride = layouts[info.name]
             span, entries = count * stride, inner if info.local else outer
             number = itertools.count()
 
             def remember(draw: Callable[[], Tensor]) -> Tensor:
-                entry = (info.name, next(number), outer.start if info.local else None, entries.start // span)
+                at = outer.start if info.local else None, entries.start // span
+                entry = (info.name, msg.get("step"), next(number), *at)
                 if entry not in memo:
                     memo[entry] = draw()
                 return memo[entry]
@@ -462,24 +545,24 @@ class PyroBound:
             msg["value"] = variant.value
 
         handler = Handler(constrained, latent, subsamples)
-        guide = self._trace(self._guide, handler, batch, params)
+        dropout = Dropout() if plan.frozen else contextlib.nullcontext()
+        with dropout:
+            guide = self._trace(self._guide, handler, batch, params)
         drawn = {name: s["value"] for name, s in guide.items()}
 
         def replayed(msg: Message) -> None:
-            msg["value"] = drawn[msg["name"]]
+            msg["value"] = of_step(drawn[msg["name"]], msg)
 
         model_handler = Handler(constrained, replayed, handler.subsamples)
         model = self._trace(self._model, model_handler, batch, params)
         subsamples.update(model_handler.subsamples)
         frozen: dict[str, Message] = {}
-        if plan.frozen:
+        if isinstance(dropout, Dropout):
+            self._modules.refuse_noise()
             stopped = {name: p.detach() for name, p in params.items()}
-            frozen = self._trace(
-                self._guide,
-                Handler(self.constrain(stopped), replayed, handler.subsamples),
-                batch,
-                stopped,
-            )
+            again = Handler(self.constrain(stopped), replayed, handler.subsamples)
+            with dropout.replay():
+                frozen = self._trace(self._guide, again, batch, stopped)
         return {
             info.name: self._site(
                 info, guide, model, frozen, plan, variants.get(info.name), layouts.get(info.name, (1, 1))[0]
@@ -506,6 +589,9 @@ class PyroBound:
             if message is not None:
                 row[label + "_full"] = self._full(site_log_prob(message), info)
                 row[label] = self._rows(row[label + "_full"], info)
+        if in_guide is not None and "drawn" in in_guide and name in plan.estimators:
+            fn, drawn = in_guide["drawn"]
+            row["log_q_drawn"] = self._rows(self._full(log_prob(fn, drawn), info), info)
         if name in frozen and name in plan.estimators and plan.estimators[name].frozen:
             row["log_q_frozen"] = self._rows(self._full(site_log_prob(frozen[name]), info), info)
         if variant is not None:
@@ -522,7 +608,10 @@ class PyroBound:
             for label, message in (("user_scale", in_model), ("guide_scale", in_guide)):
                 if message is not None:
                     scales[label] = self._scale(self._user_scale(message, self.structure.data_plate), info)
-        optional = ("log_p", "log_q", "log_q_frozen", "weight", "credit", "through", "log_p_full", "log_q_full")
+        optional = (
+            *("log_p", "log_q", "log_q_frozen", "log_q_drawn", "weight", "credit", "through"),
+            *("log_p_full", "log_q_full"),
+        )
         return Site(
             name=name,
             role=info.role,
@@ -607,47 +696,63 @@ class PyroBound:
             return value
         return value[0] if K > 1 else value[0, 0]
 
-    def evaluate(self, params: Params, batch: Call, key: int, plan: Plan) -> dict[str, dict[str, Any]]:
-        """Values and densities of every site of one run, without gradients."""
-        with torch.no_grad():
-            sites = self.draws(params, batch, key, plan).sites
+    @contextlib.contextmanager
+    def evaluation(self) -> Iterator[None]:
+        """Without gradients, modules in eval mode."""
+        before, self._evaluating = self._evaluating, True
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            self._evaluating = before
+
+    def evaluate(
+        self, params: Params, batch: Call, key: int, plan: Plan, values: Mapping[str, Any] | None = None
+    ) -> dict[str, dict[str, Any]]:
+        """Values and densities of every site of one run, in evaluation; `values` as `draws` takes them."""
+        given = {n: torch.as_tensor(v) for n, v in (values or {}).items()}
+        with self.evaluation():
+            sites = self.draws(params, batch, key, plan, values=given).sites
         return {n: {"value": s.value, "log_p": s.log_p, "log_q": s.log_q} for n, s in sites.items()}
 
-    def log_w(self, params: Params, batch: Call, key: int, plan: Plan) -> Tensor:
-        """Log weights `[M, K, B]` of one run, without gradients."""
-        with torch.no_grad():
-            return self.draws(params, batch, key, plan).log_w
+    def log_w(
+        self, params: Params, batch: Call, key: int, plan: Plan, values: Mapping[str, Any] | None = None
+    ) -> Tensor:
+        """Log weights `[M, K, B]` of one run, in evaluation."""
+        given = {n: torch.as_tensor(v) for n, v in (values or {}).items()}
+        with self.evaluation():
+            return self.draws(params, batch, key, plan, values=given).log_w
 
     def simulate(
-        self, params: Params, batch: Call, key: int, draws: int, *, prior: bool = False
-    ) -> dict[str, Tensor]:
-        """Values `[draws, ...]` of every site of the model with its observed sites drawn anew.
+        self,
+        params: Params,
+        batch: Call,
+        key: int,
+        draws: int,
+        how: Forward,
+        given: Mapping[str, Any] | None = None,
+        fixed: Mapping[str, Any] | None = None,
+        masks: Mapping[str, Any] | None = None,
+    ) -> dict[str, dict[str, Tensor]]:
+        """The program run forward `draws` times: "value", "mean", "log_p" and "log_q" of its sites.
 
-        Latent sites are drawn from the guide, or from the model where `prior` says so.
+        Values are `[draws, B, ...]`, or `[draws, ...]` for global sites; densities `[draws, B]` or `[draws]`. `given`
+        has the draws axis and stands for draws of the guide (of the model where the guide is not run). `fixed` is the
+        same for all draws, and only the model sees it; data of that name are replaced too. Elements of an observed
+        site outside its mask `[B, ...]` have no density and are drawn anew.
         """
-        constrained = self.constrain(params)
+        self._check_shapes(params)
+        return _pyro_forward.simulate(self, params, batch, key, draws, how, given or {}, fixed or {}, masks or {})
 
-        def anew(msg: Message) -> None:
-            msg["value"] = draw(msg["fn"])
+    def outside(self, params: Params, batch: Call, fixed: Mapping[str, Any]) -> list[str]:
+        """Sites whose fixed values are outside the support of their distribution in the model."""
+        return _pyro_forward.outside(self, params, batch, fixed)
 
-        values: list[dict[str, Tensor]] = []
-        with sealed(self.dtype), seeded(key), torch.no_grad():
-            for _ in range(draws):
-                guide: dict[str, Message] = {}
-                handler = Handler(constrained, anew)
-                if not prior:
-                    guide = self._trace(self._guide, handler, batch, params)
-
-                def latent(msg: Message, guide: dict[str, Message] = guide) -> None:
-                    if msg["name"] in guide:
-                        msg["value"] = guide[msg["name"]]["value"]
-                    else:
-                        anew(msg)
-
-                model_handler = Handler(constrained, latent, handler.subsamples, anew)
-                model = self._trace(self._model, model_handler, batch, params)
-                values.append({n: s["value"] for n, s in model.items()})
-        return {n: torch.stack([v[n] for v in values]) for n in values[0]} if values else {}
+    def anatomy(self, batch: Call) -> Anatomy:
+        """What the sites look like and look at."""
+        if self._anatomy is None:
+            self._anatomy = _pyro_forward.anatomy(self, batch)
+        return self._anatomy
 
     # Gradients.
 
