@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from numpyro.distributions.transforms import biject_to
+from numpyro.infer.autoguide import AutoGuide
 from numpyro.ops.provenance import eval_provenance
 
 from ppl_lvm.algorithm import GuideFamily, Objective, Variant
@@ -203,12 +204,20 @@ class NumPyroBound:
         """A first run, with a word on what cannot be found out later."""
         try:
             trace = self._trace(program, handler, batch)
-            jax.block_until_ready([s["value"] for s in trace.values() if s["type"] == "sample"])
-        except jax.errors.UnexpectedTracerError as error:
+        except KeyError as error:
+            if isinstance(program, AutoGuide):
+                raise ProgramError(
+                    f"Autoguide {type(program).__name__} cannot be set up: {error} is a plate that the model opens "
+                    f"only inside a scan, which NumPyro's autoguides do not know; open it once outside, or write "
+                    f"a guide."
+                ) from error
+            raise
+        inside = [n for n, s in trace.items() if s["type"] == "sample" and isinstance(s["value"], jax.core.Tracer)]
+        if inside:
             raise ProgramError(
-                "The program samples inside a loop of JAX (lax.scan, while_loop, fori_loop, cond, vmap), out of which "
-                "its sites cannot be handed; use numpyro.contrib.control_flow.scan, or a Python loop."
-            ) from error
+                f"Site {inside[0]!r} is sampled inside a loop or transformation of JAX (lax.scan, while_loop, cond, "
+                f"vmap), which does not hand it out; use numpyro.contrib.control_flow.scan, or a Python loop."
+            )
         return trace
 
     def _check_scans(self, structure: Structure, guide: dict[str, Message], model: dict[str, Message]) -> None:
