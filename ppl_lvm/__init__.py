@@ -3,7 +3,7 @@
 # Imported here, not on first use: `fit`, `program` and `recipe` are also names of modules of the package, and what is
 # bound last wins. None of these imports a framework.
 from ppl_lvm.draws import Draws, Loss
-from ppl_lvm.facades import pyro_loss, to_pyro
+from ppl_lvm.facades import numpyro_loss, pyro_loss, to_pyro
 from ppl_lvm.fit import fit
 from ppl_lvm.posterior import Fit, State
 from ppl_lvm.program import Program, program, programs
@@ -17,6 +17,7 @@ __all__ = [
     "Recipe",
     "State",
     "fit",
+    "numpyro_loss",
     "program",
     "programs",
     "pyro_loss",

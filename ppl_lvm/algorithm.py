@@ -11,6 +11,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validat
 
 if TYPE_CHECKING:
     from ppl_lvm.draws import Draws, Loss
+    from ppl_lvm.latents import Sketch
     from ppl_lvm.ops import Array
 
 
@@ -273,3 +274,14 @@ class Estimator(Algorithm):
     def initial_own(self, features: int) -> dict[str, list[float]]:
         """Parameters of the estimator itself, trained to predict the signal; `features` numbers make a row."""
         return {}
+
+
+class GuideFamily(Algorithm):
+    """A guide that is written from the model's latent sites, in place of one written by hand.
+
+    A subclass defines `__call__(self, sketch)`, which samples every site of `sketch.latents` on `sketch.ppl`. Its
+    parameters are called `auto.<site>.<leaf>`.
+    """
+
+    def __call__(self, sketch: "Sketch") -> None:
+        raise NotImplementedError(f"Guide family {type(self).__name__} defines no __call__(sketch).")

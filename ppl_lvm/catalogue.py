@@ -3,16 +3,17 @@
 import importlib
 import inspect
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
 
 from ppl_lvm import lookup
-from ppl_lvm.algorithm import Algorithm, Estimator, Objective
+from ppl_lvm.algorithm import Algorithm, Estimator, GuideFamily, Objective
 from ppl_lvm.errors import RecipeError
 
-Kind = Literal["objective", "estimator"]
-BASES: dict[Kind, type[Algorithm]] = {"objective": Objective, "estimator": Estimator}
+Kind = Literal["objective", "estimator", "guide"]
+BASES: dict[Kind, type[Algorithm]] = {"objective": Objective, "estimator": Estimator, "guide": GuideFamily}
 
 
 def objectives() -> dict[str, Path]:
@@ -25,6 +26,18 @@ def estimators() -> dict[str, Path]:
     return lookup.find(lookup.PACKAGE / "estimators", ".py", RecipeError)
 
 
+def guides() -> dict[str, Path]:
+    """The families of guides that a recipe can name, with their files; nothing is imported."""
+    return lookup.find(lookup.PACKAGE / "guides", ".py", RecipeError)
+
+
+_FOUND: dict[Kind, Callable[[], dict[str, Path]]] = {
+    "objective": objectives,
+    "estimator": estimators,
+    "guide": guides,
+}
+
+
 def resolve(kind: Kind, asked: str, folder: Path, asker: str) -> type[Algorithm]:
     """The class behind a name, a "file.py:name" (relative to `folder`) or a "package.module:name".
 
@@ -33,7 +46,7 @@ def resolve(kind: Kind, asked: str, folder: Path, asker: str) -> type[Algorithm]
     """
     source, _, name = asked.rpartition(":")
     if not source:
-        found = objectives() if kind == "objective" else estimators()
+        found = _FOUND[kind]()
         if lookup.is_path(asked, ".py"):
             raise RecipeError(
                 f"{asker} asks for the {kind} {asked!r}; add the class, as in {asked}:my_{kind}."
@@ -80,7 +93,7 @@ def _class_in(module: ModuleType, kind: Kind, name: str, asker: str) -> type[Alg
 def to_dict(instance: Algorithm) -> dict[str, Any]:
     """The options with a `name` that `resolve` turns back into the class."""
     kind = type(instance)
-    if kind.__module__ in (f"ppl_lvm.{folder}.{kind.__name__}" for folder in ("objectives", "estimators")):
+    if kind.__module__ in (f"ppl_lvm.{base}s.{kind.__name__}" for base in BASES):
         name = kind.__name__
     elif kind.__module__.startswith(lookup.PREFIX):
         name = f"{sys.modules[kind.__module__].__file__}:{kind.__qualname__}"

@@ -70,7 +70,8 @@ ProgramArgument = Annotated[
     str, typer.Argument(metavar="PROGRAM", help="Name of a program, or a path ending in .py.")
 ]
 DataOption = Annotated[
-    str, typer.Option("--data", help="Name of a data set, or the path of a .npy, .npz or .csv file.")
+    str,
+    typer.Option("--data", help="Name of a data set, a .npy, .npz, .csv or .parquet file, or module:function."),
 ]
 ProgramOptions = Annotated[
     list[str] | None,

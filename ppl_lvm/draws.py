@@ -62,12 +62,19 @@ class Site:
     log_p_full: Array | None = None
     log_q_full: Array | None = None
     """Densities before inner plates are summed, `[M, K, B, *inner]`."""
+    log_q_drawn: Array | None = None
+    """Of a partly observed site: log q of the values as drawn, before the observed ones took their places."""
     extra: Mapping[str, Array] = field(default_factory=dict)
     """What the objective requested before the run, by name: "kl" of shape `[M, K, B]` or `[M]`."""
     user_scale: Array | float = 1.0
     """What `poutine.scale` or `handlers.scale` multiply the model's density by, the plates' part divided out."""
     guide_scale: Array | float = 1.0
     """The same of the guide's density."""
+
+    @property
+    def log_weight(self) -> Array:
+        """Log probabilities of an exhaustive site's values; they sum to one over them, observed or not."""
+        return self.log_q if self.log_q_drawn is None else self.log_q_drawn
 
 
 @dataclass(frozen=True)
@@ -321,7 +328,7 @@ class Draws:
         total: Array | float = math.log(level.base) if isinstance(level.base, float) else xp.log(level.base)
         for site in level.latents.values():
             if site.estimator is not None and site.estimator.exhaustive:
-                total = total + self._lift(site, site.log_q)
+                total = total + self._lift(site, site.log_weight)
         return total
 
     def _weights_of(self, level: _Level) -> dict[str, Array]:
@@ -329,7 +336,7 @@ class Draws:
         found = {}
         for name, site in level.latents.items():
             if site.estimator is not None and site.estimator.exhaustive:
-                found[name] = ops.xp(site.log_q).exp(self._lift(site, site.log_q))
+                found[name] = ops.xp(site.log_q).exp(self._lift(site, site.log_weight))
             elif site.weight is not None:
                 found[name] = self._lift(site, site.weight)
         return found

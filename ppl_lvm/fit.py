@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from ppl_lvm import backends, legality, progress
-from ppl_lvm.algorithm import Schedule
+from ppl_lvm.algorithm import GuideFamily, Schedule
 from ppl_lvm.backends.base import Call, numbers_of
+from ppl_lvm.data import Batches, Missing, check_missing, check_observed, is_batches, observe, read
 from ppl_lvm.errors import DataError, LegalityError, PplLvmError, ProgramError
 from ppl_lvm.posterior import Fit, State
 from ppl_lvm.program import Program, backend_of
@@ -24,7 +26,7 @@ CHUNK = 100
 
 def fit(
     model: Program | str | Callable[..., Any],
-    guide: Callable[..., Any] | None = None,
+    guide: Callable[..., Any] | GuideFamily | str | None = None,
     data: object = None,
     recipe: Any = None,
     *,
@@ -34,6 +36,8 @@ def fit(
     progress_bar: bool | None = None,
     compile: str = "auto",
     data_plate: str | None = None,
+    missing: Missing = None,
+    observed: Mapping[str, str] | None = None,
     state: State | None = None,
     **overrides: Any,
 ) -> Fit:
@@ -41,8 +45,10 @@ def fit(
 
     Args:
         model: a portable program (`program("vae", latent=8)` or its name), or a native model of Pyro or NumPyro.
-        guide: the native model's guide or autoguide.
-        data: the program's arguments: an array, a tuple of arrays or a dict by name, whose first axis is rows.
+        guide: the native model's guide or autoguide; or a family that writes one from the model, by name
+            ("auto_normal", "multivariate_normal", "low_rank", "flow", "amortized", "delta"), for any program.
+        data: the program's arguments, whose first axis is rows: an array (NumPy, torch, JAX), a tuple of arrays, a
+            dict by name, a data frame, a list of ragged sequences, or batches (a DataLoader); see below.
         recipe: a name, a path to a TOML file, a mapping or a Recipe; None: the program's own.
         backend: "pyro" or "numpyro"; found from a native program, the first one installed for a portable one.
         seed: initial parameters, order of rows and noise are functions of it.
@@ -50,10 +56,24 @@ def fit(
         progress_bar: None shows one where the output is a terminal.
         compile: "auto", "compiled" or "eager", and on Pyro "graph" (traced, not compiled).
         data_plate: the plate of the rows where the program leaves it open; "none": the whole program is one row.
+        missing: "mask" leaves out the densities of entries that are NaN (or -1 among integers); None refuses them.
+        observed: `{site: argument}` for observed sites that are not called like the data argument they have.
         state: of an earlier fit, to go on from to `steps` in all.
         **overrides: options of the recipe, `draws=50`, `learning_rate=1e-2`, `steps=100`.
 
     Rows are shuffled once per epoch and taken `batch_size` at a time; the last, smaller batch of an epoch is left out.
+
+    Data. The columns of a frame (pandas, polars, pyarrow) go to the arguments of their names, or all together as a
+    matrix to the only argument. Sequences `[T_i, ...]` in a list are padded with zeros to `[N, T, ...]`, and what was
+    padded is left out of the density of the site that has the argument's name; an argument `x_mask` `[N, T]`,
+    `x_lengths` or `lengths` `[N]` of the program tells it which steps are real. Batches come from any object that is
+    gone through anew at every epoch; their size replaces `batch_size`, and methods of the `Fit` then need `data=`.
+
+    With `missing="mask"`, missing entries of `x` become zeros, which networks see too; `x_mask`, where the program
+    takes it, says which are known. An observed site counts the known entries of a row alone. A data argument called
+    like a latent site of the guide is *partly observed*, as labels are: where it is known it takes the place of the
+    draw, its log q counts zero and its log p counts; where it is missing it is drawn (Kingma, Rezende, Mohamed,
+    Welling, 2014, arXiv:1406.5298, eqs. 6 and 7). The model may sample it with `obs=y` or without.
 
     Raises:
         RecipeError, ProgramError, DataError, LegalityError, BackendError: before training starts.
@@ -67,18 +87,37 @@ def fit(
         (20,)
     """
     started = time.perf_counter()
+    if isinstance(guide, str | GuideFamily):
+        guide, overrides = None, {"guide": guide, **overrides}
     chosen = _program(model, guide)
     how = load_recipe(chosen.recipe if recipe is None else recipe, **overrides)
+    messages: list[str] = []
+    chosen = _guided(chosen, how, messages)
     name = _backend(chosen, backend)
     if dtype not in ("float32", "float64"):
         raise DataError(f"dtype={dtype!r} was asked for; use 'float32' or 'float64'.")
-    call = Call.of(data)
-    rows = _rows(call)
-    messages: list[str] = []
+    batches = None
+    rows: int | None
+    if is_batches(data):
+        batches = Batches(data, lambda batch: read(batch, chosen, missing), messages)  # type: ignore[arg-type]
+        call, rows = batches.first, batches.rows
+        how = _of_size(how, batches.size, messages)
+    else:
+        call = read(data, chosen, missing, messages)
+        rows = len(call.leaves[0]) if call.leaves else None
+    chosen = observe(chosen, observed, call)
+    if rows is not None and chosen.takes_rows:
+        call = call.with_rows(rows)
 
     library = backends.load(name)
     bound, example, batched = _bind(library, chosen, call, rows, how, seed, dtype, data_plate, messages)
-    _check_support(bound, chosen, call, example)
+    if rows is not None and bound.row_params:
+        size, call = len(example.leaves[0]), call.with_rows(rows)
+        example = call.map(lambda a: a[:size])
+    if batches is not None and (bound.row_params or chosen.takes_rows):
+        raise DataError("The program has parameters for every row, and batches do not say which rows they hold.")
+    check_observed(chosen, bound.structure)
+    _check_values(bound, chosen, call, example)
     plan, notes = legality.plan(how.objective, how.estimator, bound.structure)
     messages += [f"estimator: {note}" for note in notes]
     trainer = library.Trainer(
@@ -100,7 +139,11 @@ def fit(
     with progress.bar(f"{chosen.name} · {how.name} · {name}", how.steps, step, progress_bar) as advance:
         while step < how.steps:
             n = min(CHUNK, how.steps - step)
-            index = _index(rows, how.batch_size, seed, step, CHUNK) if batched else None
+            index = _index(rows, how.batch_size, seed, step, CHUNK) if batched and batches is None else None
+            if batches is not None:
+                part, index = batches.chunk(step, n, CHUNK)
+                _check_values(bound, chosen, part, example)
+                held = bound.batch(part)
             values = {k: _values(v, step, CHUNK) for k, v in numbers.items()}
             tree, chunk = trainer.run(tree, held, index, values, step, n)
             losses.append(library.to_numpy(chunk).astype(np.float64))
@@ -133,10 +176,22 @@ def _program(model: Program | str | Callable[..., Any], guide: Callable[..., Any
             raise ProgramError(f"Program {model!r} brings its guide; pass a guide only beside a native model.")
         found = load_program(model)
     else:
-        if guide is None:
-            raise ProgramError(f"Model {model!r} came without a guide; pass one, or an autoguide of its library.")
         found = Program.from_callables(model, guide)
     return found
+
+
+def _guided(chosen: Program, how: Recipe, messages: list[str]) -> Program:
+    """The program with the recipe's family of guides in place of its own guide."""
+    if how.guide is not None:
+        if chosen.guide is not None:
+            messages.append(f"guide: {type(how.guide).__name__}, in place of the program's own")
+        return replace(chosen, guide=how.guide)
+    if chosen.guide is None:
+        raise ProgramError(
+            f"Model {chosen.name!r} came without a guide; pass one, an autoguide of its library, or the name of a "
+            f"family, as in guide='auto_normal'."
+        )
+    return chosen
 
 
 def _backend(chosen: Program, asked: str | None) -> str:
@@ -147,7 +202,7 @@ def _backend(chosen: Program, asked: str | None) -> str:
         if not available:
             raise ProgramError("No backend is installed; pip install 'ppl_lvm[numpyro]' or 'ppl_lvm[pyro]'.")
         return available[-1]
-    found = backend_of(chosen.model, chosen.guide)
+    found = backend_of(chosen.model, None if isinstance(chosen.guide, GuideFamily) else chosen.guide)
     if found is None:
         raise ProgramError(
             f"Cannot tell which library {chosen.name!r} is written for; pass backend='pyro' or 'numpyro'."
@@ -155,22 +210,10 @@ def _backend(chosen: Program, asked: str | None) -> str:
     return found
 
 
-def _rows(call: Call) -> int | None:
-    """N, the length that all arguments share."""
-    lengths = [np.shape(a)[0] if np.ndim(a) else None for a in call.leaves]
-    if not lengths:
-        return None
-    if None in lengths or len(set(lengths)) > 1 or lengths[0] == 0:
-        raise DataError(
-            f"Data must be arrays that share their first axis, the rows, and have some; found shapes "
-            f"{[np.shape(a) for a in call.leaves]}."
-        )
-    for a in call.leaves:
-        if np.asarray(a).dtype.kind not in "fiub":
-            raise DataError(f"Data must be numbers; found dtype {np.asarray(a).dtype}.")
-        if np.asarray(a).dtype.kind == "f" and not np.isfinite(np.asarray(a)).all():
-            raise DataError("Data hold NaN or infinite values; remove or impute them first.")
-    return lengths[0]
+def _of_size(how: Recipe, size: int, messages: list[str]) -> Recipe:
+    if how.batch_size != size:
+        messages.append(f"batch_size: {size}, the size of the batches that were given, not {how.batch_size}")
+    return how.model_copy(update={"batch_size": size})
 
 
 def _bind(
@@ -187,10 +230,10 @@ def _bind(
     """The program bound to a batch's shape; whether the engine takes mini-batches."""
 
     def bind(example: Call) -> Any:
-        return library.Bound(chosen, example, seed=seed, dtype=dtype, data_plate=data_plate)
+        return library.Bound(chosen, example, seed=seed, dtype=dtype, data_plate=data_plate, total=rows)
 
     size = how.batch_size
-    if rows is None or size is None or size >= rows:
+    if rows is None or size is None or (size >= rows and not call.sample):
         bound = bind(call)
         _check_rows(bound, rows)
         return bound, call, False
@@ -205,6 +248,8 @@ def _bind(
     plate = bound.structure.data_plate
     if plate is None or bound.structure.plate_size is not None:
         why = "has no data plate" if plate is None else f"subsamples plate {plate!r} itself"
+        if call.sample:
+            raise ProgramError(f"The program {why}, so it cannot be given batches; pass all rows as arrays.")
         messages.append(f"batch_size: {size} not used, as the program {why}; it sees all {rows} rows")
         return bind(call), call, False
     _check_rows(bound, size)
@@ -215,23 +260,22 @@ def _bind(
             f"taken in mini-batches; pass batch_size=None."
         )
     if not chosen.portable:
-        _refuse_parameters_of_rows(bound, size, lambda: bind(call.map(lambda a: a[: size + 1])))
+        _refuse_parameters_of_rows(bound, call, size)
     return bound, example, True
 
 
-def _refuse_parameters_of_rows(bound: Any, size: int, larger: Callable[[], Any]) -> None:
-    """Refuses mini-batches where parameters belong to rows: all batches would train those of the first one.
+def _refuse_parameters_of_rows(bound: Any, call: Call, size: int) -> None:
+    """Refuses mini-batches where parameters belong to the rows of a batch: all batches would train those of the first.
 
-    Looked for where a parameter is large enough, by binding the program to one row more.
+    Parameters with an entry for every row of the data (row indices) have one size whatever the batch.
     """
-    shapes = {n: np.shape(v) for n, v in bound.initial.items()}
-    if not any(max(s, default=0) >= size for s in shapes.values()):
+    if not any(max(np.shape(v), default=0) >= size for v in bound.initial.values() if np.ndim(v)):
         return
-    sized = sorted(n for n, v in larger().initial.items() if np.shape(v) != shapes.get(n))
-    if sized:
+    of_rows = bound.row_parameters(call.map(lambda a: np.resize(np.asarray(a), (2 * size, *np.shape(a)[1:]))))
+    if of_rows:
         raise LegalityError(
-            f"Parameters {sized} have a size that depends on the number of rows, so they belong to the rows of one "
-            f"batch and would be trained on all; pass batch_size=None, or write an amortised guide."
+            f"Parameters {of_rows} hold values for the rows of one batch, and every mini-batch has other rows, which "
+            f"would share them; pass batch_size=None, or let the guide compute them from the data (an amortised guide)."
         )
 
 
@@ -246,18 +290,22 @@ def _check_rows(bound: Any, rows: int | None) -> None:
         )
 
 
-def _check_support(bound: Any, chosen: Program, call: Call, example: Call) -> None:
+def _check_values(bound: Any, chosen: Program, call: Call, example: Call) -> None:
     """Refuses observed values outside their site's support, in blocks of the shape that the program was probed on."""
-    names = dict(zip(chosen.arguments, call.args, strict=False)) | dict(call.kwargs)
+    check_missing(call, bound, chosen)
+    names, knowns = call.named(chosen.arguments), call.known
     size = len(example.leaves[0]) if example.leaves else 0
     for site, info in bound.structure.sites.items():
-        values = names.get(site)
+        values = names.get(chosen.argument_of(site))
+        known = knowns.get(chosen.argument_of(site))
+        has_data = values is not None and (info.role == "observed" or known is not None)
         # A program that subsamples itself was probed on other rows than its data have.
-        if info.role != "observed" or values is None or bound.structure.plate_size is not None:
+        if not has_data or bound.structure.plate_size is not None:
             continue
         for first in range(0, len(values), size):
-            block = np.asarray(values[max(0, min(first, len(values) - size)) :][:size])
-            if not bound.in_support(site, block):
+            rows = slice(max(0, min(first, len(values) - size)), None)
+            block = np.asarray(values[rows][:size])
+            if not bound.in_support(site, block, None if known is None else known[rows][:size]):
                 raise DataError(
                     f"Values of {site!r} are outside the support of its distribution; rows {first} to "
                     f"{first + size - 1} span {block.min():g} to {block.max():g}. Check units and options such as "

@@ -83,6 +83,19 @@ def _kind_of_site(c: Case) -> str | None:
     return None
 
 
+def _inside_a_scan(c: Case) -> str | None:
+    if not c.site.scanned:
+        return None
+    plain = c.estimator.site == "reparameterised" and not c.estimator.scored
+    without_gradient = c.estimator.scored and not c.site.reparameterised
+    if plain or without_gradient:
+        return None
+    return (
+        f"the library's own scan draws it, out of this estimator's reach; {c.remedy}, or write the loop over time in "
+        f"Python."
+    )
+
+
 def _one_draw_a_row(c: Case) -> str | None:
     support = 0 if c.site.support is None else len(c.site.support)
     inner = [p.name for p in c.site.plates if p.name != c.structure.data_plate]
@@ -168,6 +181,7 @@ def _level(c: Case) -> str | None:
 
 RULES: tuple[Rule, ...] = (
     _level,
+    _inside_a_scan,
     _kind_of_site,
     _one_draw_a_row,
     _verb,

@@ -9,6 +9,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ppl_lvm import catalogue
 from ppl_lvm.catalogue import Kind
 from ppl_lvm.datasets import datasets, load
@@ -88,13 +90,15 @@ def _show_algorithm(kind: Kind, name: str) -> str:
 
 def _show_dataset(name: str) -> str:
     shown = load(name)
-    shape = " x ".join(map(str, shown.train.shape[1:]))
+    of_row = shown.train[0].shape if shown.ragged else shown.train.shape[1:]
+    shape = " x ".join(["T", *map(str, of_row[1:])] if shown.ragged else map(str, of_row))
+    values = np.concatenate([a.reshape(-1) for a in shown.train])
     return "\n".join(
         [
             shown.description,
             "",
             f"rows: {len(shown.train):,} to fit, {len(shown.test):,} held out, each of shape {shape}",
-            f"values: from {shown.train.min():g} to {shown.train.max():g}",
+            f"values: from {values.min():g} to {values.max():g}",
             f"labels: {'none' if shown.train_labels is None else len({*shown.train_labels.tolist()})}",
             f"licence: {shown.licence}",
         ]

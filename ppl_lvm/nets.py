@@ -7,6 +7,9 @@ without knowing a framework, and a compiled step can be cached on it.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
+
+import numpy as np
 
 from ppl_lvm.errors import ProgramError
 
@@ -93,3 +96,50 @@ class MLP(Network):
         """The affine maps, first to last."""
         sizes = (self.inputs, *self.hidden, self.outputs)
         return tuple(Linear(a, b) for a, b in pairwise(sizes))
+
+    def mask(self, layer: int, xp: Any = np) -> Any:
+        """What a layer's weights are multiplied by, or None."""
+        return None
+
+
+@dataclass(frozen=True)
+class Autoregressive(MLP):
+    """Multi-layer perceptron whose outputs `i, i + inputs, i + 2 inputs, ...` see the inputs before i only.
+
+    `y = a(... a(x (M_1 * W_1)^T + b_1) ...) (M_L * W_L)^T + b_L` with fixed masks M of zeros and ones
+    (`mask`).
+
+    Args:
+        inputs: size D of the last axis of the input.
+        outputs: a multiple of D.
+
+    Raises:
+        ProgramError: a size is not a positive integer, or outputs no multiple of inputs.
+
+    Source: Germain, Gregor, Murray, Larochelle (2015), MADE: Masked Autoencoder for Distribution Estimation,
+    arXiv:1502.03509.
+
+    Example:
+        >>> Autoregressive(3, 3, hidden=()).mask(0).astype(int).tolist()
+        [[0, 0, 0], [1, 0, 0], [1, 1, 0]]
+    """
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.outputs % self.inputs:
+            raise ProgramError(
+                f"Autoregressive: outputs must be a multiple of inputs, not {self.outputs} for {self.inputs}."
+            )
+
+    def mask(self, layer: int, xp: Any = np) -> Any:
+        """Which inputs `[outputs, inputs]` a layer's outputs see, as an array of the namespace `xp`.
+
+        Unit h of a hidden layer sees the first `1 + h mod (D - 1)` inputs.
+        """
+        last = layer == len(self.hidden)
+        seen = self._degrees(layer - 1, xp) if layer else 1 + xp.arange(self.inputs)
+        seeing = xp.arange(self.outputs) % self.inputs if last else self._degrees(layer, xp)
+        return seeing[:, None] >= seen[None, :]
+
+    def _degrees(self, layer: int, xp: Any) -> Any:
+        return 1 + xp.arange(self.hidden[layer]) % max(self.inputs - 1, 1)

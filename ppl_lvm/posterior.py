@@ -2,30 +2,25 @@
 
 from __future__ import annotations
 
-import math
-import operator
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ppl_lvm import backends
-from ppl_lvm.backends.base import Call, Plan
+from ppl_lvm import lookup, predict
+from ppl_lvm.backends.base import ROWS, Call, Plan
+from ppl_lvm.data import as_given, check_missing, read
 from ppl_lvm.errors import DataError, ProgramError
+from ppl_lvm.fitted import CHUNK, ENTRIES, Block, Chunk, Fitted, joined
+from ppl_lvm.predict import Codes, Resampled
 from ppl_lvm.program import Program
 
 if TYPE_CHECKING:
     from xarray import DataTree
 
     from ppl_lvm.recipe import Recipe
-
-ENTRIES = 2**24
-"""Numbers held at once while draws are evaluated, roughly: draws x rows x the size of a row."""
-
-CHUNK = 2**20
-"""The same for log weights."""
 
 
 @dataclass(frozen=True)
@@ -88,17 +83,28 @@ class LogLikelihood:
 
 @dataclass(frozen=True)
 class Posterior:
-    """Draws from the guide with their densities, as numpy arrays."""
+    """Draws from the guide with their densities, as numpy arrays; rows of one draw share its globals."""
 
     values: Mapping[str, np.ndarray]
     """Site -> `[draws, rows, ...]`, or `[draws, ...]` for a global site."""
     dims: Mapping[str, tuple[str, ...]]
-    """Site -> names of the dimensions after draws."""
+    """Site -> names of the dimensions after draws: the site's plates, then `<site>_dim_0` and so on."""
     log_p: np.ndarray
     log_q: np.ndarray
-    """`[draws, rows]`: joint density and guide's density of each row's draw."""
+    """`[draws, rows]`: `log p(x_n, z_n | g)` and `log q(z_n | x_n, g)` of each row's draw."""
     log_likelihood: Mapping[str, np.ndarray]
-    """Observed site -> `[draws, rows]`."""
+    """Observed site -> `[draws, rows]`, given that draw of the row's latents."""
+    log_p_global: np.ndarray | None = None
+    log_q_global: np.ndarray | None = None
+    """`[draws]`: `log p(g)`, observed global sites included, and `log q(g)`; None without global latents."""
+
+    @property
+    def log_weight(self) -> np.ndarray:
+        """`[draws]`: `log p(x, z, g) - log q(z, g)` of a whole draw, all rows and globals."""
+        rows = (self.log_p - self.log_q).sum(1)
+        if self.log_p_global is None or self.log_q_global is None:
+            return np.asarray(rows)
+        return np.asarray(rows + self.log_p_global - self.log_q_global)
 
 
 @dataclass
@@ -117,8 +123,21 @@ class Fit:
     state: State
     _bound: Any = field(repr=False)
     _trained: Mapping[str, Any] = field(repr=False)
-    _data: Call = field(repr=False)
-    _bounds: dict[Any, Any] = field(default_factory=dict, repr=False)
+    _data: Call | None = field(repr=False)
+    _example: Call | None = field(default=None, repr=False)
+    _fitted: Fitted = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if self._example is None:
+            assert self._data is not None
+            self._example = self._data.map(lambda a: np.asarray(a)[:0])
+        self._fitted = Fitted(self.program, self.backend, self._bound, self._trained, self._example)
+
+    def without_data(self) -> Fit:
+        """The same fit without its training rows: every method then needs `data`, or a number of rows."""
+        return replace(self, _data=None)
+
+    # Densities.
 
     def log_likelihood(self, data: object = None, draws: int = 5000, seed: int = 0) -> LogLikelihood:
         """`log (1/K) sum_k w_k` per row with `w = p(x, z) / q(z | x)` and K = `draws`, in nats.
@@ -129,64 +148,213 @@ class Fit:
 
         Raises:
             ProgramError: the program subsamples its own data plate, so that rows cannot be told apart.
+            DataError: no rows, rows of other shapes than the fit's, NaN, draws < 1.
 
         Source: Burda, Grosse, Salakhutdinov (2015), arXiv:1509.00519.
         """
+        fitted, call = self._fitted, self._call(data)
+        given = fitted.global_draws(call, draws, seed)
         blocks = []
-        for batch, bound in self._blocks(self._call(data)):
-            total = np.full(bound.structure.rows, -np.inf)
-            size, keys = self._chunks(draws, batch, seed, CHUNK)
-            plan, held = self._plan(bound, size), bound.batch(batch)
-            for i, key in enumerate(keys):
-                log_w = self._numpy(bound.log_w(self._trained, held, key, plan)).astype(np.float64)
-                log_w = log_w.reshape(size, -1)[: draws - i * size]
-                peak = log_w.max(0)
-                total = np.logaddexp(total, peak + np.log(np.exp(log_w - peak).sum(0)))
+        for block in fitted.blocks(call):
+            total = np.full(block.rows, -np.inf)
+            for chunk in fitted.chunks(draws, block, seed, CHUNK):
+                log_w = self._log_w(block, chunk, fitted.plan(block.bound, chunk.size), given)
+                total = np.logaddexp(total, _log_sum_exp(log_w.reshape(chunk.size, -1)[: chunk.wanted], 0))
             blocks.append(total - np.log(draws))
         return LogLikelihood(np.concatenate(blocks))
 
+    def pointwise(
+        self, draws: int = 1000, data: object = None, particles: int = 100, seed: int = 0
+    ) -> np.ndarray:
+        """`[draws, rows]`: `log (1/K) sum_k p(x_n, z_k | g_s) / q(z_k | x_n, g_s)` for each draw g_s of the globals.
+
+        The row's own latents are summed out by K = `particles` importance draws (one is exact where there are none).
+        `exp` of it is unbiased for `p(x_n | g_s)`, so it is low by half the squared relative error of that mean.
+
+        Raises:
+            ProgramError: there are no global latents, so every draw would have the same `p(x_n)`.
+        """
+        fitted, call = self._fitted, self._call(data)
+        self._need_globals("A log-likelihood for each draw of the globals")
+        given = fitted.global_draws(call, draws, seed)
+        K = particles if fitted.structure.drawn(local=True) else 1
+        blocks = []
+        for block in fitted.blocks(call):
+            chunks = []
+            for chunk in fitted.chunks(draws, block, seed, CHUNK, K):
+                log_w = self._log_w(block, chunk, Plan.of_values(block.bound.structure, K, chunk.size), given)
+                chunks.append(_log_sum_exp(log_w[: chunk.wanted], 1) - np.log(K))
+            blocks.append(np.concatenate(chunks))
+        return np.concatenate(blocks, 1)
+
+    def loo(self, draws: int = 1000, data: object = None, particles: int = 100, seed: int = 0) -> Any:
+        """ArviZ's leave-one-out estimate for draws of the globals from an approximate posterior (an `ELPDData`).
+
+        Importance ratios of the draws are `p(x, g) / q(g)` with the rows' own latents summed out (see `to_arviz`).
+
+        Raises:
+            ProgramError: there are no global latents. Leaving a row out then changes nothing but that row's own latent,
+                whose posterior becomes its prior; use the log-likelihood of held-out rows.
+
+        Source: Vehtari, Gelman, Gabry (2017), arXiv:1507.04544; Magnusson et al. (2019), arXiv:1904.10679.
+        """
+        from arviz_stats import loo, loo_approximate_posterior
+
+        self._need_globals("Leave-one-out")
+        tree = self.to_arviz(draws, data, seed, particles=particles, predictive=0)
+        stats, name = tree["sample_stats"], next(iter(tree["log_likelihood"].data_vars))
+        ratio = np.asarray(stats["log_weight"])
+        # Draws of the exact posterior have one ratio, whose tail has no shape that could be fitted.
+        if np.ptp(ratio) < 1e-6 * max(1.0, np.abs(ratio).max()):
+            return loo(tree, var_name=name, pointwise=True)
+        return loo_approximate_posterior(
+            tree, stats["log_p"], stats["log_q"], var_name=name, pointwise=True
+        )
+
+    # Draws.
+
     def posterior(self, draws: int = 1000, data: object = None, seed: int = 0) -> Posterior:
         """`draws` from the guide for every row of `data` (None: the rows of the fit)."""
-        blocks = []
-        for batch, bound in self._blocks(self._call(data)):
-            size, keys = self._chunks(draws, batch, seed, ENTRIES)
-            plan, held = self._plan(bound, size), bound.batch(batch)
-            chunks = [self._table(bound, held, key, plan, draws - i * size) for i, key in enumerate(keys)]
-            blocks.append(_concatenate(chunks, 0))
-        local = {n: i.local for n, i in self._bound.structure.sites.items()}
-        plate = self._bound.structure.data_plate or "row"
-        drawn = [i.name for i in self._bound.structure.sites.values() if i.role != "observed" and not i.fixed]
-        values = {
-            n: np.concatenate([b["value"][n] for b in blocks], 1) if local[n] else blocks[0]["value"][n]
-            for n in drawn
-        }
-        rest = {k: np.concatenate([b[k] for b in blocks], 1) for k in ("log_p", "log_q")}
-        likelihood = {n: np.concatenate([b["lik"][n] for b in blocks], 1) for n in blocks[0]["lik"]}
-        dims = {
-            n: tuple(
-                [plate] * local[n] + [f"{n}_dim_{d}" for d in range(v.ndim - 1 - local[n])]
-            )
-            for n, v in values.items()
-        }
-        return Posterior(values, dims, rest["log_p"], rest["log_q"], likelihood)
+        fitted, call = self._fitted, self._call(data)
+        given = fitted.global_draws(call, draws, seed)
+        parts = []
+        for block in fitted.blocks(call):
+            chunks = [self._table(block, chunk, given) for chunk in fitted.chunks(draws, block, seed, ENTRIES)]
+            parts.append({k: joined([c[k] for c in chunks], 0) for k in chunks[0]})
+        values = {n: fitted.squeezed(n, v, 1) for n, v in given.items()}
+        own = joined([p["value"] for p in parts], 1)
+        values = {n: values[n] if n in values else fitted.squeezed(n, own[n], 2) for n in fitted.drawn}
+        rows, lik = (joined([p[k] for p in parts], 1) for k in ("rows", "lik"))
+        total = parts[0]["total"]
+        dims = {n: self._dims(n, v.ndim - 1) for n, v in values.items()}
+        return Posterior(
+            values, dims, rows["log_p"], rows["log_q"], lik, total.get("log_p"), total.get("log_q")
+        )
 
     def predictive(self, draws: int = 100, data: object = None, seed: int = 0) -> dict[str, np.ndarray]:
-        """Observed sites drawn anew from the posterior predictive, `[draws, rows, ...]`."""
-        observed = self._observed()
-        blocks = []
-        for batch, bound in self._blocks(self._call(data)):
-            made = bound.simulate(self._trained, bound.batch(batch), self._key(seed, 0), draws)
-            blocks.append({n: self._numpy(made[n]) for n in observed})
-        return {n: np.concatenate([b[n] for b in blocks], 1) for n in observed}
+        """Observed sites drawn anew: `x' ~ p(x' | z, g)` with `z, g ~ q(. | x)`; site -> `[draws, rows, ...]`.
 
-    def prior_predictive(self, rows: int = 100, seed: int = 0) -> dict[str, np.ndarray]:
-        """Latent and observed sites drawn from the model, `[rows, ...]`, one draw of any global site."""
-        if not self._data.leaves:
-            raise ProgramError("The program takes no data, so it cannot be asked for a number of rows.")
-        template = self._data.map(lambda a: np.resize(np.asarray(a), (rows, *np.shape(a)[1:])))
-        bound = self._bound_for(template)
-        made = bound.simulate(self._trained, bound.batch(template), self._key(seed, 0), 1, prior=True)
-        return {n: self._numpy(v)[0] for n, v in made.items()}
+        One draw of the globals is shared by all rows.
+        """
+        return predict.predictive(self._fitted, self._call(data), draws, seed)
+
+    def encode(self, data: object = None, draws: int = 100, seed: int = 0) -> Codes:
+        """`E_q(z | x) z` and its standard deviation for the latents of each row: site -> `[rows, ...]`.
+
+        Over `draws` draws from the guide, so the mean has a standard error of `sd / sqrt(draws)`.
+        """
+        return predict.encode(self._fitted, self._call(data), draws, seed)
+
+    def decode(
+        self,
+        values: Mapping[str, Any],
+        data: object = None,
+        rows: int | None = None,
+        draws: int = 1,
+        mean: bool = True,
+        seed: int = 0,
+    ) -> dict[str, np.ndarray]:
+        """Observed sites given values of latents: `E[x | z]`, or draws where `mean` is False; `[draws, rows, ...]`.
+
+        `values` has an array `[rows, ...]` per site (one row's value serves all). Latents that are not given come from
+        the model, drawn given those that are set above them (`p(. | do(values))`), globals from the guide.
+
+        Raises:
+            DataError: unknown sites, wrong shapes, values outside a site's support.
+            ProgramError: a site looks at data, which then have to be given.
+        """
+        call, _ = self._rows_for(values, data, rows)
+        return predict.decode(self._fitted, values, call, draws, mean, seed)
+
+    def impute(
+        self, data: object, draws: int = 100, particles: int = 1000, fill: float = 0.0, seed: int = 0
+    ) -> Resampled:
+        """Missing entries (NaN) of observed sites drawn from `p(x_missing | x_seen)`; entries seen are kept.
+
+        For each row `particles` draws of its latents are taken from the guide, which sees `fill` for what is missing,
+        are weighted by `w_k = p(z_k) p(x_seen | z_k) / q(z_k | x_filled)` and picked in proportion to it; the missing
+        entries are then drawn given the latents. Right as `particles` grows; `ess` says how many draws carry a row.
+
+        Returns:
+            `values`: observed site -> `[draws, rows, ...]`; `ess` `[rows]`.
+
+        Raises:
+            DataError: an argument that no site observes has missing values.
+            ProgramError: other sites look at the argument, or rows are missing in part where the distribution has no
+                density of single elements.
+
+        Source: Rezende, Mohamed, Wierstra (2014), arXiv:1401.4082, section 6.3, here by importance resampling.
+        """
+        call = self._fitted.check(read(data, self.program, "mask"))
+        return predict.impute(self._fitted, call, draws, particles, fill, seed)
+
+    def conditional(
+        self,
+        given: Mapping[str, Any],
+        rows: int | None = None,
+        data: object = None,
+        draws: int = 100,
+        particles: int = 1000,
+        seed: int = 0,
+    ) -> Resampled:
+        """New rows with some sites fixed: every site -> `[draws, rows, ...]` from `p(. | given, g)`, g from the guide.
+
+        Sites are drawn from the model in order. That is exact where the fixed sites have no other ancestors than fixed
+        ones and globals. Otherwise `particles` draws of each row are weighted by `prod p(given | ancestors)` and picked
+        in proportion to it: right as `particles` grows; `ess` says how many of them carry a row.
+
+        Raises:
+            DataError: unknown sites, wrong shapes, values outside a support, no particle that has a density.
+        """
+        call, _ = self._rows_for(given, data, rows)
+        return predict.conditional(self._fitted, given, call, draws, particles, seed)
+
+    def do(
+        self,
+        values: Mapping[str, Any],
+        data: object = None,
+        rows: int | None = None,
+        draws: int = 100,
+        seed: int = 0,
+    ) -> dict[str, np.ndarray]:
+        """An intervention: sites get these values whatever the model says of them, and all else follows.
+
+        Without `data`: `p(. | do(values))`, the other latents of a row from the model, globals from the guide. With
+        `data`, a counterfactual in three steps: the guide infers the latents from the rows as they were (abduction);
+        the sites get their values, their own densities are cut, and data of that name are replaced; what depends on
+        them is drawn anew from the model, latents included, and all that does not keeps its value or its data. Noise
+        inside a site's distribution is drawn anew; noise that should be kept has to be a latent site of its own.
+
+        Returns:
+            Every site of the model -> `[draws, rows, ...]`, or `[draws, ...]` for a global site.
+
+        Raises:
+            DataError: unknown sites, wrong shapes, values outside a site's support.
+
+        Source: Pearl (2009), Causality, section 7.1.
+        """
+        call, factual = self._rows_for(values, data, rows)
+        return predict.do(self._fitted, values, call, factual, draws, seed)
+
+    def prior_predictive(
+        self, rows: int = 100, seed: int = 0, data: object = None
+    ) -> dict[str, np.ndarray]:
+        """Latent and observed sites drawn from the model, `[rows, ...]`, one draw of any global site.
+
+        Data that the model looks at (covariates) are the first rows of `data` (None: of the fit), repeated if needed.
+
+        Raises:
+            ProgramError: the program takes no data, so it cannot be asked for a number of rows, or needs covariates.
+        """
+        if data is None and self._data is None:
+            call, _ = self._rows_for({}, None, rows)
+        else:
+            source = self._call(data)
+            if not source.leaves:
+                raise ProgramError("The program takes no data, so it cannot be asked for a number of rows.")
+            call = self._fitted.repeated(source, rows)
+        made = predict.prior(self._fitted, call, 1, seed)
+        return {n: v[0] for n, v in made.items()}
 
     def active_units(
         self, threshold: float = 0.01, draws: int = 100, data: object = None, seed: int = 0
@@ -199,124 +367,219 @@ class Fit:
 
         Source: Burda, Grosse, Salakhutdinov (2015), arXiv:1509.00519, section 5.2.
         """
-        posterior = self.posterior(draws, data, seed)
-        sites = self._bound.structure.sites
+        codes = self.encode(data, draws, seed)
         return {
-            n: int((v.mean(0).var(0) - v.var(0).mean(0) / max(draws - 1, 1) > threshold).sum())
-            for n, v in posterior.values.items()
-            if sites[n].local and sites[n].role == "latent"
+            n: int((codes.mean[n].var(0) - (codes.sd[n] ** 2).mean(0) / draws > threshold).sum()) for n in codes.mean
         }
 
-    def to_arviz(self, draws: int = 1000, data: object = None, seed: int = 0) -> DataTree:
-        """Posterior, log likelihood, densities and observed data as an ArviZ DataTree: chain = 1, draw = `draws`."""
+    def to_arviz(
+        self,
+        draws: int = 1000,
+        data: object = None,
+        seed: int = 0,
+        *,
+        particles: int = 100,
+        predictive: int | None = None,
+        prior: int = 0,
+    ) -> DataTree:
+        """The fit as an ArviZ DataTree: chain = 1, draw = `draws`, dimensions named after plates.
+
+        Groups:
+            posterior: draws of the guide, all rows, one draw of the globals for all of them.
+            posterior_predictive: `predictive` draws (None: 100 at most); 0 leaves the group out.
+            prior, prior_predictive: `prior` draws; 0 leaves them out.
+            log_likelihood: with global latents only, `log p(x_n | g_s)` with the row's own latents summed out by
+                `particles` importance draws (see `pointwise`); named after the observed site, "joint" for several.
+                Without global latents there is nothing that `az.loo` could use, and the group is left out.
+            sample_stats: of whole draws `log_p`, `log_q` and `log_weight = log_p - log_q`: with global latents
+                `log p(g_s) + sum_n log p(x_n | g_s)` and `log q(g_s)`, latents of rows summed out; without,
+                `sum_n log p(x_n, z_n)` and `sum_n log q(z_n | x_n)`. `row_log_p`, `row_log_q` and `row_log_weight` are
+                those of each row's draw of its latents, `log p(x_n, z_n | g_s)` and so on.
+            observed_data, constant_data: the rows; the latter are arguments that no site observes.
+        """
         from ppl_lvm.to_arviz import to_arviz
 
-        call = self._call(data)
-        names = self.program.arguments[: len(call.args)]
-        arrays = {**dict(zip(names, call.args, strict=False)), **call.kwargs}
-        observed = {n: np.asarray(arrays[n]) for n in self._observed() if arrays.get(n) is not None}
-        attrs = {
-            "program": self.program.name,
-            "backend": self.backend,
-            "recipe": self.recipe.name,
-            "objective": type(self.recipe.objective).__name__,
-            "seed": self.seed,
+        fitted, call = self._fitted, self._call(data)
+        found = self.posterior(draws, call, seed)
+        rows = fitted.rows(call)
+        observed = self._observed_data(call)
+        sources = frozenset().union(*(fitted.anatomy.sources[n] for n in observed))
+        constant = {n: np.asarray(a) for n, a in fitted.named(call).items() if n not in sources | observed.keys()}
+        stats = {
+            "log_p": found.log_p.sum(1),
+            "log_q": found.log_q.sum(1),
+            "row_log_p": found.log_p,
+            "row_log_q": found.log_q,
+            "row_log_weight": found.log_p - found.log_q,
         }
-        return to_arviz(self.posterior(draws, data, seed), observed, attrs, None)
+        likelihood: dict[str, np.ndarray] = {}
+        if fitted.globals:
+            summed = self.pointwise(draws, call, particles, seed)
+            likelihood = {next(iter(observed)) if len(observed) == 1 else "joint": summed}
+            stats["log_p"] = found.log_p_global + summed.sum(1)
+            stats["log_q"] = found.log_q_global
+        stats["log_weight"] = stats["log_p"] - stats["log_q"]
+        again = min(draws, 100) if predictive is None else predictive
+        before = predict.prior(fitted, call, prior, seed) if prior else {}
+        dims = {n: self._dims(n, v.ndim) for n, v in observed.items()} | dict(found.dims)
+        plate = fitted.structure.data_plate or "row"
+        dims |= {n: (plate,) for n in ("row_log_p", "row_log_q", "row_log_weight")}
+        dims |= {n: (plate,) for n in constant if len(constant[n]) == rows}
+        return to_arviz(
+            {
+                "posterior": found.values,
+                "posterior_predictive": self.predictive(again, call, seed) if again else {},
+                "prior": {n: v for n, v in before.items() if n not in observed},
+                "prior_predictive": {n: v for n, v in before.items() if n in observed},
+                "log_likelihood": likelihood,
+                "sample_stats": stats,
+                "observed_data": observed,
+                "constant_data": constant,
+            },
+            dims,
+            plate,
+            self._attributes(draws),
+        )
 
-    # Rows in blocks, draws in chunks.
+    # Parts.
 
     def _call(self, data: object) -> Call:
-        call = self._data if data is None else Call.of(data)
-        for name, given, known in zip(
-            self.program.arguments, call.args, self._data.args, strict=False
-        ):
-            if known is not None and np.shape(given)[1:] != np.shape(known)[1:]:
-                raise DataError(
-                    f"Rows of {name!r} have shape {np.shape(given)[1:]}, the fit was made on {np.shape(known)[1:]}."
-                )
+        if data is None:
+            if self._data is None:
+                raise DataError("The fit holds no training rows (without_data); pass data=.")
+            if self._data.sample:
+                raise DataError("The fit was made from batches, whose rows it does not keep; pass data=.")
+            return self._data
+        assert self._example is not None
+        masked = bool(self._example.known)
+        call = self._fitted.check(read(data, self.program, "mask" if masked else None))
+        check_missing(call, self._bound, self.program)
+        if self._bound.row_params and ROWS not in call.kwargs:
+            raise DataError(
+                f"Parameters {sorted(self._bound.row_params)} have an entry for every row of the fit, so they say "
+                f"nothing of other rows; call run.refit(data) first, which fits them with all others frozen."
+            )
         return call
 
-    def _observed(self) -> list[str]:
-        return [n for n, i in self._bound.structure.sites.items() if i.role == "observed"]
+    def _rows_for(self, values: Mapping[str, Any], data: object, rows: int | None) -> tuple[Call, bool]:
+        """Rows to simulate: the data where they are given (True), or blanks, as many as values have or are asked for.
 
-    def _blocks(self, call: Call) -> Iterator[tuple[Call, Any]]:
-        """Blocks of rows small enough that one draw of each fits, with a bound for the block's shape."""
-        if self._bound.structure.plate_size is not None:
-            raise ProgramError(
-                f"The program subsamples plate {self._bound.structure.data_plate!r} itself, so rows cannot be asked "
-                f"for; size the plate by its data (len(x)) and let batch_size choose the rows."
-            )
-        if self._bound.structure.data_plate is None or not call.leaves:
-            yield call, self._bound_for(call)
-            return
-        rows = len(call.leaves[0])
-        if rows == 0:
+        Raises:
+            ProgramError: the model looks at data, and there are none.
+            DataError: numbers of rows contradict each other.
+        """
+        fitted = self._fitted
+        if data is not None:
+            call = self._call(data)
+            if rows is not None and rows != fitted.rows(call):
+                raise DataError(f"rows = {rows}, and the data have {fitted.rows(call)} rows.")
+            return call, True
+        known = fitted.sites("latent", "observed")
+        for name in values:
+            if name not in known:
+                raise DataError(f"There is no site {name!r} to give values to. {lookup.valid(name, known, 'Sites')}")
+        found = {
+            n: len(v) for n, v in values.items() if fitted.structure.sites[n].local and np.ndim(v) > fitted.own_rank(n)
+        }
+        asked = found | ({"rows": rows} if rows is not None else {})
+        if len(set(asked.values())) > 1:
+            raise DataError(f"The values are for different numbers of rows: {asked}.")
+        wanted = next(iter(asked.values()), 1)
+        if wanted < 1:
             raise DataError("There are no rows.")
-        block = max(1, min(rows, ENTRIES // (16 * self._width(call))))
-        for first in range(0, rows, block):
-            part = call.map(operator.itemgetter(slice(first, first + block)))
-            yield part, self._bound_for(part)
+        unset = fitted.anatomy.needed - values.keys()
+        if unset:
+            readers = sorted(n for n, seen in fitted.anatomy.arguments.items() if seen & unset)
+            raise ProgramError(f"Sites {readers} look at the data {sorted(unset)}; pass data= with the rows meant.")
+        return fitted.blank(wanted), False
 
-    def _width(self, call: Call) -> int:
-        return sum(int(np.prod(np.shape(a)[1:], dtype=int)) for a in call.leaves) or 1
+    def _need_globals(self, what: str) -> None:
+        if not self._fitted.globals:
+            raise ProgramError(
+                f"{what} needs latents that all rows share, and this program has none: leaving a row out would turn "
+                f"the posterior of its own latents into their prior, and log p(x_n) is the same for every draw. "
+                f"Use log_likelihood(held_out_rows)."
+            )
 
-    def _chunks(self, draws: int, batch: Call, seed: int, entries: int) -> tuple[int, list[Any]]:
-        """The draws of one chunk, and a key for each; chunks are equal, as every size would be compiled anew."""
-        if draws < 1:
-            raise DataError(f"draws = {draws}; ask for one or more.")
-        rows = len(batch.leaves[0]) if batch.leaves else 1
-        most = max(1, entries // (rows * self._width(batch)))
-        size = math.ceil(draws / math.ceil(draws / most))
-        return size, [self._key(seed, i) for i in range(math.ceil(draws / size))]
+    def _log_w(self, block: Block, chunk: Chunk, plan: Plan, given: Mapping[str, np.ndarray]) -> np.ndarray:
+        """`[M, K, B]`, with these globals."""
+        values = chunk.of(given) or None
+        log_w = block.bound.log_w(self._trained, block.held, chunk.key, plan, values)
+        return self._fitted.numpy(log_w).astype(np.float64)
 
-    def _plan(self, bound: Any, draws: int) -> Plan:
-        """Draws in the inner axis, or in the outer one where every draw has its own globals."""
-        globals_ = any(not i.local for i in bound.structure.drawn())
-        return Plan.of_values(bound.structure, *((1, draws) if globals_ else (draws, 1)))
-
-    def _key(self, seed: int, i: int) -> Any:
-        return backends.load(self.backend).key_of(int(np.random.SeedSequence([seed, i]).generate_state(1)[0]))
-
-    def _numpy(self, x: Any) -> np.ndarray:
-        return backends.load(self.backend).to_numpy(x)
-
-    def _bound_for(self, call: Call) -> Any:
-        key = tuple((np.shape(a), np.asarray(a).dtype.str) for a in call.leaves)
-        if key not in self._bounds:
-            self._bounds[key] = self._bound.on(call)
-        return self._bounds[key]
-
-    def _table(self, bound: Any, held: Call, key: Any, plan: Plan, wanted: int) -> dict[str, Any]:
-        """Arrays `[draws, rows, ...]` of one run without gradients, of the first `wanted` draws."""
-        table = bound.evaluate(self._trained, held, key, plan)
-        sites, draws = bound.structure.sites, plan.K * plan.M
+    def _table(self, block: Block, chunk: Chunk, given: Mapping[str, np.ndarray]) -> dict[str, dict[str, np.ndarray]]:
+        """Arrays `[draws, rows, ...]` of one run without gradients, and `[draws]` for the globals."""
+        fitted, plan = self._fitted, self._fitted.plan(block.bound, chunk.size)
+        table = block.bound.evaluate(self._trained, block.held, chunk.key, plan, chunk.of(given) or None)
+        sites, draws = fitted.structure.sites, chunk.size
 
         def flat(name: str, x: Any) -> np.ndarray:
-            x = self._numpy(x)
+            x = fitted.numpy(x)
             x = x.reshape(draws, *x.shape[2:]) if sites[name].local else np.broadcast_to(x, (draws, *x.shape[1:]))
-            return x[:wanted]
+            return x[: chunk.wanted]
 
-        log_p = log_q = np.zeros((min(draws, wanted), bound.structure.rows))
-        lik: dict[str, np.ndarray] = {}
-        for name, info in sites.items():
-            if not info.local:
-                continue
-            if info.role == "observed":
-                lik[name] = flat(name, table[name]["log_p"])
-            if table[name]["log_p"] is not None:
-                log_p = log_p + flat(name, table[name]["log_p"])
-            if table[name]["log_q"] is not None:
-                log_q = log_q + flat(name, table[name]["log_q"])
-        value = {n: flat(n, row["value"]) for n, row in table.items() if sites[n].role != "observed"}
-        return {"value": value, "log_p": log_p, "log_q": log_q, "lik": lik}
+        def total(label: str, local: bool) -> np.ndarray:
+            start = np.zeros((chunk.wanted, block.rows) if local else chunk.wanted)
+            rows = {n: row[label] for n, row in table.items() if sites[n].local == local}
+            return sum((flat(n, density) for n, density in rows.items() if density is not None), start)
+
+        sides = ("log_p", "log_q")
+        drawn = [n for n in fitted.drawn if sites[n].local]
+        observed = [n for n, i in sites.items() if i.role == "observed" and i.local]
+        return {
+            "value": {n: flat(n, table[n]["value"]) for n in drawn},
+            "rows": {side: total(side, True) for side in sides},
+            "total": {side: total(side, False) for side in sides} if fitted.globals else {},
+            "lik": {n: flat(n, table[n]["log_p"]) for n in observed},
+        }
+
+    def _dims(self, name: str, ndim: int) -> tuple[str, ...]:
+        """Names of a site's axes, draws left out: its plates, the data's first, then event axes by number."""
+        fitted = self._fitted
+        local = fitted.structure.sites[name].local
+        plates = [fitted.structure.data_plate or "row"] * local + fitted.plates_of(name)[1]
+        names = [n or f"{name}_batch_{i}" for i, n in enumerate(plates)]
+        return (*names, *(f"{name}_dim_{d}" for d in range(ndim - len(names))))
+
+    def _observed_data(self, call: Call) -> dict[str, np.ndarray]:
+        """Values of the observed sites, `[rows, ...]`: the data of that name, or what the model observes."""
+        fitted, given = self._fitted, as_given(call, self.program)
+        names = fitted.sites("observed")
+        named = {n: given[a] for n in names if (a := self.program.argument_of(n)) in given}
+        found = {n: np.asarray(v) for n, v in named.items() if fitted.rows(call) == len(v)}
+        if len(found) < len(names):
+            how = predict.Forward(keep=frozenset(names))
+            seen = predict.forward(fitted, call, 1, 0, how, names=frozenset(names) - found.keys())
+            found |= {n: v[0] for n, v in seen.items()}
+        return {n: found[n] for n in names}
+
+    def _attributes(self, draws: int) -> dict[str, Any]:
+        from datetime import UTC, datetime
+
+        from ppl_lvm import legality
+        from ppl_lvm.to_arviz import versions
+
+        library = {"pyro": "pyro-ppl", "numpyro": "numpyro"}[self.backend]
+        plan, _ = legality.plan(self.recipe.objective, self.recipe.estimator, self._bound.structure)
+        found = versions()
+        return {
+            "program": self.program.name,
+            "program_options": dict(self.program.options),
+            "recipe": self.recipe.name,
+            "objective": type(self.recipe.objective).__name__,
+            "estimator": {n: type(e).__name__ for n, e in plan.estimators.items()},
+            "backend": self.backend,
+            "seed": self.seed,
+            "draws": draws,
+            "created_at": datetime.now(UTC).isoformat(timespec="seconds"),
+            "inference_library": library,
+            "inference_library_version": found[library],
+            "versions": found,
+        }
 
 
-def _concatenate(parts: list[dict[str, Any]], axis: int) -> dict[str, Any]:
-    first = parts[0]
-    return {
-        k: _concatenate([p[k] for p in parts], axis)
-        if isinstance(v, dict)
-        else np.concatenate([p[k] for p in parts], axis)
-        for k, v in first.items()
-    }
+def _log_sum_exp(x: np.ndarray, axis: int) -> np.ndarray:
+    peak = x.max(axis, keepdims=True)
+    with np.errstate(divide="ignore"):
+        total = np.log(np.exp(x - np.where(np.isfinite(peak), peak, 0.0)).sum(axis, keepdims=True))
+    return np.asarray((peak + total).squeeze(axis))

@@ -3,7 +3,7 @@
 import functools
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MethodType, ModuleType
 from typing import Any, Literal, Self
@@ -11,7 +11,7 @@ from typing import Any, Literal, Self
 from pydantic import TypeAdapter, ValidationError
 
 from ppl_lvm import lookup
-from ppl_lvm.algorithm import plain
+from ppl_lvm.algorithm import GuideFamily, plain
 from ppl_lvm.backend_of import Backend as Backend
 from ppl_lvm.backend_of import backend_of as backend_of
 from ppl_lvm.errors import ProgramError
@@ -27,7 +27,7 @@ class Program:
     Args:
         name: the stem of the file, or the name of the model.
         model: `model(ppl, *data)` if portable, `model(*data)` if native.
-        guide: called like the model.
+        guide: called like the model; or a family that writes one from the model, or None while none is chosen.
         options: all keyword-only options of model and guide with their values, sorted by name.
         portable: whether it is written against `ppl` and runs on both backends.
         path: the file, or None.
@@ -35,12 +35,13 @@ class Program:
         example: `example(rng)` gives tiny data, an array or a dictionary of arrays, or None.
         recipe: name of the recipe it is best fitted with.
         arguments: names of the data arguments; an observed site is called like the one it observes.
+        observed: pairs (site, argument) of the sites that are not.
         summary: first paragraph of the file's docstring.
     """
 
     name: str
     model: Callable[..., Any]
-    guide: Callable[..., Any]
+    guide: Callable[..., Any] | None
     options: tuple[tuple[str, Any], ...] = ()
     portable: bool = False
     path: str | None = None
@@ -48,11 +49,12 @@ class Program:
     example: Callable[..., Any] | None = None
     recipe: str = "elbo"
     arguments: tuple[str, ...] = ()
+    observed: tuple[tuple[str, str], ...] = ()
     summary: str = field(default="", repr=False)
 
     @classmethod
     def from_callables(
-        cls, model: Callable[..., Any], guide: Callable[..., Any], recipe: str = "elbo"
+        cls, model: Callable[..., Any], guide: Callable[..., Any] | None = None, recipe: str = "elbo"
     ) -> Self:
         """A native program: any Pyro or NumPyro callables, autoguides included.
 
@@ -60,21 +62,31 @@ class Program:
             ProgramError: one of them cannot be called.
         """
         for role, call in (("model", model), ("guide", guide)):
-            if not callable(call):
+            if call is not None and not callable(call):
                 raise ProgramError(f"The {role} is {call!r}, which cannot be called.")
         return cls(
             _name(model), model, guide, recipe=recipe, arguments=_positional(getattr(model, "forward", model))
         )
+
+    def argument_of(self, site: str) -> str:
+        """The data argument whose values a site has: of its own name, unless `observed` says otherwise."""
+        return dict(self.observed).get(site, site)
 
     def options_of(self, role: Literal["model", "guide"]) -> dict[str, Any]:
         """The options that the model, or the guide, takes; they are bound already."""
         call = self.model if role == "model" else self.guide
         return dict(call.keywords) if self.path and isinstance(call, functools.partial) else {}
 
+    @property
+    def takes_rows(self) -> bool:
+        """Whether it is a native program with an argument `rows`, which gets the indices of the rows in a batch."""
+        return not self.portable and any("rows" in _positional(c) for c in (self.model, self.guide) if callable(c))
+
     def _key(self) -> tuple[object, ...]:
         if self.path is None:
-            return _identity(self.model), _identity(self.guide)
-        return self.path, self.source_hash, self.options
+            return _identity(self.model), _identity(self.guide), self.observed
+        family = self.guide if isinstance(self.guide, GuideFamily) else None
+        return self.path, self.source_hash, self.options, self.observed, family
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Program) and self._key() == other._key()
@@ -111,7 +123,7 @@ def program(asked: str | Path | Program, /, **options: Any) -> Program:
                     f"{', '.join(options)}."
                 )
             return asked
-        return program(Path(asked.path), **dict(asked.options) | options)
+        return replace(program(Path(asked.path), **dict(asked.options) | options), observed=asked.observed)
     path = _locate(asked)
     module = lookup.load(path, ProgramError)
     where = f"Program {path.stem!r} ({path})"
@@ -272,6 +284,8 @@ def _name(call: Callable[..., Any]) -> str:
 
 def _identity(call: object) -> object:
     """What stays the same where `obj.method` and `partial(f, 3)` are written twice."""
+    if isinstance(call, GuideFamily):
+        return call
     if isinstance(call, MethodType):
         return id(call.__self__), call.__func__
     if isinstance(call, functools.partial):

@@ -10,8 +10,17 @@ from typing import TYPE_CHECKING, Any, Literal, Self, TypeGuard, TypeVar, get_ar
 from pydantic import BaseModel, ConfigDict, Field, InstanceOf, ValidationError, field_validator
 
 from ppl_lvm import lookup
-from ppl_lvm.algorithm import Algorithm, Estimator, NonNegative, Objective, Schedule, best_pattern, specificity
-from ppl_lvm.catalogue import BASES, Kind, estimators, objectives, resolve, to_dict
+from ppl_lvm.algorithm import (
+    Algorithm,
+    Estimator,
+    GuideFamily,
+    NonNegative,
+    Objective,
+    Schedule,
+    best_pattern,
+    specificity,
+)
+from ppl_lvm.catalogue import BASES, Kind, estimators, guides, objectives, resolve, to_dict
 from ppl_lvm.errors import RecipeError
 
 if TYPE_CHECKING:
@@ -33,6 +42,7 @@ class Recipe(BaseModel):
     Args:
         name: what the recipe is called.
         objective: the objective and its options.
+        guide: a family that writes the guide from the model (`"auto_normal"`); None is the program's own guide.
         estimator: pattern of site names -> estimator; None leaves the choice to the engine ("auto"). Kept
             with the most specific pattern first: names before patterns with wildcards, then by length.
         steps: optimiser steps.
@@ -46,6 +56,7 @@ class Recipe(BaseModel):
 
     name: str = "custom"
     objective: InstanceOf[Objective]
+    guide: InstanceOf[GuideFamily] | None = None
     estimator: dict[str, InstanceOf[Estimator] | None] = {"*": None}
     steps: int = Field(default=1000, ge=1)
     batch_size: int | None = Field(default=None, ge=1)
@@ -59,7 +70,8 @@ class Recipe(BaseModel):
 
     def __hash__(self) -> int:
         return hash(
-            (self.name, self.objective, *self.estimator.items(), self.steps, self.batch_size, self.optimizer)
+            (self.name, self.objective, self.guide, self.steps, self.batch_size, self.optimizer)
+            + tuple(self.estimator.items())
         )
 
     def estimator_for(self, site: str) -> Estimator | None:
@@ -77,6 +89,7 @@ class Recipe(BaseModel):
         return {
             "name": self.name,
             "objective": to_dict(self.objective),
+            "guide": None if self.guide is None else to_dict(self.guide),
             "estimator": {p: "auto" if e is None else to_dict(e) for p, e in self.estimator.items()},
             "steps": self.steps,
             "batch_size": self.batch_size,
@@ -168,7 +181,7 @@ class _Choice:
         return cls(type(instance), {name: getattr(instance, name) for name in type(instance).model_fields})
 
 
-_SECTIONS = ("objective", "estimator", "optimizer")
+_SECTIONS = ("objective", "guide", "estimator", "optimizer")
 _FIELDS = tuple(name for name in Recipe.model_fields if name not in _SECTIONS)
 
 
@@ -181,12 +194,14 @@ class _Draft:
     estimator: dict[str, _Choice | None]
     optimizer: _Choice
     folder: Path
+    guide: _Choice | None = None
 
     @classmethod
     def of(cls, given: Recipe) -> Self:
         chosen = {p: None if e is None else _Choice.of(e) for p, e in given.estimator.items()}
         fields = {name: getattr(given, name) for name in _FIELDS}
-        return cls(fields, _Choice.of(given.objective), chosen, _Choice.of(given.optimizer), Path.cwd())
+        guide = None if given.guide is None else _Choice.of(given.guide)
+        return cls(fields, _Choice.of(given.objective), chosen, _Choice.of(given.optimizer), Path.cwd(), guide)
 
     @classmethod
     def read(cls, table: Mapping[str, Any], name: str, folder: Path) -> Self:
@@ -211,6 +226,8 @@ class _Draft:
     def replace(self, section: str, given: object) -> None:
         if section == "objective":
             self.objective = self.choose("objective", given, "objective")
+        elif section == "guide":
+            self.guide = None if given in (None, "own") else self.choose("guide", given, "guide")
         elif section == "optimizer":
             self.optimizer = self.choose_optimizer(given)
         else:
@@ -261,7 +278,8 @@ class _Draft:
     def choices(self) -> dict[str, _Choice]:
         """Everything that has options, by its place in the recipe."""
         chosen = {f"estimator.{p}": choice for p, choice in self.estimator.items() if choice is not None}
-        return {"objective": self.objective, "optimizer": self.optimizer, **chosen}
+        guide = {} if self.guide is None else {"guide": self.guide}
+        return {"objective": self.objective, "optimizer": self.optimizer, **guide, **chosen}
 
     def override(self, key: str, value: object) -> None:
         if key in _FIELDS:
@@ -304,12 +322,17 @@ class _Draft:
                 self.replace(section, value)
             else:
                 self.estimator[rest] = self.choose_estimator(value, f"estimator.{rest}")
-        elif rest == "name" and section == "objective":
+        elif rest == "name" and section in ("objective", "guide"):
             self.replace(section, value)
         else:
-            self.set_option(self.choices()[section], rest, value, section)
+            self.set_option(self.choices().get(section), rest, value, section)
 
     def set_option(self, choice: _Choice | None, option: str, value: object, where: str) -> None:
+        if choice is None and where == "guide":
+            raise RecipeError(
+                f"Recipe {self.fields['name']!r} keeps the program's own guide, which has no option {option!r}; name "
+                f"a family first. Guides: {', '.join(guides())}."
+            )
         if choice is None:
             raise RecipeError(
                 f"{where} of recipe {self.fields['name']!r} is 'auto' and has no option {option!r}; "
@@ -331,6 +354,7 @@ class _Draft:
         sections: dict[str, Any] = {
             "objective": self.instance(self.objective, "objective."),
             "optimizer": self.instance(self.optimizer, "optimizer."),
+            "guide": None if self.guide is None else self.instance(self.guide, "guide."),
             "estimator": {
                 p: None if choice is None else self.instance(choice, f"estimator.{p}.")
                 for p, choice in self.estimator.items()

@@ -3,12 +3,10 @@
 import csv
 import json
 import math
-import platform
 import secrets
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -16,10 +14,11 @@ import numpy as np
 
 from ppl_lvm.datasets import Dataset
 from ppl_lvm.errors import DataError, PplLvmError
-from ppl_lvm.to_arviz import PosteriorDraws, to_arviz
+from ppl_lvm.to_arviz import PosteriorDraws, attribute, versions
 
 if TYPE_CHECKING:
     from rich.table import Table
+    from xarray import DataTree
 
 FORMAT = "ppl_lvm run 1"
 FILES = (
@@ -32,7 +31,6 @@ FILES = (
     "latent.png",
 )
 SHOWN, PREDICTIVE_DRAWS, POSTERIOR_DRAWS = 16, 200, 200
-PACKAGES = ("ppl_lvm", "numpy", "torch", "pyro-ppl", "jax", "numpyro", "arviz-base")
 
 
 class Program(Protocol):
@@ -75,6 +73,9 @@ class Run(Protocol):
 
     def log_likelihood(self, data: np.ndarray, draws: int = ..., seed: int = ...) -> LogLikelihood: ...
     def posterior(self, draws: int, data: np.ndarray | None = ..., seed: int = ...) -> PosteriorDraws: ...
+    def to_arviz(
+        self, draws: int, data: np.ndarray | None = ..., seed: int = ..., *, predictive: int | None = ...
+    ) -> "DataTree": ...
     def predictive(
         self, draws: int, data: np.ndarray | None = ..., seed: int = ...
     ) -> Mapping[str, np.ndarray]: ...
@@ -281,17 +282,6 @@ def write(
     return out
 
 
-def versions() -> dict[str, str]:
-    """Versions of Python, ppl_lvm and the libraries a fit depends on, as far as they are installed."""
-    found = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
-
-
 def plain(value: object) -> Any:
     """A value as JSON can say it: tuples and arrays become lists, numbers that are not finite null.
 
@@ -318,11 +308,7 @@ def _fill(folder: Path, run: Run, dataset: Dataset, metrics: Metrics, posterior_
     from ppl_lvm import pictures
 
     posterior = run.posterior(posterior_draws, data=dataset.test, seed=metrics.seed)
-    observed = (
-        {site: dataset.test for site in posterior.log_likelihood}
-        if len(posterior.log_likelihood) == 1
-        else {}
-    )
+    tree = run.to_arviz(posterior_draws, dataset.test, metrics.seed, predictive=0)
     figures = {field: value for field, value in vars(metrics).items() if field != "row_log_likelihood"}
     about = {
         "format": FORMAT,
@@ -333,7 +319,8 @@ def _fill(folder: Path, run: Run, dataset: Dataset, metrics: Metrics, posterior_
         "resolved_recipe": run.recipe.to_dict(),
         "versions": versions(),
     }
-    to_arviz(posterior, observed, plain(about)).to_netcdf(folder / "posterior.nc", engine="h5netcdf")
+    tree.attrs |= {name: attribute(value) for name, value in plain(about).items()}
+    tree.to_netcdf(folder / "posterior.nc", engine="h5netcdf")
     (folder / "metrics.json").write_text(json.dumps(plain(about), indent=2, allow_nan=False) + "\n")
     _write_csv(folder / "history.csv", run.history)
     held_out = {"row": np.arange(len(dataset.test)), "log_likelihood": metrics.row_log_likelihood}

@@ -6,7 +6,7 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -18,6 +18,10 @@ from ppl_lvm.datasets import datasets
 from ppl_lvm.errors import LegalityError
 from ppl_lvm.program import Program, programs
 from ppl_lvm.recipe import Recipe, recipes
+from ppl_lvm.to_arviz import to_arviz
+
+if TYPE_CHECKING:
+    from xarray import DataTree
 
 OFFSET = {"elbo": -20.0, "iwae": -19.5, "beta_vae": -25.0}
 """Held-out log-likelihood of row 0 per recipe; row n has n less."""
@@ -46,6 +50,11 @@ class FakeRun:
         return SimpleNamespace(
             values={"z": z}, dims={"z": ("data",)}, log_p=log, log_q=log, log_likelihood={"x": log}
         )
+
+    def to_arviz(
+        self, draws: int, data: np.ndarray | None = None, seed: int = 0, *, predictive: int | None = None
+    ) -> "DataTree":
+        return to_arviz({"posterior": self.posterior(draws, data, seed).values}, {"z": ("data",)}, "data", {})
 
     def predictive(self, draws: int, data: np.ndarray | None = None, seed: int = 0) -> dict[str, np.ndarray]:
         assert data is not None

@@ -1,15 +1,31 @@
 """Data sets: what they hold, that a seed fixes the split, and what bad files are told."""
 
+import gzip
+import hashlib
+import io
+import os
+import zipfile
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
+from PIL import Image
+from scipy.io import savemat
 
-from ppl_lvm.datasets import Dataset, datasets, load
+from ppl_lvm.data import read
+from ppl_lvm.datasets import Dataset, _fetch, _public, datasets, load
+from ppl_lvm.datasets._generated import draw_sprites
 from ppl_lvm.errors import DataError
+from ppl_lvm.program import Program
+
+PUBLIC = {"mnist10k", "mnist10k_binary", "omniglot", "omniglot_binary", "omniglot_105", "jsb_chorales"}
+"""Names whose files no dependency ships; the tests write tiny ones of the same formats."""
 
 
-@pytest.mark.parametrize("name", datasets())
+@pytest.mark.parametrize("name", sorted({*datasets()} - PUBLIC))
 def test_every_named_data_set_is_split_and_finite(name: str) -> None:
     data = load(name)
     assert data.name == name
@@ -47,6 +63,247 @@ def test_linear_gaussian_has_three_factors() -> None:
     # Noise has variance 0.25 in every direction; the three factors stand clear of it.
     np.testing.assert_allclose(spectrum[3:], 0.25, rtol=0.3)
     assert spectrum[2] > 1.0
+
+
+@pytest.mark.parametrize("name", ["pinwheel", "spirals", "sprites", "lds"])
+def test_generated_data_are_a_function_of_the_seed(name: str) -> None:
+    first, again, other = load(name), load(name), load(name, seed=1)
+    np.testing.assert_array_equal(first.train, again.train)
+    assert not np.array_equal(first.train, other.train)
+
+
+def test_factors_make_the_images_and_points() -> None:
+    data = load("sprites")
+    assert data.train_factors is not None and data.test_factors is not None
+    for rows, factors in ((data.train, data.train_factors), (data.test, data.test_factors)):
+        np.testing.assert_array_equal(rows.reshape(-1, 16, 16), draw_sprites(factors))
+    np.testing.assert_array_equal(data.train_factors["shape"], data.train_labels)
+    spirals = load("spirals")
+    assert spirals.train_factors is not None
+    radius = np.linalg.norm(spirals.train, axis=1)
+    assert np.abs(radius - spirals.train_factors["turn"] / np.pi).max() < 0.5  # 5 standard deviations of the noise
+
+
+def test_sprites_are_where_their_factors_say() -> None:
+    """Centre of mass, in units of [-1, 1] and upwards; a quarter turn turns the image."""
+    one = {n: np.array([v]) for n, v in {"shape": 0, "scale": 0.4, "orientation": 0.3, "x": 0.3, "y": -0.2}.items()}
+    image = draw_sprites(one, size=200)[0]
+    centres = (2.0 * np.arange(200) + 1.0) / 200 - 1.0
+    assert (image.sum(0) @ centres / image.sum()) == pytest.approx(0.3, abs=0.01)
+    assert (image.sum(1) @ -centres / image.sum()) == pytest.approx(-0.2, abs=0.01)
+    assert image.mean() * 4 == pytest.approx((2 * 0.4) ** 2, rel=0.02)
+    turned = {n: np.array([v]) for n, v in {"shape": 2, "scale": 0.5, "orientation": 0.0, "x": 0.0, "y": 0.0}.items()}
+    upright = draw_sprites(turned, size=64)[0]
+    quarter = draw_sprites({**turned, "orientation": np.array([np.pi / 2])}, size=64)[0]
+    assert np.mean(np.rot90(upright) != quarter) < 0.01  # counter-clockwise, up to pixels on an edge
+
+
+def test_the_dynamical_system_has_the_moments_of_its_parameters() -> None:
+    data = load("lds")
+    p, factors = data.parameters, data.train_factors
+    assert p is not None and factors is not None
+    z = factors["z"]
+    noise = z[:, 1:] - z[:, :-1] @ p["A"].T
+    # 400 x 19 independent entries: the standard error of a covariance is below 0.003, of C z + noise below 0.005.
+    np.testing.assert_allclose(np.cov(noise.reshape(-1, 2).T), p["Q"], atol=0.012)
+    residual = data.train - z @ p["C"].T
+    np.testing.assert_allclose(np.cov(residual.reshape(-1, 4).T), p["R"], atol=0.02)
+
+
+# Public files.
+
+
+def _gzip_idx(array: np.ndarray) -> bytes:
+    head = bytes([0, 0, 8, array.ndim]) + b"".join(n.to_bytes(4, "big") for n in array.shape)
+    return gzip.compress(head + array.astype(np.uint8).tobytes())
+
+
+Offer = Callable[[str, bytes], None]
+
+
+@pytest.fixture
+def offer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Offer:
+    """Puts a file of the test's own into the user's folder, with its digest; nothing is downloaded or cached."""
+    monkeypatch.setenv("PPL_LVM_DATA", str(tmp_path))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+    def put(remote: str, content: bytes) -> None:
+        known = _public.REMOTES[remote]
+        (tmp_path / known.name).write_bytes(content)
+        digest = hashlib.sha256(content).hexdigest()
+        monkeypatch.setitem(_public.REMOTES, remote, replace(known, sha256=digest, url="file:///nowhere"))
+
+    return put
+
+
+def test_mnist_holds_out_its_last_fifth(offer: Offer) -> None:
+    images = np.random.default_rng(0).integers(0, 256, (10, 4, 3))
+    offer("mnist_images", _gzip_idx(images))
+    offer("mnist_labels", _gzip_idx(np.arange(10)))
+    data = load("mnist10k", seed=5)
+    np.testing.assert_array_equal(np.concatenate([data.train, data.test]), images.reshape(10, 12))
+    assert (len(data.train), data.image_shape, data.test_labels.tolist()) == (8, (4, 3), [8, 9])  # type: ignore[union-attr]
+    binary, again, other = (load("mnist10k_binary", seed=s) for s in (0, 0, 1))
+    assert {*np.unique(binary.train)} == {0.0, 1.0}
+    np.testing.assert_array_equal(binary.train, again.train)
+    assert not np.array_equal(binary.train, other.train)
+    offer("mnist_images", gzip.compress(b"no images"))
+    with pytest.raises(DataError, match=r"t10k-images-idx3-ubyte.gz is no IDX file"):
+        load("mnist10k")
+
+
+def test_omniglot_reads_ink_and_numbers_its_characters(offer: Offer) -> None:
+    paper = np.ones((105, 105), dtype=bool)
+    paper[:30, :60] = False
+    written = io.BytesIO()
+    with zipfile.ZipFile(written, "w") as archive:
+        for character in ("Greek/character01", "Greek/character02"):
+            for i in range(5):
+                png = io.BytesIO()
+                Image.fromarray(paper).save(png, "png")
+                archive.writestr(f"images/{character}/{i}.png", png.getvalue())
+    offer("omniglot", written.getvalue())
+    whole, small = load("omniglot_105"), load("omniglot")
+    assert (whole.train.shape, small.train.shape, len(small.test)) == ((8, 105 * 105), (8, 784), 2)
+    np.testing.assert_array_equal(whole.train[0].reshape(105, 105), ~paper)
+    # Ink covers the same share of both: 30 / 105 of the rows, 60 / 105 of the columns, in levels of 255.
+    assert small.train[0].mean() / 255 == pytest.approx(30 * 60 / 105**2, abs=2e-3)
+    assert small.train[0].reshape(28, 28)[:7, :15].min() == 255
+    assert small.train_labels is not None and {*small.train_labels.tolist()} == {0, 1}
+
+
+def test_chorales_are_sequences_that_fit_takes(offer: Offer) -> None:
+    rng = np.random.default_rng(0)
+    parts = {}
+    for part, lengths in {"traindata": [3, 5], "validdata": [2], "testdata": [4]}.items():
+        cells = np.empty((1, len(lengths)), dtype=object)
+        for i, n in enumerate(lengths):
+            cells[0, i] = rng.integers(0, 2, (n, 88)).astype(np.uint8)
+        parts[part] = cells
+    file = io.BytesIO()
+    savemat(file, parts)
+    offer("jsb_chorales", file.getvalue())
+    data = load("jsb_chorales")
+    assert data.ragged and data.valid is not None
+    assert [a.shape for a in (*data.train, *data.valid, *data.test)] == [(3, 88), (5, 88), (2, 88), (4, 88)]
+    np.testing.assert_array_equal(data.train[1], parts["traindata"][0, 1])
+
+    def model(ppl: object, x: object, lengths: object) -> None: ...
+
+    call = read(data.train, Program("toy", model, model, portable=True, arguments=("x", "lengths")))
+    assert call.own.kwargs["x"].shape == (2, 5, 88)
+    assert call.own.kwargs["lengths"].tolist() == [3, 5]
+    file = io.BytesIO()
+    savemat(file, {"traindata": parts["traindata"]})
+    offer("jsb_chorales", file.getvalue())
+    with pytest.raises(DataError, match="lacks validdata, testdata"):
+        load("jsb_chorales")
+
+
+def test_a_file_is_downloaded_once_and_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("PPL_LVM_DATA", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    source = tmp_path / "there"
+    source.write_bytes(b"content")
+    remote = _fetch.Remote("here", source.as_uri(), hashlib.sha256(b"content").hexdigest())
+    with pytest.raises(DataError, match=r"has the SHA-256 digest ed7002b.*and here has 00.*another file"):
+        _fetch.fetch(replace(remote, sha256="00"))
+    assert not list((tmp_path / "cache").rglob("*"))  # nothing of it is kept
+    assert _fetch.fetch(remote) == b"content"
+    assert [p.name for p in (tmp_path / "cache" / "ppl_lvm").iterdir()] == ["here"]
+    source.unlink()
+    assert _fetch.fetch(remote) == b"content"
+    (tmp_path / "cache" / "ppl_lvm" / "here").write_bytes(b"damaged")
+    with pytest.raises(DataError, match=r"cache/ppl_lvm/here has the SHA-256.*Delete it"):
+        _fetch.fetch(remote)
+    (tmp_path / "cache" / "ppl_lvm" / "here").unlink()
+    with pytest.raises(DataError, match=r"here cannot be downloaded from file://.*environment variable PPL_LVM_DATA"):
+        _fetch.fetch(remote)
+    monkeypatch.setenv("PPL_LVM_DATA", str(tmp_path / "own"))
+    with pytest.raises(DataError, match=r"it is not in .*own"):
+        _fetch.fetch(remote)
+
+
+needs_files = pytest.mark.skipif(
+    "PPL_LVM_DATA" not in os.environ, reason="PPL_LVM_DATA names no folder with the public files"
+)
+
+
+@needs_files
+def test_the_public_images_are_those_of_their_authors() -> None:
+    data = load("mnist10k")
+    assert data.train_labels is not None and data.test_labels is not None
+    assert (data.train.shape, data.test.shape) == ((8000, 784), (2000, 784))
+    # As MNIST's page counts them.
+    counts = np.bincount(np.concatenate([data.train_labels, data.test_labels]))
+    assert counts.tolist() == [980, 1135, 1032, 1010, 982, 892, 958, 1028, 974, 1009]
+    drawn = load("omniglot_105")
+    assert drawn.train_labels is not None and drawn.test_labels is not None
+    assert {*np.unique(drawn.train)} == {0.0, 1.0} and drawn.train.mean() < 0.1
+    # Twenty people drew each of 136 characters.
+    assert np.bincount(np.concatenate([drawn.train_labels, drawn.test_labels])).tolist() == [20] * 136
+
+
+@needs_files
+def test_the_public_chorales_are_in_their_published_split() -> None:
+    data = load("jsb_chorales")
+    assert data.valid is not None
+    assert (len(data.train), len(data.valid), len(data.test)) == (229, 76, 77)
+    assert {int(v) for song in data.train for v in np.unique(song)} == {0, 1}
+    assert max(np.mean(song.sum(1)) for song in data.train) <= 4  # voices
+
+
+# The user's own.
+
+
+def test_a_parquet_file_is_rows(tmp_path: Path) -> None:
+    frame = pd.DataFrame({"a": np.arange(10), "b": np.arange(10) / 7})
+    frame.to_parquet(tmp_path / "own.parquet")
+    data = load(tmp_path / "own.parquet")
+    assert _rows(data) == {tuple(row) for row in frame.to_numpy()}
+    frame.assign(c="text").to_parquet(tmp_path / "bad.parquet")
+    with pytest.raises(DataError, match=r"Columns c of .*bad.parquet hold no numbers"):
+        load(tmp_path / "bad.parquet")
+    (tmp_path / "no.parquet").write_bytes(b"no")
+    with pytest.raises(DataError, match="cannot be read as a Parquet file"):
+        load(tmp_path / "no.parquet")
+
+
+FUNCTIONS = """
+import numpy as np
+
+def rows():
+    return np.arange(20.0).reshape(10, 2)
+
+def parts():
+    return {"train": rows()[:7], "test": rows()[7:]}
+
+def songs():
+    return [np.ones((1 + i % 3, 2)) for i in range(10)]
+
+def text():
+    return np.array([["a"], ["b"]])
+"""
+
+
+def test_a_function_returns_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "own_data.py"
+    path.write_text(FUNCTIONS)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    for source in (str(path), "own_data"):
+        assert _rows(load(f"{source}:rows")) == {(2.0 * i, 2.0 * i + 1) for i in range(10)}
+        assert len(load(f"{source}:parts").test) == 3
+    songs = load(f"{path}:songs")
+    assert songs.ragged
+    assert sorted(len(s) for s in (*songs.train, *songs.test)) == [1, 1, 1, 1, 2, 2, 2, 3, 3, 3]
+    with pytest.raises(DataError, match="dtype <U1"):
+        load(f"{path}:text")
+    with pytest.raises(DataError, match=r"has no function 'row' to make data. Did you mean 'rows'"):
+        load(f"{path}:row")
+    with pytest.raises(DataError, match=r"There is no file '.*absent.py'"):
+        load(f"{tmp_path}/absent.py:rows")
+    with pytest.raises(DataError, match="module 'no_such_module' is not found"):
+        load("no_such_module:rows")
 
 
 def _rows(data: Dataset) -> set[tuple[float, ...]]:

@@ -267,7 +267,7 @@ def test_log_likelihood_in_blocks_is_the_same_sum(backend: str, monkeypatch: pyt
     x = np.random.default_rng(1).normal(size=(12, 3))
     run = fit(program("probabilistic_pca", latent=1), data=x, backend=backend, steps=1, dtype="float64")
     whole = run.log_likelihood(x, draws=1000)
-    monkeypatch.setattr("ppl_lvm.posterior.ENTRIES", 16 * 3 * 5)
+    monkeypatch.setattr("ppl_lvm.fitted.ENTRIES", 16 * 3 * 5)
     cut = run.log_likelihood(x, draws=1000)
     spread = np.sqrt(2.0) * 0.2
     assert np.abs(whole.values - cut.values).max() < spread

@@ -22,8 +22,10 @@ ARROWS = {
     "ops": {"errors"},
     "nets": {"errors"},
     "datasets": {"errors", "lookup"},
-    "algorithm": {"errors", "ops"},
+    "algorithm": {"errors", "latents", "ops"},  # for type checkers: a family of guides is called with a sketch
     "draws": {"algorithm", "errors", "ops"},
+    "latents": {"errors", "nets", "ops"},
+    "guides": {"algorithm", "errors", "latents", "nets", "ops"},
     "objectives": {"algorithm", "draws", "errors", "ops"},
     "estimators": {"algorithm", "draws", "errors", "ops"},
     "structured": {"draws", "errors", "ops"},
@@ -31,13 +33,16 @@ ARROWS = {
     "recipe": {"algorithm", "catalogue", "errors", "lookup"},
     "backend_of": {"errors"},
     "program": {"algorithm", "backend_of", "errors", "lookup", "nets", "ops"},
-    "backends": {"algorithm", "draws", "errors", "nets", "ops", "program"},
+    "backends": {"algorithm", "draws", "errors", "latents", "nets", "ops", "program"},
     "legality": {"algorithm", "backends", "draws", "errors", "estimators"},  # "auto" prefers some by name
     "to_arviz": {"errors"},
-    "posterior": {"algorithm", "backends", "draws", "errors", "ops", "program", "to_arviz"},
+    "data": {"backends", "errors", "lookup", "program"},
+    "fitted": {"backends", "errors", "lookup", "program"},
+    "predict": {"backends", "errors", "fitted"},
+    "posterior": {"backends", "data", "errors", "fitted", "legality", "lookup", "predict", "program", "to_arviz"},
     "progress": set[str](),
     "fit": {
-        *("algorithm", "backend_of", "backends", "draws", "errors", "legality", "lookup", "ops", "posterior"),
+        *("algorithm", "backend_of", "backends", "data", "draws", "errors", "legality", "lookup", "ops", "posterior"),
         *("program", "progress", "recipe", "to_arviz"),
     },
     "facades": {
@@ -53,9 +58,12 @@ ARROWS = {
         *("algorithm", "catalogue", "datasets", "errors", "fit", "listing", "lookup", "posterior", "program"),
         *("recipe", "report", "to_arviz"),
     },
-    "": {"algorithm", "catalogue", "draws", "errors", "facades", "fit", "nets", "posterior", "program", "recipe"},
+    "": {
+        *("algorithm", "catalogue", "draws", "errors", "facades", "fit", "nets", "posterior"),
+        *("program", "recipe"),
+    },
 }
-ALONE = {"objectives", "estimators"}
+ALONE = {"objectives", "estimators", "guides"}
 """Folders whose files do not import each other: adding or removing one touches no other."""
 
 SOURCES = sorted(PACKAGE.rglob("*.py"))

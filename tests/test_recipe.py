@@ -11,7 +11,7 @@ import pytest
 
 from ppl_lvm import lookup
 from ppl_lvm.algorithm import Objective, Schedule
-from ppl_lvm.catalogue import estimators, objectives, resolve
+from ppl_lvm.catalogue import estimators, guides, objectives, resolve
 from ppl_lvm.errors import RecipeError
 from ppl_lvm.recipe import Optimizer, Recipe, recipe, recipes
 
@@ -52,10 +52,10 @@ def test_every_shipped_recipe_is_valid_and_says_what_it_is(name: str) -> None:
     assert recipe(json.loads(json.dumps(found.to_dict()))) == found
 
 
-@pytest.mark.parametrize("kind", ["objective", "estimator"])
-def test_every_file_defines_the_class_of_its_name(kind: Any) -> None:
-    for name, path in (objectives() if kind == "objective" else estimators()).items():
-        found = resolve(kind, name, Path(), "the test")
+@pytest.mark.parametrize("kind", [objectives, estimators, guides], ids=["objective", "estimator", "guide"])
+def test_every_file_defines_the_class_of_its_name(kind: Any, request: pytest.FixtureRequest) -> None:
+    for name, path in kind().items():
+        found = resolve(request.node.callspec.id, name, Path(), "the test")
         assert found.__name__ == path.stem == name
         assert found.__doc__
 
@@ -64,6 +64,7 @@ def test_the_first_recipes_are_what_they_are_called() -> None:
     assert recipe("iwae").to_dict() == {
         "name": "iwae",
         "objective": {"name": "iwae", "draws": 50, "outer": 1},
+        "guide": None,
         "estimator": {"*": "auto"},
         "steps": 3000,
         "batch_size": 128,

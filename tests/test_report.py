@@ -5,6 +5,7 @@ import json
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
@@ -27,6 +28,10 @@ from ppl_lvm.report import (
     table,
     write,
 )
+from ppl_lvm.to_arviz import to_arviz
+
+if TYPE_CHECKING:
+    from xarray import DataTree
 
 ROWS, LATENT = 24, 3
 
@@ -70,6 +75,18 @@ class FakeRun:
         return Draws(
             {"z": values, "w": np.zeros(draws)}, {"z": ("data",), "w": ()}, log, log - 1.0, {"x": log}
         )
+
+    def to_arviz(
+        self, draws: int, data: np.ndarray | None = None, seed: int = 0, *, predictive: int | None = None
+    ) -> "DataTree":
+        assert data is not None and predictive == 0
+        log = np.ones(draws)
+        groups = {
+            "posterior": self.posterior(draws, data, seed).values,
+            "sample_stats": {"log_weight": log},
+            "observed_data": {"x": data},
+        }
+        return to_arviz(groups, {"z": ("data",), "x": ("data",)}, "data", {"program": "made up"})
 
     def predictive(self, draws: int, data: np.ndarray | None = None, seed: int = 0) -> dict[str, np.ndarray]:
         self.asked["predictive"] = (seed,)

@@ -2,12 +2,12 @@
 
 import importlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
+from test_posterior import BACKENDS, COVARIATE, FEATURES, PROGRAMS, ROWS, SX, SZ, X, normal
 
 from ppl_lvm.errors import DataError
 from ppl_lvm.to_arviz import to_arviz
@@ -15,69 +15,135 @@ from ppl_lvm.to_arviz import to_arviz
 if TYPE_CHECKING:
     from xarray import DataTree
 
-DRAWS, ROWS, NOISE = 400, 30, 0.5
+DRAWS = 50
+Groups = Mapping[str, Mapping[str, np.ndarray]]
 
 
-@dataclass(frozen=True)
-class Draws:
-    values: Mapping[str, np.ndarray]
-    dims: Mapping[str, tuple[str, ...]]
-    log_p: np.ndarray
-    log_q: np.ndarray
-    log_likelihood: Mapping[str, np.ndarray] = field(default_factory=dict)
+def arviz(package: str) -> Any:
+    return importlib.import_module(f"arviz_{package}")
 
 
-def _log_normal(x: np.ndarray, mean: np.ndarray | float, sd: float) -> np.ndarray:
-    return np.asarray(-0.5 * ((x - mean) / sd) ** 2 - np.log(sd * np.sqrt(2 * np.pi)))
+# Arrays by group.
 
 
-def _conjugate() -> tuple[Draws, dict[str, np.ndarray]]:
-    """x_n ~ Normal(z_n, NOISE) in two columns, z_n ~ Normal(0, 1); the guide is the exact posterior."""
-    rng = np.random.default_rng(0)
-    x = rng.normal(size=(ROWS, 2)) * np.sqrt(1 + NOISE**2)
-    mean, sd = x / (1 + NOISE**2), NOISE / np.sqrt(1 + NOISE**2)
-    z = mean + sd * rng.normal(size=(DRAWS, ROWS, 2))
-    log_likelihood = _log_normal(x, z, NOISE).sum(-1)
-    draws = Draws(
-        values={"z": z, "scale": rng.gamma(2.0, size=DRAWS)},
-        dims={"z": ("data",), "scale": ()},
-        log_p=log_likelihood + _log_normal(z, 0.0, 1.0).sum(-1),
-        log_q=_log_normal(z, mean, float(sd)).sum(-1),
-        log_likelihood={"x": log_likelihood},
-    )
-    return draws, {"x": x}
-
-
-@pytest.fixture(scope="module")
-def tree() -> "DataTree":
-    draws, observed = _conjugate()
-    predictive = {"x": np.zeros((7, ROWS, 2))}
-    attrs = {
-        "objective": "iwae",
-        "draws": np.int64(50),
-        "estimator": {"z": "dreg"},
-        "compiled": True,
-        "seed": None,
+def test_dims_are_named_and_groups_without_content_left_out() -> None:
+    z, log = np.zeros((4, 6, 2)), np.zeros((4, 6))
+    groups: Groups = {
+        "posterior": {"z": z, "scale": np.ones(4)},
+        "posterior_predictive": {"x": np.zeros((7, 6, 2))},
+        "log_likelihood": {"x": log},
+        "sample_stats": {"log_p": log.sum(1), "row_log_p": log},
+        "observed_data": {"x": np.zeros((6, 2))},
+        "prior": {},
     }
-    return to_arviz(draws, observed, attrs, predictive)
-
-
-def test_dims_are_named_by_plates(tree: "DataTree") -> None:
+    dims = {"z": ("data",), "x": ("data",), "row_log_p": ("data",)}
+    tree = to_arviz(groups, dims, "data", {})
+    assert set(tree.children) == groups.keys() - {"prior"}
     assert tree.posterior["z"].dims == ("chain", "draw", "data", "z_dim_0")
     assert tree.posterior["scale"].dims == ("chain", "draw")
     assert tree.log_likelihood["x"].dims == ("chain", "draw", "data")
     assert tree.observed_data["x"].dims == ("data", "x_dim_0")
     assert tree.posterior_predictive["x"].dims == ("chain", "draw", "data", "x_dim_0")
-    assert tree.sample_stats["log_p"].dims == ("chain", "draw", "data")
-    assert dict(tree.posterior.sizes) == {"chain": 1, "draw": DRAWS, "data": ROWS, "z_dim_0": 2}
+    assert tree.sample_stats["row_log_p"].dims == ("chain", "draw", "data")
+    assert dict(tree.posterior.sizes) == {"chain": 1, "draw": 4, "data": 6, "z_dim_0": 2}
     assert tree.posterior_predictive.sizes["draw"] == 7
 
 
-def test_the_exact_posterior_has_constant_log_weight_per_row(tree: "DataTree") -> None:
+def test_names_that_netcdf_cannot_hold_are_changed(tmp_path: Path) -> None:
+    from xarray import open_datatree
+
+    log = np.zeros((5, 4))
+    groups: Groups = {"posterior": {"enc/z": np.zeros((5, 4, 2))}, "observed_data": {"x": np.zeros(4)}}
+    attrs = {"many": 2**70, "estimator": {"z": "dreg"}, "compiled": True, "seed": None, "draws": np.int64(3)}
+    tree = to_arviz(groups, {"enc/z": ("x",), "x": ("x",)}, "x", attrs)
+    assert tree.posterior["enc.z"].dims == ("chain", "draw", "x_plate", "enc.z_dim_0")
+    assert tree.observed_data["x"].dims == ("x_plate",)
+    tree.to_netcdf(tmp_path / "posterior.nc", engine="h5netcdf")
+    with open_datatree(tmp_path / "posterior.nc", engine="h5netcdf") as back:
+        assert back.identical(tree)
+        assert back.attrs["estimator"] == '{"z": "dreg"}' and back.attrs["draws"] == 3
+        assert (back.attrs["compiled"], back.attrs["seed"]) == ("true", "null")
+    with pytest.raises(DataError, match="not distinct"):
+        to_arviz({"posterior": {"a/b": log, "a.b": log}}, {}, "row", {})
+
+
+def test_arrays_of_different_draws_are_refused() -> None:
+    with pytest.raises(DataError, match=r"'sample_stats' need the same number of draws; found \{'a': 3, 'b': 4\}"):
+        to_arviz({"sample_stats": {"a": np.zeros(3), "b": np.zeros(4)}}, {}, "row", {})
+
+
+# Fits.
+
+TREES: dict[tuple[str, str], "DataTree"] = {}
+
+
+@pytest.fixture(params=BACKENDS)
+def tree(request: pytest.FixtureRequest) -> "DataTree":
+    """Of a program with a global latent."""
+    return made("shared", request.param)
+
+
+def made(name: str, backend: str) -> "DataTree":
+    if (name, backend) not in TREES:
+        TREES[name, backend] = PROGRAMS[name](backend).to_arviz(DRAWS, particles=2, predictive=DRAWS, prior=DRAWS)
+    return TREES[name, backend]
+
+
+def test_a_fit_with_globals_has_all_groups(tree: "DataTree") -> None:
+    assert set(tree.children) == {
+        *("posterior", "posterior_predictive", "prior", "prior_predictive", "log_likelihood", "sample_stats"),
+        "observed_data",
+    }
+    assert tree.posterior["g"].dims == ("chain", "draw")
+    assert tree.posterior["z"].dims == ("chain", "draw", "rows")
+    np.testing.assert_array_equal(tree.observed_data["x"], X)
+    for name in ("program", "objective", "estimator", "recipe", "backend", "versions", "created_at", "seed"):
+        assert tree.attrs[name] is not None
+    assert tree.attrs["estimator"] == '{"g": "pathwise", "z": "pathwise"}'
+    assert tree.attrs["inference_library"] in ("numpyro", "pyro-ppl")
+
+
+def test_log_likelihood_has_the_latents_of_rows_summed_out(tree: "DataTree") -> None:
+    g = tree.posterior["g"].values[0]
+    exact = normal(X, g[:, None], np.hypot(SZ, SX))
+    np.testing.assert_allclose(tree.log_likelihood["x"].values[0], exact, rtol=1e-10)
     stats = tree.sample_stats
+    # The guide is the exact posterior: log p(g) + sum_n log p(x_n | g) - log q(g) is log p(x) at every draw.
+    assert np.ptp(stats["log_weight"].values) < 1e-9
     np.testing.assert_array_equal(stats["log_weight"], stats["log_p"] - stats["log_q"])
-    evidence = _log_normal(tree.observed_data["x"].values, 0.0, float(np.sqrt(1 + NOISE**2))).sum(-1)
-    np.testing.assert_allclose(stats["log_weight"].values, np.tile(evidence, (1, DRAWS, 1)), rtol=1e-10)
+    z = tree.posterior["z"].values[0]
+    rows = normal(z, g[:, None], SZ) + normal(X, z, SX)
+    np.testing.assert_allclose(stats["row_log_p"].values[0], rows, rtol=1e-10)
+    np.testing.assert_allclose(stats["row_log_weight"].values[0], exact, rtol=1e-10)
+
+
+def test_a_fit_without_globals_has_no_log_likelihood_that_loo_could_take() -> None:
+    tree = PROGRAMS["scm"]("pyro").to_arviz(DRAWS)
+    assert "log_likelihood" not in tree.children
+    stats = tree.sample_stats
+    for side in ("log_p", "log_q"):
+        np.testing.assert_allclose(stats[side], stats[f"row_{side}"].sum("people"), rtol=1e-12)
+    assert np.ptp(stats["log_weight"].values) < 1e-9  # the guide is the exact posterior
+
+
+def test_several_observed_sites_share_one_log_likelihood() -> None:
+    from test_posterior import as_fit
+
+    def model(ppl: Any, x: Any, y: Any) -> None:
+        unit = ppl.param("unit", 1.0)
+        g = ppl.sample("g", ppl.dist.Normal(0.0 * unit, 1.0))
+        with ppl.plate("rows", len(x)):
+            ppl.sample("x", ppl.dist.Normal(g, unit), obs=x)
+            ppl.sample("y", ppl.dist.Normal(-g, unit), obs=y)
+
+    def guide(ppl: Any, x: Any, y: Any) -> None:
+        ppl.sample("g", ppl.dist.Normal(ppl.param("loc", 0.1), 1.0))
+
+    y = X[::-1].copy()
+    tree = as_fit("pyro", model, guide, ("x", "y"), X, y).to_arviz(DRAWS, predictive=0)
+    g = tree.posterior["g"].values[0][:, None]
+    np.testing.assert_allclose(tree.log_likelihood["joint"].values[0], normal(X, g, 1.0) + normal(y, -g, 1.0))
+    assert tree.log_likelihood["joint"].dims == ("chain", "draw", "rows")
 
 
 def test_netcdf_gives_back_the_same_tree(tree: "DataTree", tmp_path: Path) -> None:
@@ -86,67 +152,39 @@ def test_netcdf_gives_back_the_same_tree(tree: "DataTree", tmp_path: Path) -> No
     tree.to_netcdf(tmp_path / "posterior.nc", engine="h5netcdf")
     with open_datatree(tmp_path / "posterior.nc", engine="h5netcdf") as back:
         assert back.identical(tree)
-        assert back.attrs["objective"] == "iwae" and back.attrs["draws"] == 50
-        assert back.attrs["estimator"] == '{"z": "dreg"}'
-        assert (back.attrs["compiled"], back.attrs["seed"]) == ("true", "null")
 
 
-def test_arviz_summary_works(tree: "DataTree") -> None:
-    summary = importlib.import_module("arviz_stats").summary(tree, round_to="none")
-    assert len(summary) == ROWS * 2 + 1
-    assert float(summary.loc["z[3, 1]", "mean"]) == pytest.approx(
-        tree.posterior["z"].values[0, :, 3, 1].mean()
-    )
+def test_arviz_statistics_work(tree: "DataTree") -> None:
+    summary = arviz("stats").summary(tree, round_to="none")
+    assert len(summary) == ROWS + 1
+    assert float(summary.loc["g", "mean"]) == pytest.approx(tree.posterior["g"].values.mean())
+    assert arviz("stats").loo(tree).n_data_points == ROWS
 
 
-def test_arviz_loo_equals_the_exact_leave_one_out_density() -> None:
-    """x_n ~ Normal(m, 1), m ~ Normal(0, 1): without row n, x_n is normal around the others' sum / ROWS."""
-    rng = np.random.default_rng(1)
-    x = rng.normal(0.7, 1.0, size=ROWS)
-    m = x.sum() / (ROWS + 1) + rng.normal(size=20_000) / np.sqrt(ROWS + 1)
-    log_likelihood = _log_normal(x, m[:, None], 1.0)
-    draws = Draws(
-        values={"m": m},
-        dims={"m": ()},
-        log_p=log_likelihood.sum(1) + _log_normal(m, 0.0, 1.0),
-        log_q=_log_normal(m, x.sum() / (ROWS + 1), float(1 / np.sqrt(ROWS + 1))),
-        log_likelihood={"x": log_likelihood},
-    )
-    tree = to_arviz(draws, {"x": x}, {})
-    assert np.ptp(tree.sample_stats["log_weight"].values) < 1e-10
-    loo = importlib.import_module("arviz_stats").loo(tree)
-    exact = _log_normal(x, (x.sum() - x) / ROWS, float(np.sqrt(1 + 1 / ROWS))).sum()
-    assert loo.n_data_points == ROWS
-    assert loo.elpd == pytest.approx(exact, abs=0.03)
+def test_arviz_plots_work(tree: "DataTree") -> None:
+    plots = arviz("plots")
+    for plot, options in (
+        (plots.plot_forest, {"var_names": ["g"]}),
+        (plots.plot_trace, {"var_names": ["g"]}),
+        (plots.plot_ppc_dist, {"num_samples": 5}),
+        (plots.plot_dist, {"var_names": ["g"]}),
+    ):
+        figure = plot(tree, backend="matplotlib", **options)
+        assert figure.viz["figure"].item() is not None
+    importlib.import_module("matplotlib.pyplot").close("all")
 
 
-def test_groups_without_content_are_left_out() -> None:
-    draws, _ = _conjugate()
-    tree = to_arviz(replace(draws, log_likelihood={}), {}, {})
-    assert set(tree.children) == {"posterior", "sample_stats"}
-    assert tree.sample_stats["log_p"].dims == ("chain", "draw", "data")
+def test_older_arviz_takes_it(tree: "DataTree") -> None:
+    arviz = pytest.importorskip("arviz", reason="only the older ArviZ has InferenceData")
+    if not hasattr(arviz, "InferenceData") or not hasattr(arviz.InferenceData, "from_datatree"):
+        pytest.skip("this ArviZ works with the DataTree itself")
+    data = arviz.InferenceData.from_datatree(tree)
+    assert data.posterior["z"].shape == (1, DRAWS, ROWS)
+    assert len(arviz.summary(data, var_names=["g"])) == 1
 
 
-def test_draws_without_a_data_plate() -> None:
-    draws = Draws({"w": np.zeros((5, 3))}, {"w": ()}, np.zeros(5), np.ones(5), {"x": np.zeros((5, 1))})
-    tree = to_arviz(draws, {"x": np.zeros(9)}, {})
-    assert tree.sample_stats["log_weight"].dims == ("chain", "draw")
-    assert tree.posterior["w"].dims == ("chain", "draw", "w_dim_0")
-    assert tree.observed_data["x"].sizes == {"x_dim_0": 9}
-
-
-def test_names_that_netcdf_cannot_hold_are_changed(tmp_path: Path) -> None:
-    log = np.zeros((5, 4))
-    draws = Draws({"enc/z": np.zeros((5, 4, 2))}, {"enc/z": ("x",)}, log, log, {"x": log})
-    tree = to_arviz(draws, {"x": np.zeros(4)}, {"note": "", "many": 2**70, "list": [1, 2]})
-    assert tree.posterior["enc.z"].dims == ("chain", "draw", "x_plate", "enc.z_dim_0")
-    assert tree.observed_data["x"].dims == ("x_plate",)
-    tree.to_netcdf(tmp_path / "posterior.nc", engine="h5netcdf")
-    with pytest.raises(DataError, match="not distinct"):
-        to_arviz(replace(draws, values={"a/b": log, "a.b": log}), {}, {})
-
-
-def test_log_densities_of_different_draws_are_refused() -> None:
-    draws, observed = _conjugate()
-    with pytest.raises(DataError, match=r"\(400, 30\), log_q has \(400, 29\)"):
-        to_arviz(replace(draws, log_q=draws.log_q[:, 1:]), observed, {})
+def test_constant_data_are_what_no_site_observes() -> None:
+    tree = made("nested", "pyro")
+    np.testing.assert_array_equal(tree.constant_data["size"], COVARIATE)
+    np.testing.assert_array_equal(tree.observed_data["x"], FEATURES)
+    assert tree.constant_data["size"].dims[0] == "pupils"

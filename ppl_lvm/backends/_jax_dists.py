@@ -13,7 +13,7 @@ from numpyro.distributions import constraints
 from numpyro.distributions.kl import kl_divergence
 from numpyro.distributions.util import validate_sample
 
-from ppl_lvm.backends.base import product_support, rebuild
+from ppl_lvm.backends.base import Chain, product_support, rebuild
 
 Array = jax.Array
 Message = dict[str, Any]
@@ -105,6 +105,8 @@ def draw(fn: Any, key: Array, as_float: bool) -> Array:
 
 
 def site_log_prob(site: Message) -> Array:
+    if "log_prob" in site:  # of a scan, taken step by step
+        return site["log_prob"]
     return site["fn"].log_prob(site["value"])
 
 
@@ -124,6 +126,8 @@ def _family(fn: Any) -> str:
 
 
 def kl(q: Any, p: Any) -> Array:
+    if isinstance(q, Chain) or isinstance(p, Chain):
+        raise NotImplementedError("sites inside a scan")
     mask = q._mask if isinstance(q, dist.MaskedDistribution) else None
     q, p = _strip(q), _strip(p)
     if isinstance(q, dist.Independent) and isinstance(p, dist.Independent):

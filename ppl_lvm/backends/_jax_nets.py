@@ -84,7 +84,7 @@ def _(spec: nets.MLP, key: Array, dtype: DTypeLike) -> tuple[dict[str, Array], B
     names = [(f"layers.{i}.weight", f"layers.{i}.bias") for i in range(len(layers))]
 
     def bind(params: Params) -> Apply:
-        *first, last = [(params[weight], params[bias]) for weight, bias in names]
+        *first, last = [(_masked(spec, i, params[weight]), params[bias]) for i, (weight, bias) in enumerate(names)]
 
         def apply(x: Array) -> Array:
             spec.check_input(x.shape)
@@ -95,3 +95,8 @@ def _(spec: nets.MLP, key: Array, dtype: DTypeLike) -> tuple[dict[str, Array], B
         return apply
 
     return params, bind
+
+
+def _masked(spec: nets.MLP, layer: int, weight: Array) -> Array:
+    mask = spec.mask(layer, jnp)
+    return weight if mask is None else jnp.where(mask, weight, 0.0)

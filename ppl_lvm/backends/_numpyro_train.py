@@ -11,6 +11,7 @@ import numpy as np
 import optax
 
 from ppl_lvm.algorithm import Algorithm, Objective
+from ppl_lvm.backends._numpyro_state import is_key
 from ppl_lvm.backends.base import Call, Plan, Steps, check_state, initial_extras, static_key, with_numbers
 from ppl_lvm.backends.numpyro import NumPyroBound, owned, precision
 from ppl_lvm.errors import BackendError
@@ -31,9 +32,9 @@ def key_of(seed: int) -> jax.Array:
     return jax.random.key(seed)
 
 
-def to_numpy(x: Any) -> np.ndarray:
-    """An array of the backend as numpy's."""
-    return np.asarray(x)
+def to_numpy(x: Any) -> Any:
+    """An array of the backend as numpy's, or a tree of them (a network's parameters); random keys as their words."""
+    return jax.tree.map(lambda a: np.asarray(jax.random.key_data(a) if is_key(a) else a), x)
 
 
 class Trainer:
@@ -65,7 +66,7 @@ class Trainer:
         names = (len(example.args), tuple(example.kwargs))
         key = (
             *(bound.program, bound.dtype, bound.structure.data_plate, static_key(objective, plan)),
-            *(plan.K, plan.M, name, shapes, names, rows is None),
+            *(plan.K, plan.M, name, shapes, names, rows is None, bound.constants),
         )
         body = self._body(bound, plan, objective)
         if self.mode == "compiled":
@@ -87,6 +88,7 @@ class Trainer:
                 total_rows=rows,
                 states=tree["states"],
                 own=tree["own"],
+                mutable=tree["mutable"],
             )
             trained = {"params": tree["params"], "own": tree["own"]}
             updates, optimizer = transform.update(
@@ -95,7 +97,8 @@ class Trainer:
             rate = numbers["optimizer.learning_rate"]
             trained = jax.tree.map(lambda p, u: (p - rate * u).astype(p.dtype), trained, updates)
             total = bound.structure.plate_size or (bound.structure.rows if rows is None else rows)
-            return {**trained, "states": step.states, "optimizer": optimizer}, step.loss / total
+            kept = {"states": step.states, "mutable": step.mutable, "optimizer": optimizer}
+            return {**trained, **kept}, step.loss / total
 
         return body
 
@@ -109,6 +112,7 @@ class Trainer:
             return {
                 **trained,
                 "states": {s: jnp.asarray(v, float) for s, v in states.items()},
+                "mutable": self._bound.states,
                 "optimizer": self._transform.init(trained),
             }
 
@@ -131,11 +135,11 @@ class Trainer:
             return tree, losses[:n]
 
     def params(self, tree: Tree) -> Mapping[str, Any]:
-        return tree["params"]
+        return {**tree["params"], **tree["mutable"]}
 
     def pack(self, tree: Tree) -> dict[str, np.ndarray]:
         leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
-        return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
+        return {jax.tree_util.keystr(path): to_numpy(leaf) for path, leaf in leaves}
 
     def unpack(self, arrays: Mapping[str, np.ndarray]) -> Tree:
         template = self.initial()
@@ -143,7 +147,13 @@ class Trainer:
         names = [jax.tree_util.keystr(path) for path, _ in leaves]
         check_state(arrays, self.pack(template))
         with precision(self._bound.dtype):
-            return jax.tree_util.tree_unflatten(structure, [owned(arrays[n]) for n in names])
+            held = [_like(leaf, arrays[n]) for n, (_, leaf) in zip(names, leaves, strict=True)]
+            return jax.tree_util.tree_unflatten(structure, held)
+
+
+def _like(leaf: jax.Array, array: np.ndarray) -> jax.Array:
+    """A saved array as the kind of leaf it was."""
+    return jax.random.wrap_key_data(owned(array), impl=jax.random.key_impl(leaf)) if is_key(leaf) else owned(array)
 
 
 def _step(body: Callable[..., Any], i: Any, tree: Tree, inputs: tuple[Any, ...]) -> tuple[Tree, Any]:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.distributions import kl_divergence
 
 from ppl_lvm import ops
-from ppl_lvm.backends.base import product_support, rebuild
+from ppl_lvm.backends.base import Chain, product_support, rebuild
 
 Message = Any
 
@@ -79,6 +79,8 @@ def _unexpanded(x: Tensor) -> Tensor:
 
 
 def site_log_prob(site: Message) -> Tensor:
+    if "log_prob" in site:  # of a scan, taken step by step
+        return site["log_prob"]
     value = log_prob(site["fn"], site["value"])
     mask = site["mask"]
     if mask is None or mask is True:
@@ -87,6 +89,8 @@ def site_log_prob(site: Message) -> Tensor:
 
 
 def kl(q: Message, p: Message) -> Tensor:
+    if isinstance(q["fn"], Chain) or isinstance(p["fn"], Chain):
+        raise NotImplementedError("sites inside a scan")
     # Some of torch's formulas index one distribution's terms by the other's shape.
     shape = torch.broadcast_shapes(q["fn"].batch_shape, p["fn"].batch_shape)
     value = kl_divergence(*(fn if fn.batch_shape == shape else fn.expand(shape) for fn in (q["fn"], p["fn"])))

@@ -87,7 +87,7 @@ def _(spec: nets.MLP, dtype: torch.dtype) -> tuple[dict[str, Tensor], Bind]:
     names = [(f"layers.{i}.weight", f"layers.{i}.bias") for i in range(len(layers))]
 
     def bind(params: Params) -> Apply:
-        *first, last = [(params[weight], params[bias]) for weight, bias in names]
+        *first, last = [(_masked(spec, i, params[weight]), params[bias]) for i, (weight, bias) in enumerate(names)]
 
         def apply(x: Tensor) -> Tensor:
             spec.check_input(x.shape)
@@ -98,3 +98,9 @@ def _(spec: nets.MLP, dtype: torch.dtype) -> tuple[dict[str, Tensor], Bind]:
         return apply
 
     return params, bind
+
+
+def _masked(spec: nets.MLP, layer: int, weight: Tensor) -> Tensor:
+    # The mask is computed, not kept: a tensor held by the program could be taken for rows of data.
+    mask = spec.mask(layer, torch)
+    return weight if mask is None else torch.where(mask.to(weight.device), weight, 0.0)

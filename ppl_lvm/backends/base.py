@@ -6,6 +6,7 @@ backend's are, and `ops` tells them apart.
 
 from __future__ import annotations
 
+import inspect
 import itertools
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping, Sequence
@@ -15,9 +16,10 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 import numpy as np
 
 from ppl_lvm import ops
-from ppl_lvm.algorithm import Algorithm, Estimator, Objective, Schedule, SiteDistribution
+from ppl_lvm.algorithm import Algorithm, Estimator, GuideFamily, Objective, Schedule, SiteDistribution
 from ppl_lvm.draws import Draws, Plate
 from ppl_lvm.errors import BackendError, ProgramError
+from ppl_lvm.latents import Discrete, Latent, PlateOf, Sketch
 from ppl_lvm.ops import Array
 
 if TYPE_CHECKING:
@@ -25,6 +27,12 @@ if TYPE_CHECKING:
 
 LARGEST_SUPPORT = 4096
 """Values of a finite site that are enumerated at most."""
+
+ROWS = "rows"
+"""Argument by which a native program asks for the indices of its rows among all of the data."""
+
+PRIOR_DRAWS = 15
+"""Runs of the model whose median is where a family of guides starts."""
 
 
 Role = Literal["latent", "observed", "auxiliary"]
@@ -53,6 +61,8 @@ class SiteInfo:
     """A guide site whose value is no draw (a factor): it has a density and needs no estimator."""
     point: bool = False
     """Its distribution is a point (Delta): the value is a function of parameters or of other guide sites."""
+    scanned: bool = False
+    """The guide draws it inside the library's own scan, which no estimator reaches."""
 
 
 @dataclass(frozen=True)
@@ -147,6 +157,8 @@ class Gradients:
     params: dict[str, Array]
     own: dict[str, dict[str, Array]]
     states: dict[str, Array]
+    mutable: dict[str, Any] = field(default_factory=dict)
+    """State that the program changed as it ran (batch statistics), for the next step."""
 
 
 class Bound(Protocol):
@@ -158,6 +170,10 @@ class Bound(Protocol):
 
     def on(self, example: Call) -> Bound:
         """The same program on data of another shape."""
+        ...
+
+    def row_parameters(self, call: Call) -> list[str]:
+        """Parameters that hold values of the batch's own rows; `call` has another number of rows."""
         ...
 
     def draws(
@@ -183,12 +199,36 @@ class Bound(Protocol):
     ) -> Gradients: ...
 
 
+KNOWN = "?"
+"""What is known of argument `x` travels as the named argument `x?`, which no program can have."""
+
+
 @dataclass(frozen=True)
 class Call:
-    """The arguments of a program: positional and named, arrays whose first axis is rows (or None)."""
+    """The arguments of a program: positional and named, arrays whose first axis is rows (or None).
+
+    Where entries of `x` may be missing, a boolean array of its shape under the name `x?` says which are known. It is
+    cut into batches with the data, and taken off before the program is called.
+    """
 
     args: tuple[Any, ...] = ()
     kwargs: Mapping[str, Any] = field(default_factory=dict)
+    sample: bool = False
+    """Some of the rows only: a first batch that stands for data which are never held whole."""
+
+    @property
+    def own(self) -> Call:
+        """What the program is called with."""
+        return Call(self.args, {k: a for k, a in self.kwargs.items() if not k.endswith(KNOWN)}, self.sample)
+
+    @property
+    def known(self) -> dict[str, Any]:
+        """Argument -> which of its entries are known, for those that may miss some."""
+        return {k.removesuffix(KNOWN): a for k, a in self.kwargs.items() if k.endswith(KNOWN)}
+
+    def named(self, names: Sequence[str]) -> dict[str, Any]:
+        """The program's arguments by name; `names` are those of positional ones."""
+        return {**dict(zip(names, self.args, strict=False)), **self.own.kwargs}
 
     @staticmethod
     def of(data: object) -> Call:
@@ -206,6 +246,10 @@ class Call:
     @property
     def leaves(self) -> list[Any]:
         return [a for a in (*self.args, *self.kwargs.values()) if a is not None]
+
+    def with_rows(self, rows: int) -> Call:
+        """With the indices of rows 0 to `rows - 1`, which mini-batches pick from as from any other argument."""
+        return self if ROWS in self.kwargs else replace(self, kwargs={**self.kwargs, ROWS: np.arange(rows)})
 
     def map(self, f: Callable[[Any], Any]) -> Call:
         def each(a: Any) -> Any:
@@ -238,9 +282,115 @@ def as_float(kinds: Mapping[str, str] | None, name: str, kind: str) -> bool:
     Integers of portable programs do, so that counts multiply with parameters on both backends and bytes do not wrap
     around; unless the program's example has integers there too (labels, indices). Native programs keep theirs.
     """
-    if kind == "f" or kinds is None:
+    if kind == "f" or kinds is None or name == ROWS:
         return kind == "f"
     return kinds[name] == "f" if name in kinds else kind in "iu"
+
+
+def given_rows(call: Callable[..., Any], ppl: Any) -> Callable[..., Any]:
+    """`call`, which gets the row indices if it asks for them: by an argument, or through its namespace `ppl`."""
+    try:
+        named = ROWS in inspect.signature(call).parameters
+    except (TypeError, ValueError):  # a callable of C code
+        named = False
+    if ppl is None and not named:
+        return call
+
+    def run(*args: Any, rows: Any = None, **kwargs: Any) -> Any:
+        if ppl is not None:
+            ppl.rows = rows
+        try:
+            return call(*args, **kwargs, **({ROWS: rows} if named else {}))
+        finally:
+            if ppl is not None:
+                ppl.rows = None
+
+    return run
+
+
+def written(
+    family: GuideFamily, ppl: Any, latents: Sequence[Latent], arguments: Sequence[str]
+) -> Callable[..., None]:
+    """The guide that a family writes for these sites, called like the model."""
+
+    def guide(*args: Any, **kwargs: Any) -> None:
+        data = {**dict(zip(arguments, args, strict=False)), **kwargs}
+        family(Sketch(ppl, latents, {n: a for n, a in data.items() if a is not None}))
+
+    return guide
+
+
+def row_params(program: Program, ppl: Any, initial: Mapping[str, Any], total: int | None) -> frozenset[str]:
+    """Parameters with an entry for every row: those that a namespace gave out, and of a native program that takes the
+    row indices those whose first axis is as long as the data."""
+    if ppl is not None and ppl.row_params:
+        return frozenset(ppl.row_params)
+    if not program.takes_rows or total is None:
+        return frozenset()
+    return frozenset(n for n, p in initial.items() if np.shape(p)[:1] == (total,))
+
+
+def is_real(support: Any) -> bool:
+    """Whether a support is the reals, so that its bijection is the identity."""
+    while hasattr(support, "base_constraint"):
+        support = support.base_constraint
+    return type(support).__name__.strip("_") in ("Real", "RealVector")
+
+
+def latent_site(
+    name: str,
+    fn: Any,
+    plates: Sequence[PlateOf],
+    data_plate: str | None,
+    transform: Any,
+    unconstrained: Callable[[], Sequence[np.ndarray]],
+) -> Latent:
+    """What a family of guides is told of a model's latent site.
+
+    `transform` maps the reals to its support; `unconstrained()` are prior draws `[*batch, *event]` mapped back, whose
+    median, over rows too, is where a guide starts.
+
+    Raises:
+        ProgramError: the site is discrete, and of no kind that families know.
+    """
+    batch = tuple(fn.batch_shape)
+    row_dim = next((p.dim for p in plates if p.name == data_plate), None)
+    discrete = _discrete_kind(name, fn)
+    if discrete is not None:
+        event = tuple(fn.event_shape) + ((innermost(fn).probs.shape[-1],) if discrete == "categorical" else ())
+        draws: Sequence[np.ndarray] = [np.zeros(batch + event)]
+    else:
+        draws = unconstrained()
+        event = draws[0].shape[len(batch) :]
+    values = np.stack(draws).astype(np.float64)
+    if row_dim is not None:
+        values = np.moveaxis(values, 1 + len(batch) + row_dim, 0)
+        values = values.reshape(-1, *values.shape[2:])
+    start = np.nan_to_num(np.nanmedian(values, axis=0), nan=0.0, posinf=0.0, neginf=0.0)
+    identity = discrete is not None or is_real(fn.support)
+    return Latent(
+        name, tuple(plates), row_dim, batch, event, fn.event_dim, start, None if identity else transform, discrete
+    )
+
+
+def _discrete_kind(name: str, fn: Any) -> Discrete | None:
+    kind = type(innermost(fn)).__name__
+    for prefix, discrete in _DISCRETE.items():
+        if kind.startswith(prefix):
+            return discrete
+    if fn.support.is_discrete:
+        raise ProgramError(
+            f"Families of guides know discrete sites that are Bernoulli, Categorical or OneHotCategorical; "
+            f"{name!r} is {kind}. Write a guide for it, or sum it out in the model."
+        )
+    return None
+
+
+_DISCRETE: dict[str, Discrete] = {
+    "Bernoulli": "bernoulli",
+    "OneHotCategorical": "one_hot",
+    "Categorical": "categorical",
+}
 
 
 def losses(
@@ -345,14 +495,55 @@ def innermost(fn: Any) -> Any:
     return fn
 
 
+@dataclass(frozen=True)
+class Chain:
+    """The distribution of a site inside a scan, over all steps: facts only, as its density was taken step by step.
+
+    Steps are the first dimension of an event, so a value is `[*batch, T, *event]`.
+    """
+
+    of: Any
+    """The distribution of one step."""
+    steps: int
+    has_enumerate_support = False
+
+    @property
+    def batch_shape(self) -> tuple[int, ...]:
+        return tuple(self.of.batch_shape)
+
+    @property
+    def event_shape(self) -> tuple[int, ...]:
+        return (self.steps, *self.of.event_shape)
+
+    @property
+    def event_dim(self) -> int:
+        return int(self.of.event_dim) + 1
+
+    @property
+    def has_rsample(self) -> bool:
+        return bool(self.of.has_rsample)
+
+    @property
+    def support(self) -> Any:
+        return self.of.support
+
+    @property
+    def mean(self) -> Any:
+        raise ProgramError("A site inside a scan has no mean of its own: each step depends on the last; take draws.")
+
+
+def _kind(fn: Any) -> str:
+    return type(innermost(fn.of if isinstance(fn, Chain) else fn)).__name__
+
+
 def is_factor(fn: Any) -> bool:
     """Whether a site is a `factor`: a density without a value, which is no data."""
-    return type(innermost(fn)).__name__ == "Unit"
+    return _kind(fn) == "Unit"
 
 
 def is_point(fn: Any) -> bool:
     """Whether a site's value is a function of the distribution's parameters."""
-    return type(innermost(fn)).__name__ == "Delta"
+    return _kind(fn) == "Delta"
 
 
 def check_scale(name: str, shape: Sequence[int], plate_dim: int | None) -> None:

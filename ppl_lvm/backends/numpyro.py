@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping
+import contextlib
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -10,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from numpyro import handlers
 from numpyro.distributions.transforms import biject_to
 from numpyro.ops.provenance import eval_provenance
 
-from ppl_lvm.algorithm import Objective, Variant
+from ppl_lvm.algorithm import GuideFamily, Objective, Variant
+from ppl_lvm.backends import _numpyro_forward
 from ppl_lvm.backends._jax_dists import (
     GuideSite,
     draw,
@@ -23,8 +24,23 @@ from ppl_lvm.backends._jax_dists import (
     kl,
     site_log_prob,
 )
-from ppl_lvm.backends._numpyro_handlers import Handler, Message, Namespace, Params, owned, precision, site_key
+from ppl_lvm.backends._jax_missing import JaxMissing, feasible
+from ppl_lvm.backends._numpyro_guides import constants, own_guide, prototype_supports
+from ppl_lvm.backends._numpyro_handlers import (
+    Handler,
+    Message,
+    Namespace,
+    Params,
+    message_key,
+    of_step,
+    owned,
+    plates_of,
+    precision,
+    site_key,
+)
+from ppl_lvm.backends._numpyro_state import after_run, changed, evaluation, is_key, next_states
 from ppl_lvm.backends.base import (
+    PRIOR_DRAWS,
     Call,
     Gradients,
     Plan,
@@ -37,11 +53,18 @@ from ppl_lvm.backends.base import (
     check_sites,
     example_kinds,
     find_data_plate,
+    given_rows,
     is_factor,
     is_point,
+    latent_site,
     losses,
+    row_params,
+    written,
 )
+from ppl_lvm.backends.forward import Anatomy, Forward
 from ppl_lvm.draws import Draws, Plate, Site
+from ppl_lvm.errors import BackendError, ProgramError
+from ppl_lvm.latents import Latent, PlateOf
 
 if TYPE_CHECKING:
     from ppl_lvm.program import Program
@@ -58,21 +81,50 @@ class NumPyroBound:
     name = "numpyro"
 
     def __init__(
-        self, program: Program, example: Call, *, seed: int, dtype: str, data_plate: str | None = None
+        self,
+        program: Program,
+        example: Call,
+        *,
+        seed: int,
+        dtype: str,
+        data_plate: str | None = None,
+        total: int | None = None,
     ) -> None:
         self.program, self.dtype, self.asked_plate = program, dtype, data_plate
-        self._model: Callable[..., Any] = program.model
+        size = len(example.leaves[0]) if example.leaves and np.ndim(example.leaves[0]) else None
+        self.total = size if total is None else total
         self._kinds = example_kinds(program)
-        self._guide: Callable[..., Any] = program.guide
+        guide = program.guide
+        assert guide is not None
+        family = guide if isinstance(guide, GuideFamily) else None
+        self._missing = JaxMissing(program)
+        self.joint_dims = self._missing.joint_dims
+        self._guide: Callable[..., Any] = guide
         with precision(dtype):
-            if program.portable:
-                ppl = Namespace(seed, dtype)
-                self._model, self._guide = partial(program.model, ppl), partial(program.guide, ppl)
-            self._probe(self.batch(example), jax.random.key(seed), data_plate)
+            key, batch = jax.random.key(seed), self.batch(example)
+            ppl = Namespace(seed, dtype, self.total) if program.portable or family is not None else None
+            self._ppl = ppl
+            if ppl is not None and size is not None:
+                batch = self.batch(example.with_rows(size))
+            self._model = given_rows(partial(program.model, ppl) if program.portable else program.model, ppl)
+            if family is not None:
+                latents = self._latents(batch, key, data_plate)
+                self._guide = given_rows(written(family, ppl, latents, program.arguments), ppl)
+            elif program.portable:
+                self._guide = given_rows(partial(guide, ppl), ppl)
+            else:
+                self._guide = given_rows(self._own(guide), None)
+            self._probe(batch, key, data_plate)
+        self.row_params = row_params(program, ppl, self.initial, self.total)
 
     def on(self, example: Call) -> NumPyroBound:
         """The same program on data of another shape."""
-        return NumPyroBound(self.program, example, seed=0, dtype=self.dtype, data_plate=self.asked_plate)
+        return NumPyroBound(
+            self.program, example, seed=0, dtype=self.dtype, data_plate=self.asked_plate, total=self.total
+        )
+
+    def _own(self, guide: Callable[..., Any]) -> Callable[..., Any]:
+        return own_guide(guide)
 
     def batch(self, call: Call) -> Call:
         """Arrays of this fit's dtype."""
@@ -84,47 +136,189 @@ class NumPyroBound:
         with precision(self.dtype):
             return call.map_named(self.program.arguments, convert)
 
-    def in_support(self, site: str, value: np.ndarray) -> bool:
-        """Whether data of the probe's shape are values of an observed site."""
+    def in_support(self, site: str, value: np.ndarray, known: np.ndarray | None = None) -> bool:
+        """Whether data of the probe's shape are values of a site that has data, where they are known."""
         with precision(self.dtype):
-            return bool(jnp.all(self._supports[site](jnp.asarray(value))))
+            support, given = self._supports[site], jnp.asarray(value)
+            if known is not None:
+                given = jnp.where(known, given, feasible(support, given))
+            return bool(jnp.all(support(given)))
 
     # Structure and parameters, from probe runs on one draw.
 
     def _trace(self, program: Callable[..., Any], handler: Handler, batch: Call) -> dict[str, Message]:
-        with handler, handlers.trace() as trace:
-            program(*batch.args, **batch.kwargs)
-        return trace
+        handler.missing = self._missing.run(batch, guide=program is self._guide)
+        if self._ppl is not None:
+            self._ppl.handler = handler
+        with handler:
+            program(*batch.own.args, **batch.own.kwargs)
+        for scan in handler.scans:
+            for name, plate in scan.plates.items():
+                handler.trace.setdefault(name, plate)
+        return handler.trace
 
     def _probe(self, batch: Call, key: Array, asked: str | None) -> None:
         def prior(msg: Message) -> Array:
-            return draw(msg["fn"], site_key(key, msg["name"]), self.program.portable)
+            return draw(msg["fn"], message_key(key, msg), self.program.portable)
 
-        guide_handler = Handler({}, key, prior)
-        guide = self._trace(self._guide, guide_handler, batch)
+        guide_handler = Handler({}, key, prior, cast=self._cast, unrolled=True)
+        guide = self._traced(self._guide, guide_handler, batch)
         values = {n: s["value"] for n, s in guide.items() if s["type"] == "sample"}
-        plates = {n: s["value"] for n, s in guide.items() if s["type"] == "plate"}
+        plates = plates_of(guide)
 
         def replayed(msg: Message) -> Array:
-            return values[msg["name"]] if msg["name"] in values else prior(msg)
+            return of_step(values[msg["name"]], msg) if msg["name"] in values else prior(msg)
 
+        known = {n: v for n, (v, _) in guide_handler.found.items()} | guide_handler.states
         model_handler = Handler(
-            {n: v for n, (v, _) in guide_handler.found.items()}, key, replayed, subsamples=plates
+            known, key, replayed, plates, side="model", scanned=values, cast=self._cast, unrolled=True
         )
-        model = self._trace(self._model, model_handler, batch)
-        self._supports = {n: s["fn"].support for n, s in model.items() if s["type"] == "sample" and s["is_observed"]}
+        model = self._traced(self._model, model_handler, batch)
+        self._supports = {
+            n: s["fn"].support
+            for n, s in model.items()
+            if s["type"] == "sample" and (s["is_observed"] or self._missing.fills(n))
+        }
         found = {**model_handler.found, **guide_handler.found}
         self._transforms = {n: biject_to(c) for n, (_, c) in found.items()}
         self.initial = {n: self._unconstrain(n, v) for n, (v, _) in found.items()}
-        self.structure = self._structure(guide, model, asked, batch)
+        first = {**model_handler.initial_states, **guide_handler.initial_states}
+        self.states = {n: self._cast(v) for n, v in first.items()}
+        self._scans = [scan.latent for scan in guide_handler.scans]
+        self.constants = constants([self._transforms, self._supports, prototype_supports(self._guide)])
+        scanned = [scan.latent for scan in (*guide_handler.scans, *model_handler.scans)]
+        structure = self._structure(guide, model, asked, scanned)
+        self._check_scans(structure, guide, model)
         used = {"model": model_handler.found, "guide": guide_handler.found}
         groups = {n: frozenset(g for g, names in used.items() if n in names) for n in found}
-        self.structure = replace(
-            self._with_parents(batch, {n: values[n] for n in values}, key), groups=groups
+        self.structure = structure
+        self.structure = replace(self._with_parents(batch, values, key), groups=groups)
+        around_each = {**model_handler.plates_of, **guide_handler.plates_of}
+        self._plated = sorted(n for n, around in around_each.items() if structure.data_plate in around)
+        self._restless = self._unfrozen(batch, values, plates, key) if self.states else []
+
+    def _traced(self, program: Callable[..., Any], handler: Handler, batch: Call) -> dict[str, Message]:
+        """A first run, with a word on what cannot be found out later."""
+        try:
+            trace = self._trace(program, handler, batch)
+            jax.block_until_ready([s["value"] for s in trace.values() if s["type"] == "sample"])
+        except jax.errors.UnexpectedTracerError as error:
+            raise ProgramError(
+                "The program samples inside a loop of JAX (lax.scan, while_loop, fori_loop, cond, vmap), out of which "
+                "its sites cannot be handed; use numpyro.contrib.control_flow.scan, or a Python loop."
+            ) from error
+        return trace
+
+    def _check_scans(self, structure: Structure, guide: dict[str, Message], model: dict[str, Message]) -> None:
+        for names in self._scans:
+            levels = {structure.sites[n].local for n in names}
+            if len(levels) > 1:
+                raise ProgramError(
+                    f"Sites {list(names)} of one scan in the guide are partly inside data plate "
+                    f"{structure.data_plate!r} and partly outside, and share their noise; put them into two scans."
+                )
+        for name in structure.sites:
+            if name in guide and name in model:
+                shapes = [t[name]["value"].shape for t in (guide, model)]
+                if shapes[0] != shapes[1]:
+                    raise ProgramError(
+                        f"Site {name!r} has a value of shape {shapes[0]} in the guide and {shapes[1]} in the model."
+                    )
+
+    def _unfrozen(self, batch: Call, values: dict[str, Array], plates: dict[str, Array], key: Array) -> list[str]:
+        """States that change in evaluation too."""
+        params = {**self.constrain(self.initial), **self.states}
+        left: dict[str, Any] = {}
+        with evaluation():
+            for program, side in ((self._guide, "guide"), (self._model, "model")):
+                handler = Handler(
+                    {**params, **left},
+                    key,
+                    lambda m: of_step(values[m["name"]], m),
+                    plates,
+                    side=side,
+                    still=True,
+                    scanned=values,
+                    unrolled=True,
+                )
+                self._trace(program, handler, batch)
+                left |= handler.states
+        return changed(self.states, left)
+
+    def row_parameters(self, call: Call) -> list[str]:
+        """Parameters that hold values of the batch's own rows: those whose shape follows the number of rows.
+
+        `call` has another number of rows than this batch.
+        """
+
+        def shapes(args: Any, kwargs: Any) -> dict[str, Any]:
+            found: dict[str, Any] = {}
+            key = jax.random.key(0)
+            plates: dict[str, Array] = {}
+            for program in (self._guide, self._model):
+                handler = Handler({}, key, lambda m: m["fn"].sample(message_key(key, m)), plates, unrolled=True)
+                trace = self._trace(program, handler, Call(args, kwargs))
+                plates |= plates_of(trace)
+                found |= {n: v for n, (v, _) in handler.found.items() if not is_tree(v)}
+            return found
+
+        if self._plated:
+            return self._plated
+        with precision(self.dtype):
+            held = self.batch(call)
+            try:
+                found = jax.eval_shape(shapes, held.args, dict(held.kwargs))
+            except Exception:
+                # A program for a fixed number of rows has no parameter that could follow it.
+                return []
+            first = self.constrain(self.initial)
+            return sorted(n for n, v in found.items() if n in first and jnp.shape(first[n]) != v.shape)
+
+    def _latents(self, batch: Call, key: Array, asked: str | None) -> list[Latent]:
+        """The model's latent sites, and where a guide for them starts."""
+
+        def trace(i: int) -> dict[str, Message]:
+            draws = jax.random.fold_in(key, i)
+
+            def prior(msg: Message) -> Array:
+                return draw(msg["fn"], message_key(draws, msg), self.program.portable)
+
+            handler = Handler({}, key, prior, unrolled=True)
+            return self._trace(self._model, handler, batch)
+
+        runs = [trace(i) for i in range(PRIOR_DRAWS)]
+        model = runs[0]
+        data_plate = self._data_plate(model, asked)
+        sizes = {n: s["args"] for n, s in model.items() if s["type"] == "plate"}
+        found = []
+        for name, site in model.items():
+            if site["type"] != "sample" or site["is_observed"]:
+                continue
+            fn, frames = site["fn"], site["cond_indep_stack"]
+            plates = tuple(PlateOf(f.name, f.dim, sizes[f.name][0], f.size) for f in frames)
+            transform = biject_to(fn.support)
+
+            def unconstrained(site: str = name, transform: Any = transform) -> list[np.ndarray]:
+                return [np.asarray(transform._inverse(r[site]["value"])) for r in runs]
+
+            found.append(latent_site(name, fn, plates, data_plate, transform, unconstrained))
+        return found
+
+    def _data_plate(self, model: dict[str, Message], asked: str | None) -> str | None:
+        observed = {n: s for n, s in model.items() if s["type"] == "sample" and s["is_observed"]}
+        data = {n: s for n, s in observed.items() if not is_factor(s["fn"])} or observed
+        return find_data_plate(
+            {n: [(f.name, f.dim) for f in s["cond_indep_stack"]] for n, s in data.items()},
+            asked,
+            [n for n, s in model.items() if s["type"] == "plate"],
         )
 
     def _structure(
-        self, guide: dict[str, Message], model: dict[str, Message], asked: str | None, batch: Call
+        self,
+        guide: dict[str, Message],
+        model: dict[str, Message],
+        asked: str | None,
+        scanned: Sequence[tuple[str, ...]],
     ) -> Structure:
         guide_sites = {n: s for n, s in guide.items() if s["type"] == "sample"}
         model_sites = {n: s for n, s in model.items() if s["type"] == "sample"}
@@ -141,12 +335,7 @@ class NumPyroBound:
         # A batch dimension without a plate counts too: rows and draws must not meet it.
         ranks = [len(jax.eval_shape(partial(site_log_prob, s)).shape) for s in every]
         nesting = max([*ranks, *(-f.dim for s in every for f in s["cond_indep_stack"])], default=0)
-        data = {n: s for n, s in observed.items() if not is_factor(s["fn"])} or observed
-        data_plate = find_data_plate(
-            {n: [(f.name, f.dim) for f in s["cond_indep_stack"]] for n, s in data.items()},
-            asked,
-            list(sizes),
-        )
+        data_plate = self._data_plate(guide | model, asked)
         frames = {f.name: f for s in every for f in s["cond_indep_stack"]}
         dims = {n: f.dim for n, f in frames.items()}
 
@@ -175,11 +364,13 @@ class NumPyroBound:
                 plates=plates(site),
                 local_in_model=local(of_model),
                 closed_kl=role == "latent"
+                and not any(name in names for names in scanned)
                 and np.array_equal(scales[0], scales[1])
                 and has_kl(site["fn"], of_model["fn"]),
                 user_scaled=any(np.abs(scale - 1.0).max() > 1e-9 for scale in scales),
                 fixed=site["is_observed"] and role == "auxiliary",
                 point=is_point(site["fn"]),
+                scanned=any(name in names for names in self._scans),
             )
         frame = frames.get(data_plate) if data_plate else None
         size = sizes[frame.name][0] if frame is not None else None
@@ -202,14 +393,15 @@ class NumPyroBound:
 
     def _with_parents(self, batch: Call, values: dict[str, Array], key: Array) -> Structure:
         """Which sites each density looks at, from the dependencies of the traced computation."""
-        params = self.constrain(self.initial)
+        params = {**self.constrain(self.initial), **self.states}
 
         def densities(**given: Array) -> dict[str, dict[str, Array]]:
-            guide = self._trace(self._guide, Handler(params, key, lambda m: given[m["name"]]), batch)
-            plates = {n: s["value"] for n, s in guide.items() if s["type"] == "plate"}
-            model = self._trace(
-                self._model, Handler(params, key, lambda m: given[m["name"]], plates), batch
-            )
+            def replayed(msg: Message) -> Array:
+                return of_step(given[msg["name"]], msg)
+
+            handler = partial(Handler, params, key, replayed, scanned=given, unrolled=True)
+            guide = self._trace(self._guide, handler(), batch)
+            model = self._trace(self._model, handler(subsamples=plates_of(guide), side="model"), batch)
             return {
                 side: {n: site_log_prob(s) for n, s in trace.items() if s["type"] == "sample"}
                 for side, trace in (("guide", guide), ("model", model))
@@ -226,18 +418,28 @@ class NumPyroBound:
         }
         return replace(self.structure, sites=sites)
 
-    def _unconstrain(self, name: str, value: Any) -> Any:
+    def _cast(self, value: Any) -> Any:
+        """Floats in this fit's precision."""
+
         def leaf(v: Any) -> Array:
             v = jnp.asarray(v)
-            return v.astype(self.dtype) if jnp.issubdtype(v.dtype, jnp.floating) else v
+            if is_key(v):
+                return v
+            # Never a weak type, which changes as it meets others, and a loop's state must not.
+            return jax.lax.convert_element_type(v, self.dtype if jnp.issubdtype(v.dtype, jnp.floating) else v.dtype)
 
-        value = jax.tree.map(leaf, value)
+        return jax.tree.map(leaf, value)
+
+    def _unconstrain(self, name: str, value: Any) -> Any:
+        value = self._cast(value)
         return value if is_tree(value) else self._transforms[name]._inverse(value)
 
     def constrain(self, params: Params) -> dict[str, Any]:
-        """Constrained values of unconstrained parameters."""
+        """Constrained values of unconstrained parameters; states and networks as they are."""
         with precision(self.dtype):
-            return {n: v if is_tree(v) else self._transforms[n](v) for n, v in params.items()}
+            return {
+                n: v if n in self.states or is_tree(v) else self._transforms[n](v) for n, v in params.items()
+            }
 
     # One run.
 
@@ -254,13 +456,44 @@ class NumPyroBound:
         states: Mapping[str, Array] | None = None,
         own: Mapping[str, Mapping[str, Array]] | None = None,
     ) -> Draws:
-        """The table of one run on `batch`; `values` are laid out as in the table, `[M, K, B, ...]` and `[M, ...]`."""
+        """The table of one run on `batch`, networks in evaluation.
+
+        `values` are laid out as in the table, `[M, K, B, ...]` and `[M, ...]`.
+        """
+        options = {"total_rows": total_rows, "values": values, "outer_weight": outer_weight}
+        return self._run(params, batch, key, plan, training=False, states=states, own=own, **options)[0]
+
+    def _run(
+        self,
+        params: Params,
+        batch: Call,
+        key: Array,
+        plan: Plan,
+        *,
+        training: bool,
+        total_rows: Any = None,
+        values: Mapping[str, Array] | None = None,
+        outer_weight: Array | None = None,
+        states: Mapping[str, Array] | None = None,
+        own: Mapping[str, Mapping[str, Array]] | None = None,
+    ) -> tuple[Draws, dict[str, Any]]:
+        """The table, and the program's own state after the run.
+
+        Guide and model start from the state that was given, the model after the guide where they share it. What the
+        draws leave behind is averaged; a replay leaves nothing.
+        """
+        if not training:
+            self._check_frozen()
         structure = self.structure
-        constrained = self.constrain(params)
+        held = {n: params.get(n, state) for n, state in self.states.items()}
+        constrained = {**self.constrain(params), **held}
         stopped = jax.lax.stop_gradient(constrained) if plan.frozen else None
         v_local, local_layout = plan.layout(structure, True)
         v_outer, outer_layout = plan.layout(structure, False)
         given = values or {}
+        inside = [n for n in given if structure.sites[n].scanned]
+        if inside:
+            raise BackendError(f"A value was injected into site {inside[0]!r}, which is drawn inside a scan.")
         given_local = {n: v for n, v in given.items() if structure.sites[n].local}
         given_outer = {n: v for n, v in given.items() if not structure.sites[n].local}
 
@@ -277,8 +510,8 @@ class NumPyroBound:
                 )
                 site = GuideSite(
                     msg["fn"],
-                    site_key(own_key, info.name),
-                    self._to_site(injected.get(info.name), info),
+                    message_key(own_key, msg),
+                    None if info.name not in injected else of_step(self._to_site(injected[info.name], info), msg),
                     info.support,
                     self.program.portable,
                 )
@@ -290,30 +523,40 @@ class NumPyroBound:
                 variants[info.name] = variant
                 return variant.value
 
-            guide = self._trace(self._guide, Handler(constrained, key, latent), batch)
-            plates = {n: s["value"] for n, s in guide.items() if s["type"] == "plate"}
+            def scan_key(n: int) -> Array:
+                names = self._scans[n]
+                scan = draw_key if any(structure.sites[s].local for s in names) else outer_key
+                return site_key(scan, f"$scan{n}")
+
+            guided = Handler(constrained, key, latent, still=not training, scan_keys=scan_key)
+            guide = self._trace(self._guide, guided, batch)
+            plates = plates_of(guide)
             drawn = {n: s["value"] for n, s in guide.items() if s["type"] == "sample"}
 
             def replayed(msg: Message) -> Array:
-                return drawn[msg["name"]]
+                return of_step(drawn[msg["name"]], msg)
 
-            model = self._trace(self._model, Handler(constrained, key, replayed, plates), batch)
+            replay = partial(Handler, key=key, latent=replayed, subsamples=plates, still=not training, scanned=drawn)
+            modelled = replay({**constrained, **guided.states}, side="model")
+            model = self._trace(self._model, modelled, batch)
             frozen: dict[str, Message] = {}
             if stopped is not None:
-                frozen = self._trace(self._guide, Handler(stopped, key, replayed, plates), batch)
+                frozen = self._trace(self._guide, replay(stopped), batch)
             sizes = {n: s["args"] for t in (guide, model) for n, s in t.items() if s["type"] == "plate"}
-            table: dict[str, dict[str, Any]] = {"local": {}, "outer": {}}
+            left = after_run(held, {**guided.states, **modelled.states})
+            table: dict[str, dict[str, Any]] = {"local": {}, "outer": {}, "states": left}
             for info in structure.sites.values():
                 row = self._row(info, guide, model, frozen, plan, variants.get(info.name), sizes)
                 table["local" if info.local else "outer"][info.name] = row
             return table
 
         K, M = plan.K * v_local, plan.M * v_outer
-        axes = {"local": 0, "outer": None}
+        axes = {"local": 0, "outer": None, "states": 0}
         inner = jax.vmap(run, in_axes=(None, 0, None, 0), out_axes=axes)
-        table = jax.vmap(inner, in_axes=(0, None, 0, 0))(
-            jnp.arange(M), jnp.arange(K), given_outer, given_local
-        )
+        with contextlib.nullcontext() if training else evaluation():
+            table = jax.vmap(inner, in_axes=(0, None, 0, 0))(
+                jnp.arange(M), jnp.arange(K), given_outer, given_local
+            )
         sites = {
             info.name: self._site(
                 info, table["local" if info.local else "outer"][info.name], plan, local_layout | outer_layout
@@ -322,7 +565,7 @@ class NumPyroBound:
         }
         rows = structure.rows
         N = structure.plate_size or (rows if total_rows is None else total_rows)
-        return Draws(
+        table_of_sites = Draws(
             sites=sites,
             M=plan.M,
             K=plan.K,
@@ -334,6 +577,15 @@ class NumPyroBound:
             states=states or {},
             own=own or {},
         )
+        return table_of_sites, next_states(held, table["states"], v_local * v_outer)
+
+    def _check_frozen(self) -> None:
+        if self._restless:
+            raise ProgramError(
+                f"State {self._restless[0]!r} changes in evaluation too, so batch statistics or dropout are on there; "
+                f"leave deterministic, use_running_average and inference to the modules instead of passing them in "
+                f"the call, and they are switched."
+            )
 
     def _row(
         self,
@@ -355,6 +607,9 @@ class NumPyroBound:
             if message is not None:
                 row[label + "_full"] = self._full(site_log_prob(message), info)
                 row[label] = self._rows(row[label + "_full"], info)
+        if in_guide is not None and "drawn" in in_guide and name in plan.estimators:
+            fn, drawn = in_guide["drawn"]
+            row["log_q_drawn"] = self._rows(self._full(fn.log_prob(drawn), info), info)
         if name in frozen and name in plan.estimators and plan.estimators[name].frozen:
             row["log_q_frozen"] = self._rows(self._full(site_log_prob(frozen[name]), info), info)
         if variant is not None:
@@ -375,7 +630,7 @@ class NumPyroBound:
         self, info: SiteInfo, row: dict[str, Any], plan: Plan, layout: Mapping[str, tuple[int, int]]
     ) -> Site:
         extra = {"kl": row["kl"]} if "kl" in row else {}
-        optional = ("log_q_frozen", "weight", "credit", "through", "log_p_full", "log_q_full")
+        optional = ("log_q_frozen", "log_q_drawn", "weight", "credit", "through", "log_p_full", "log_q_full")
         return Site(
             name=info.name,
             role=info.role,
@@ -431,73 +686,90 @@ class NumPyroBound:
         value = value.reshape((1,) * (n - batch) + value.shape)
         return jnp.moveaxis(value, n + self.structure.plate_dim, 0)
 
-    def _to_site(self, value: Array | None, info: SiteInfo) -> Array | None:
-        if value is None or not info.local:
+    def _to_site(self, value: Array, info: SiteInfo) -> Array:
+        if not info.local:
             return value
         if self.structure.plate_dim is None:
             return value[0]
         return jnp.moveaxis(value, 0, self.structure.nesting + self.structure.plate_dim)
 
-    def evaluate(self, params: Params, batch: Call, key: Array, plan: Plan) -> dict[str, dict[str, Any]]:
-        """Values and densities of every site of one run, without gradients."""
+    def evaluate(
+        self, params: Params, batch: Call, key: Array, plan: Plan, values: Mapping[str, Any] | None = None
+    ) -> dict[str, dict[str, Any]]:
+        """Values and densities of every site of one run, without gradients; `values` as `draws` takes them."""
 
-        def run(params: Params, batch: Call, key: Array) -> dict[str, dict[str, Any]]:
-            sites = self.draws(params, batch, key, plan).sites
+        def run(
+            params: Params, batch: Call, key: Array, values: Mapping[str, Array]
+        ) -> dict[str, dict[str, Any]]:
+            sites = self.draws(params, batch, key, plan, values=values).sites
             return {n: {"value": s.value, "log_p": s.log_p, "log_q": s.log_q} for n, s in sites.items()}
 
-        return self._compiled(run, params, batch, key, _static(plan))
+        return self.compiled(run, params, batch, key, _static(plan), values or {})
 
-    def log_w(self, params: Params, batch: Call, key: Array, plan: Plan) -> Array:
+    def log_w(
+        self, params: Params, batch: Call, key: Array, plan: Plan, values: Mapping[str, Any] | None = None
+    ) -> Array:
         """Log weights `[M, K, B]` of one run, without gradients; nothing else is kept."""
 
-        def run(params: Params, batch: Call, key: Array) -> Array:
-            return self.draws(params, batch, key, plan).log_w
+        def run(params: Params, batch: Call, key: Array, values: Mapping[str, Array]) -> Array:
+            return self.draws(params, batch, key, plan, values=values).log_w
 
-        return self._compiled(run, params, batch, key, _static(plan))
+        return self.compiled(run, params, batch, key, _static(plan), values or {})
 
     def simulate(
-        self, params: Params, batch: Call, key: Array, draws: int, *, prior: bool = False
-    ) -> dict[str, Array]:
-        """Values `[draws, ...]` of every site of the model with its observed sites drawn anew.
+        self,
+        params: Params,
+        batch: Call,
+        key: Array,
+        draws: int,
+        how: Forward,
+        given: Mapping[str, Any] | None = None,
+        fixed: Mapping[str, Any] | None = None,
+        masks: Mapping[str, Any] | None = None,
+    ) -> dict[str, dict[str, Array]]:
+        """The program run forward `draws` times: "value", "mean", "log_p" and "log_q" of its sites.
 
-        Latent sites are drawn from the guide, or from the model where `prior` says so.
+        Values are `[draws, B, ...]`, or `[draws, ...]` for global sites; densities `[draws, B]` or `[draws]`. `given`
+        has the draws axis and stands for draws of the guide (of the model where the guide is not run). `fixed` is the
+        same for all draws, and only the model sees it; data of that name are replaced too. Elements of an observed
+        site outside its mask `[B, ...]` have no density and are drawn anew.
         """
+        return _numpyro_forward.simulate(
+            self, params, batch, key, draws, how, given or {}, fixed or {}, masks or {}
+        )
 
-        def run(params: Params, batch: Call, key: Array) -> dict[str, Array]:
-            one = partial(self._simulate, self.constrain(params), batch, prior)
-            return jax.vmap(one)(jax.random.split(key, draws))
+    def outside(self, params: Params, batch: Call, fixed: Mapping[str, Any]) -> list[str]:
+        """Sites whose fixed values are outside the support of their distribution in the model."""
+        return _numpyro_forward.outside(self, params, batch, fixed)
 
-        return self._compiled(run, params, batch, key, (draws, prior))
+    def anatomy(self, batch: Call) -> Anatomy:
+        """What the sites look like and look at."""
+        return _numpyro_forward.anatomy(self, batch)
 
-    def _simulate(self, constrained: Params, batch: Call, prior: bool, key: Array) -> dict[str, Array]:
-        def anew(msg: Message) -> Array:
-            return draw(msg["fn"], site_key(key, msg["name"]), self.program.portable)
-
-        guide: dict[str, Message] = {}
-        if not prior:
-            guide = self._trace(self._guide, Handler(constrained, key, anew), batch)
-
-        def latent(msg: Message) -> Array:
-            return guide[msg["name"]]["value"] if msg["name"] in guide else anew(msg)
-
-        plates = {n: s["value"] for n, s in guide.items() if s["type"] == "plate"}
-        model = self._trace(self._model, Handler(constrained, key, latent, plates, anew), batch)
-        return {n: s["value"] for n, s in model.items() if s["type"] == "sample"}
-
-    def _compiled(
-        self, run: Callable[[Params, Call, Array], Any], params: Params, batch: Call, key: Array, static: Hashable
+    def compiled(
+        self,
+        run: Callable[[Params, Call, Array, Any], Any],
+        params: Params,
+        batch: Call,
+        key: Array,
+        static: Hashable,
+        values: Any,
     ) -> Any:
-        """`run(params, batch, key)`, compiled once for all fits of the program at this shape."""
+        """`run(params, batch, key, values)`, compiled once for all fits of the program at these shapes."""
 
-        def flat(params: Params, args: Any, kwargs: Any, key: Array) -> Any:
+        def flat(params: Params, args: Any, kwargs: Any, key: Array, values: Any) -> Any:
             EVALUATIONS.traces += 1
-            return run(params, Call(args, kwargs), key)
+            return run(params, Call(args, kwargs), key, values)
 
         shapes = tuple((a.shape, str(a.dtype)) for a in batch.leaves)
         names = (len(batch.args), tuple(batch.kwargs))
-        what = (run.__qualname__, static, self.program, self.dtype, self.asked_plate, shapes, names)
+        leaves, tree = jax.tree.flatten(values)
+        given = (tree, tuple((np.shape(v), str(v.dtype)) for v in leaves))
+        fixed = (static, self.program, self.dtype, self.asked_plate, self.constants)
+        what = (run.__qualname__, *fixed, shapes, names, given)
         with precision(self.dtype):
-            return EVALUATIONS.get(what, lambda: jax.jit(flat))(dict(params), batch.args, dict(batch.kwargs), key)
+            step = EVALUATIONS.get(what, lambda: jax.jit(flat))
+            return step(dict(params), batch.args, dict(batch.kwargs), key, values)
 
     # Gradients.
 
@@ -514,16 +786,19 @@ class NumPyroBound:
         outer_weight: Array | None = None,
         states: Mapping[str, Array] | None = None,
         own: Mapping[str, Mapping[str, Array]] | None = None,
+        mutable: Mapping[str, Any] | None = None,
     ) -> Gradients:
         """The loss and the gradient that each group of parameters gets from it."""
+        held = mutable or {}
         own = {n: dict(v) for n, v in (own or {}).items()}
 
-        def evaluate(params: Params, own: Any) -> tuple[dict[str, Array], tuple[Array, dict[str, Array]]]:
-            draws = self.draws(
-                params,
+        def evaluate(params: Params, own: Any) -> tuple[dict[str, Array], tuple[Any, ...]]:
+            draws, left = self._run(
+                {**params, **held},
                 batch,
                 key,
                 plan,
+                training=True,
                 total_rows=total_rows,
                 values=values,
                 outer_weight=outer_weight,
@@ -537,9 +812,9 @@ class NumPyroBound:
                 parts["guide"] = guide
             if extra is not None:
                 parts["extra"] = extra
-            return parts, (model, states_)
+            return parts, (model, states_, left)
 
-        parts, pull, (loss, states_) = jax.vjp(evaluate, dict(params), own, has_aux=True)
+        parts, pull, (loss, states_, left) = jax.vjp(evaluate, dict(params), own, has_aux=True)
 
         def towards(*names: str) -> tuple[dict[str, Any], Any]:
             return pull({n: jnp.ones_like(p) if n in names else jnp.zeros_like(p) for n, p in parts.items()})
@@ -552,7 +827,7 @@ class NumPyroBound:
             gradient = {
                 n: from_model[n] if "model" in self.structure.groups[n] else from_guide[n] for n in params
             }
-        return Gradients(loss, gradient, own_gradient, states_)
+        return Gradients(loss, gradient, own_gradient, states_, left)
 
 
 def _static(plan: Plan) -> Hashable:

@@ -22,14 +22,26 @@ from pyro import poutine
 from pyro.ops.provenance import get_provenance, track_provenance
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
-from torch.distributions import transform_to
+from torch.distributions import biject_to, transform_to
 
-from ppl_lvm.algorithm import Objective, Variant
-from ppl_lvm.backends._pyro_handlers import Handler, Message, Namespace, Params, sealed, seeded
+from ppl_lvm.algorithm import GuideFamily, Objective, Variant
+from ppl_lvm.backends import _pyro_forward
+from ppl_lvm.backends._pyro_handlers import (
+    Handler,
+    Message,
+    Namespace,
+    Params,
+    joined_steps,
+    of_step,
+    sealed,
+    seeded,
+)
 from ppl_lvm.backends._pyro_modules import Dropout, Modules
-from ppl_lvm.backends._torch_dists import GuideSite, draw, finite_support, has_kl, kl, site_log_prob
+from ppl_lvm.backends._torch_dists import GuideSite, draw, finite_support, has_kl, kl, log_prob, site_log_prob
+from ppl_lvm.backends._torch_missing import TorchMissing, feasible
 from ppl_lvm.backends._torch_tables import equal, joined
 from ppl_lvm.backends.base import (
+    PRIOR_DRAWS,
     Call,
     Gradients,
     Plan,
@@ -41,12 +53,18 @@ from ppl_lvm.backends.base import (
     check_sites,
     example_kinds,
     find_data_plate,
+    given_rows,
     is_factor,
     is_point,
+    latent_site,
     losses,
+    row_params,
+    written,
 )
+from ppl_lvm.backends.forward import Anatomy, Forward
 from ppl_lvm.draws import Draws, Plate, Site
 from ppl_lvm.errors import BackendError, ProgramError
+from ppl_lvm.latents import Latent, PlateOf
 
 if TYPE_CHECKING:
     from ppl_lvm.program import Program
@@ -66,20 +84,33 @@ class PyroBound:
         seed: int,
         dtype: str,
         data_plate: str | None = None,
+        total: int | None = None,
         setup: Modules | None = None,
     ) -> None:
         self.program, self.dtype, self.asked_plate, self._seed = program, dtype, data_plate, seed
-        self._model: Callable[..., Any] = program.model
-        self._guide: Callable[..., Any] = program.guide
-        if program.portable:
-            ppl = Namespace(seed, dtype)
-            self._model, self._guide = partial(program.model, ppl), partial(program.guide, ppl)
+        size = len(example.leaves[0]) if example.leaves and np.ndim(example.leaves[0]) else None
+        self.total = size if total is None else total
+        guide = program.guide
+        assert guide is not None
+        family = guide if isinstance(guide, GuideFamily) else None
+        self._ppl = ppl = Namespace(seed, dtype, self.total) if program.portable or family is not None else None
+        self._model = given_rows(partial(program.model, ppl) if program.portable else program.model, ppl)
+        self._guide: Callable[..., Any] = guide
+        if family is None:
+            self._guide = given_rows(partial(guide, ppl) if program.portable else guide, ppl)
+        if ppl is not None and size is not None:
+            example = example.with_rows(size)
         self._kinds = example_kinds(program)
         self._modules = Modules(self._cast, [] if setup is None else setup.setup)
+        self._missing = TorchMissing(program)
+        self.joint_dims = self._missing.joint_dims
         self._evaluating = False
+        self._anatomy: Anatomy | None = None
+        self.forward_broadcasts: dict[Any, bool] = {}
         self._broadcasts: dict[tuple[bool, bool], tuple[bool, bool]] = {}
         with sealed(dtype), seeded(seed):
-            self._probe(self.batch(example), data_plate)
+            self._probe(self.batch(example), data_plate, family)
+        self.row_params = row_params(program, ppl, self.initial, self.total)
 
     def write(self, params: Params) -> None:
         """Puts these values into the program's own modules, and into the parameter store."""
@@ -104,6 +135,7 @@ class PyroBound:
             seed=self._seed,
             dtype=self.dtype,
             data_plate=self.asked_plate,
+            total=self.total,
             setup=self._modules,
         )
 
@@ -119,38 +151,52 @@ class PyroBound:
 
         return call.map_named(self.program.arguments, convert)
 
-    def in_support(self, site: str, value: np.ndarray) -> bool:
-        """Whether data of the probe's shape are values of an observed site."""
-        return bool(self._supports[site].check(torch.as_tensor(value)).all())
+    def in_support(self, site: str, value: np.ndarray, known: np.ndarray | None = None) -> bool:
+        """Whether data of the probe's shape are values of a site that has data, where they are known."""
+        support, given = self._supports[site], torch.as_tensor(value)
+        if known is not None:
+            given = torch.where(torch.as_tensor(known), given, feasible(support, given))
+        return bool(support.check(given).all())
 
     # Structure and parameters, from probe runs on one draw.
 
     def _trace(
         self, program: Callable[..., Any], handler: Handler, batch: Call, params: Params | None = None
     ) -> dict[str, Message]:
+        handler.missing = self._missing.run(batch, guide=program is self._guide)
+
         def run() -> dict[str, Message]:
+            if self._ppl is not None:
+                self._ppl.handler = handler
             with handler:
-                nodes = poutine.trace(program).get_trace(*batch.args, **batch.kwargs).nodes
-            return {
-                n: s
-                for n, s in nodes.items()
-                if s["type"] == "sample" and not site_is_subsample(s) and not (s["infer"] or {}).get("_deterministic")
-            }
+                nodes = poutine.trace(program).get_trace(*batch.own.args, **batch.own.kwargs).nodes
+            return joined_steps(
+                {
+                    n: s
+                    for n, s in nodes.items()
+                    if s["type"] == "sample"
+                    and not site_is_subsample(s)
+                    and not (s["infer"] or {}).get("_deterministic")
+                }
+            )
 
         return self._modules.run(run, params or {}, self._evaluating)
 
-    def _probe(self, batch: Call, asked: str | None) -> None:
+    def _probe(self, batch: Call, asked: str | None, family: GuideFamily | None) -> None:
         def prior(msg: Message) -> None:
             msg["value"] = draw(msg["fn"]).detach()
 
         with self._modules.noticed(), torch.no_grad():
+            if family is not None:
+                family_guide = written(family, self._ppl, self._latents(batch, asked), self.program.arguments)
+                self._guide = given_rows(family_guide, self._ppl)
             guide_handler = Handler(None, prior)
             guide = self._trace(self._guide, guide_handler, batch)
             values = {n: s["value"] for n, s in guide.items()}
 
             def replayed(msg: Message) -> None:
                 if msg["name"] in values:
-                    msg["value"] = values[msg["name"]]
+                    msg["value"] = of_step(values[msg["name"]], msg)
                 else:
                     prior(msg)
 
@@ -158,7 +204,9 @@ class PyroBound:
             model_handler.offered, model_handler.plates = guide_handler.offered, guide_handler.plates
             model = self._trace(self._model, model_handler, batch)
             again = self._modules.hold(model_handler.offered)
-        self._supports = {n: s["fn"].support for n, s in model.items() if s["is_observed"]}
+        self._supports = {
+            n: s["fn"].support for n, s in model.items() if s["is_observed"] or self._missing.fills(n)
+        }
         found = {**guide_handler.values, **model_handler.values}
         constraint = {**guide_handler.constraints, **model_handler.constraints}
         self._transforms = {n: transform_to(constraint[n]) for n in found if n not in again}
@@ -181,6 +229,39 @@ class PyroBound:
     def _cast(self, value: Tensor) -> Tensor:
         return value.to(getattr(torch, self.dtype)) if value.is_floating_point() else value
 
+    def _latents(self, batch: Call, asked: str | None) -> list[Latent]:
+        """The model's latent sites, and where a guide for them starts."""
+
+        def prior(msg: Message) -> None:
+            msg["value"] = draw(msg["fn"])
+
+        runs = [self._trace(self._model, Handler(None, prior), batch) for _ in range(PRIOR_DRAWS)]
+        model = runs[0]
+        data_plate = self._data_plate(model, asked)
+        found = []
+        for name, site in model.items():
+            if site["is_observed"]:
+                continue
+            fn, frames = site["fn"], [f for f in site["cond_indep_stack"] if f.vectorized]
+            plates = tuple(PlateOf(f.name, f.dim, f.full_size or f.size, f.size) for f in frames)
+            transform = biject_to(fn.support)
+
+            def unconstrained(site: str = name, transform: Any = transform) -> list[np.ndarray]:
+                return [transform.inv(r[site]["value"]).numpy() for r in runs]
+
+            found.append(latent_site(name, fn, plates, data_plate, transform, unconstrained))
+        return found
+
+    def _data_plate(self, model: dict[str, Message], asked: str | None) -> str | None:
+        observed = {n: s for n, s in model.items() if s["is_observed"]}
+        data = {n: s for n, s in observed.items() if not is_factor(s["fn"])} or observed
+        known = {f.name for s in model.values() for f in s["cond_indep_stack"] if f.vectorized}
+        return find_data_plate(
+            {n: [(f.name, f.dim) for f in s["cond_indep_stack"] if f.vectorized] for n, s in data.items()},
+            asked,
+            sorted(known),
+        )
+
     def _structure(self, guide: dict[str, Message], model: dict[str, Message], asked: str | None) -> Structure:
         observed = {n: s for n, s in model.items() if s["is_observed"]}
         auxiliary = [
@@ -194,15 +275,7 @@ class PyroBound:
         ranks = [site_log_prob(s).dim() for s in every]
         nesting = max([*ranks, *(-f.dim for f in frames.values())], default=0)
         self._ranks = {n: len(s["fn"].batch_shape) for t in (model, guide) for n, s in t.items()}
-        data = {n: s for n, s in observed.items() if not is_factor(s["fn"])} or observed
-        data_plate = find_data_plate(
-            {
-                n: [(f.name, f.dim) for f in s["cond_indep_stack"] if f.vectorized]
-                for n, s in data.items()
-            },
-            asked,
-            list(frames),
-        )
+        data_plate = self._data_plate(model, asked)
 
         def local(site: Message) -> bool:
             return data_plate is None or any(f.name == data_plate for f in site["cond_indep_stack"])
@@ -260,7 +333,7 @@ class PyroBound:
         params = self.constrain(self.initial)
 
         def replayed(msg: Message) -> None:
-            msg["value"] = marked[msg["name"]]
+            msg["value"] = of_step(marked[msg["name"]], msg)
 
         def parents(program: Callable[..., Any]) -> dict[str, frozenset[str]]:
             handler = Handler(params, replayed, subsamples)
@@ -293,6 +366,15 @@ class PyroBound:
                 )
 
     # One run.
+
+    def row_parameters(self, call: Call) -> list[str]:
+        """Parameters whose shape follows the number of rows; `call` has another one than this batch."""
+        try:
+            other = type(self)(self.program, call, seed=0, dtype=self.dtype, data_plate=self.asked_plate)
+        except Exception:
+            # A program for a fixed number of rows has no parameter that could follow it.
+            return []
+        return sorted(n for n, v in self.initial.items() if n in other.initial and v.shape != other.initial[n].shape)
 
     def draws(
         self,
@@ -357,7 +439,7 @@ class PyroBound:
             plan.K * plan.layout(self.structure, True)[0] > 1,
         )
         if any(many) and many not in self._broadcasts:
-            with sealed(self.dtype), seeded(0), self._evaluation():
+            with sealed(self.dtype), seeded(0), self.evaluation():
                 self._broadcasts[many] = self._try(*many, batch)
         return self._broadcasts.get(many, (True, True))
 
@@ -429,13 +511,16 @@ class PyroBound:
                 base = tuple(fn.batch_shape)[-n:] if n else ()
                 fn = fn.expand(torch.Size(lead + (1,) * (n - len(base)) + base))
                 msg["fn"] = fn
-            injected = self._to_site(given[info.name], info, outer, inner) if info.name in given else None
+            injected = None
+            if info.name in given:
+                injected = of_step(self._to_site(given[info.name], info, outer, inner), msg)
             count, stride = layouts[info.name]
             span, entries = count * stride, inner if info.local else outer
             number = itertools.count()
 
             def remember(draw: Callable[[], Tensor]) -> Tensor:
-                entry = (info.name, next(number), outer.start if info.local else None, entries.start // span)
+                at = outer.start if info.local else None, entries.start // span
+                entry = (info.name, msg.get("step"), next(number), *at)
                 if entry not in memo:
                     memo[entry] = draw()
                 return memo[entry]
@@ -459,7 +544,7 @@ class PyroBound:
         drawn = {name: s["value"] for name, s in guide.items()}
 
         def replayed(msg: Message) -> None:
-            msg["value"] = drawn[self._known(msg["name"]).name]
+            msg["value"] = of_step(drawn[self._known(msg["name"]).name], msg)
 
         model_handler = Handler(constrained, replayed, handler.subsamples)
         model = self._trace(self._model, model_handler, batch, params)
@@ -510,6 +595,9 @@ class PyroBound:
             if message is not None:
                 row[label + "_full"] = self._full(site_log_prob(message), info)
                 row[label] = self._rows(row[label + "_full"], info)
+        if in_guide is not None and "drawn" in in_guide and name in plan.estimators:
+            fn, drawn = in_guide["drawn"]
+            row["log_q_drawn"] = self._rows(self._full(log_prob(fn, drawn), info), info)
         if name in frozen and name in plan.estimators and plan.estimators[name].frozen:
             row["log_q_frozen"] = self._rows(self._full(site_log_prob(frozen[name]), info), info)
         if variant is not None:
@@ -533,7 +621,10 @@ class PyroBound:
                     f"Site {name!r} is scaled by {scale} in this run and was not in the first one; begin with another "
                     f"scale than one, or give the weight to the objective (beta)."
                 )
-        optional = ("log_p", "log_q", "log_q_frozen", "weight", "credit", "through", "log_p_full", "log_q_full")
+        optional = (
+            *("log_p", "log_q", "log_q_frozen", "log_q_drawn", "weight", "credit", "through"),
+            *("log_p_full", "log_q_full"),
+        )
         return Site(
             name=name,
             role=info.role,
@@ -619,7 +710,8 @@ class PyroBound:
         return value[0] if K > 1 else value[0, 0]
 
     @contextlib.contextmanager
-    def _evaluation(self) -> Iterator[None]:
+    def evaluation(self) -> Iterator[None]:
+        """Without gradients, modules in eval mode."""
         before, self._evaluating = self._evaluating, True
         try:
             with torch.no_grad():
@@ -627,48 +719,53 @@ class PyroBound:
         finally:
             self._evaluating = before
 
-    def evaluate(self, params: Params, batch: Call, key: int, plan: Plan) -> dict[str, dict[str, Any]]:
-        """Values and densities of every site of one run, without gradients, modules in eval mode."""
-        with self._evaluation():
-            sites = self.draws(params, batch, key, plan).sites
+    def evaluate(
+        self, params: Params, batch: Call, key: int, plan: Plan, values: Mapping[str, Any] | None = None
+    ) -> dict[str, dict[str, Any]]:
+        """Values and densities of every site of one run, in evaluation; `values` as `draws` takes them."""
+        given = {n: torch.as_tensor(v) for n, v in (values or {}).items()}
+        with self.evaluation():
+            sites = self.draws(params, batch, key, plan, values=given).sites
         return {n: {"value": s.value, "log_p": s.log_p, "log_q": s.log_q} for n, s in sites.items()}
 
-    def log_w(self, params: Params, batch: Call, key: int, plan: Plan) -> Tensor:
-        """Log weights `[M, K, B]` of one run, without gradients, modules in eval mode."""
-        with self._evaluation():
-            return self.draws(params, batch, key, plan).log_w
+    def log_w(
+        self, params: Params, batch: Call, key: int, plan: Plan, values: Mapping[str, Any] | None = None
+    ) -> Tensor:
+        """Log weights `[M, K, B]` of one run, in evaluation."""
+        given = {n: torch.as_tensor(v) for n, v in (values or {}).items()}
+        with self.evaluation():
+            return self.draws(params, batch, key, plan, values=given).log_w
 
     def simulate(
-        self, params: Params, batch: Call, key: int, draws: int, *, prior: bool = False
-    ) -> dict[str, Tensor]:
-        """Values `[draws, ...]` of every site of the model with its observed sites drawn anew.
+        self,
+        params: Params,
+        batch: Call,
+        key: int,
+        draws: int,
+        how: Forward,
+        given: Mapping[str, Any] | None = None,
+        fixed: Mapping[str, Any] | None = None,
+        masks: Mapping[str, Any] | None = None,
+    ) -> dict[str, dict[str, Tensor]]:
+        """The program run forward `draws` times: "value", "mean", "log_p" and "log_q" of its sites.
 
-        Latent sites are drawn from the guide, or from the model where `prior` says so.
+        Values are `[draws, B, ...]`, or `[draws, ...]` for global sites; densities `[draws, B]` or `[draws]`. `given`
+        has the draws axis and stands for draws of the guide (of the model where the guide is not run). `fixed` is the
+        same for all draws, and only the model sees it; data of that name are replaced too. Elements of an observed
+        site outside its mask `[B, ...]` have no density and are drawn anew.
         """
         self._check_shapes(params)
-        constrained = self.constrain(params)
+        return _pyro_forward.simulate(self, params, batch, key, draws, how, given or {}, fixed or {}, masks or {})
 
-        def anew(msg: Message) -> None:
-            msg["value"] = draw(msg["fn"])
+    def outside(self, params: Params, batch: Call, fixed: Mapping[str, Any]) -> list[str]:
+        """Sites whose fixed values are outside the support of their distribution in the model."""
+        return _pyro_forward.outside(self, params, batch, fixed)
 
-        values: list[dict[str, Tensor]] = []
-        with sealed(self.dtype), seeded(key), self._evaluation():
-            for _ in range(draws):
-                guide: dict[str, Message] = {}
-                handler = Handler(constrained, anew)
-                if not prior:
-                    guide = self._trace(self._guide, handler, batch, params)
-
-                def latent(msg: Message, guide: dict[str, Message] = guide) -> None:
-                    if msg["name"] in guide:
-                        msg["value"] = guide[msg["name"]]["value"]
-                    else:
-                        anew(msg)
-
-                model_handler = Handler(constrained, latent, handler.subsamples, anew)
-                model = self._trace(self._model, model_handler, batch, params)
-                values.append({n: s["value"] for n, s in model.items()})
-        return {n: torch.stack([v[n] for v in values]) for n in values[0]} if values else {}
+    def anatomy(self, batch: Call) -> Anatomy:
+        """What the sites look like and look at."""
+        if self._anatomy is None:
+            self._anatomy = _pyro_forward.anatomy(self, batch)
+        return self._anatomy
 
     # Gradients.
 

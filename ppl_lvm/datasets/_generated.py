@@ -1,0 +1,136 @@
+"""Generated data whose makings are known: functions of a seed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from ppl_lvm.datasets._base import Dataset, split
+
+GENERATED = "CC0-1.0 (generated)"
+
+
+def linear_gaussian(seed: int) -> Dataset:
+    """1,000 rows of 10 numbers from a random factor model with 3 factors, x = W z + b + 0.5 e (generated)."""
+    rng = np.random.default_rng(seed)
+    loadings, offset = rng.normal(size=(10, 3)), rng.normal(size=10)
+    rows = rng.normal(size=(1000, 3)) @ loadings.T + offset + 0.5 * rng.normal(size=(1000, 10))
+    return split(
+        "linear_gaussian",
+        rows,
+        None,
+        seed,
+        description="Rows x = W z + b + 0.5 e, with z of 3 and e of 10 standard normal entries; the entries "
+        "of W and b are standard normal too, drawn from the seed.",
+        licence=GENERATED,
+    )
+
+
+def pinwheel(seed: int) -> Dataset:
+    """1,000 points of the plane on five bent arms, 200 each; labels number the arms (generated)."""
+    rng = np.random.default_rng(seed)
+    arms = np.repeat(np.arange(5), 200)
+    along, across = 1.0 + 0.3 * rng.normal(size=1000), 0.05 * rng.normal(size=1000)
+    angle = 2.0 * np.pi * arms / 5 + 0.25 * np.exp(along)
+    cos, sin = np.cos(angle), np.sin(angle)
+    rows = np.stack([along * cos - across * sin, along * sin + across * cos], axis=1)
+    return split(
+        "pinwheel",
+        rows,
+        arms,
+        seed,
+        factors={"along": along, "across": across},
+        description="Points (1 + 0.3 e1, 0.05 e2), turned by 2 pi arm / 5 + 0.25 exp(1 + 0.3 e1), with e1 and e2 "
+        "standard normal; as in Johnson, Duvenaud, Wiltschko, Datta, Adams (2016), arXiv:1603.06277.",
+        licence=GENERATED,
+    )
+
+
+def spirals(seed: int) -> Dataset:
+    """1,000 points of the plane on two spirals about the origin, 500 each; labels number the spirals (generated)."""
+    rng = np.random.default_rng(seed)
+    arms = np.repeat(np.arange(2), 500)
+    turn = 3.0 * np.pi * np.sqrt(rng.random(1000))
+    angle = turn + np.pi * arms
+    rows = turn[:, None] / np.pi * np.stack([np.cos(angle), np.sin(angle)], axis=1) + 0.1 * rng.normal(size=(1000, 2))
+    return split(
+        "spirals",
+        rows,
+        arms,
+        seed,
+        factors={"turn": turn},
+        description="Points t / pi (cos(t + pi arm), sin(t + pi arm)) + 0.1 e, with t = 3 pi sqrt(u), u uniform and e "
+        "standard normal.",
+        licence=GENERATED,
+    )
+
+
+def sprites(seed: int) -> Dataset:
+    """4,000 images of one square, ellipse or triangle, 16 x 16 zeros and ones, whose five factors are known."""
+    rng, n = np.random.default_rng(seed), 4000
+    factors = {
+        "shape": rng.integers(0, 3, n),
+        "scale": rng.uniform(0.3, 0.6, n),
+        "orientation": rng.uniform(0.0, 2.0 * np.pi, n),
+        "x": rng.uniform(-0.4, 0.4, n),
+        "y": rng.uniform(-0.4, 0.4, n),
+    }
+    rows = draw_sprites(factors)
+    return split(
+        "sprites",
+        rows.reshape(n, -1),
+        factors["shape"],
+        seed,
+        factors=factors,
+        image_shape=(16, 16),
+        description="One shape (0 square, 1 ellipse, 2 triangle; the labels) on the square [-1, 1]^2, of half-width "
+        "`scale`, turned by `orientation` (radians, counter-clockwise) about its centre (`x`, `y`, upwards). A pixel "
+        "is 1 where its centre is inside. All factors are uniform and independent.",
+        licence=GENERATED,
+    )
+
+
+def draw_sprites(factors: Mapping[str, np.ndarray], size: int = 16) -> np.ndarray:
+    """Images [rows, size, size] of zeros and ones from factors [rows]; see `sprites`."""
+    shape, scale, turn, x, y = (factors[n][:, None, None] for n in ("shape", "scale", "orientation", "x", "y"))
+    centres = (2.0 * np.arange(size) + 1.0) / size - 1.0
+    across, up = centres[None, None, :] - x, -centres[None, :, None] - y
+    cos, sin = np.cos(turn), np.sin(turn)
+    u = (cos * across + sin * up) / scale
+    v = (cos * up - sin * across) / scale
+    square = np.maximum(np.abs(u), np.abs(v)) <= 1.0
+    ellipse = u**2 + (2.0 * v) ** 2 <= 1.0
+    triangle = (v >= -1.0) & (2.0 * np.abs(u) <= 1.0 - v)
+    return np.choose(shape, [square, ellipse, triangle]).astype(np.float64)
+
+
+def lds(seed: int) -> Dataset:
+    """500 sequences of 20 steps and 4 numbers from a linear dynamical system with 2 states, parameters known."""
+    rng, n, steps = np.random.default_rng(seed), 500, 20
+    turn = 0.95 * np.array([[np.cos(0.4), -np.sin(0.4)], [np.sin(0.4), np.cos(0.4)]])
+    parameters = {
+        "A": turn,
+        "C": rng.normal(size=(4, 2)),
+        "Q": 0.1 * np.eye(2),
+        "R": 0.2 * np.eye(4),
+        "mean": np.zeros(2),
+        "cov": np.eye(2),
+    }
+    z = np.empty((n, steps, 2))
+    z[:, 0] = rng.normal(size=(n, 2))
+    for t in range(1, steps):
+        z[:, t] = z[:, t - 1] @ turn.T + np.sqrt(0.1) * rng.normal(size=(n, 2))
+    rows = z @ parameters["C"].T + np.sqrt(0.2) * rng.normal(size=(n, steps, 4))
+    return split(
+        "lds",
+        rows,
+        None,
+        seed,
+        factors={"z": z},
+        parameters=parameters,
+        description="x_t = C z_t + N(0, R), z_t = A z_(t-1) + N(0, Q), z_1 = N(mean, cov); A turns by 0.4 radians and "
+        "shrinks by 0.95 at every step, C is standard normal, drawn from the seed. `parameters` holds all of them, the "
+        "factors the states.",
+        licence=GENERATED,
+    )

@@ -1,0 +1,322 @@
+"""Rows in blocks and draws in chunks: what a fitted program is run on, whatever is asked of it."""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from ppl_lvm import backends, lookup
+from ppl_lvm.backends.base import ROWS, Call, Plan
+from ppl_lvm.backends.forward import Anatomy, Forward
+from ppl_lvm.errors import DataError, ProgramError
+from ppl_lvm.program import Program
+
+ENTRIES = 2**24
+"""Numbers held at once while draws are evaluated, roughly: draws x rows x the size of a row."""
+
+CHUNK = 2**20
+"""The same for log weights."""
+
+
+@dataclass(frozen=True)
+class Block:
+    """Some of the rows, the program bound to their shape, and the arrays as the backend has them."""
+
+    number: int
+    first: int
+    call: Call
+    bound: Any
+    held: Call
+
+    @property
+    def rows(self) -> int:
+        return int(self.bound.structure.rows)
+
+
+@dataclass
+class Fitted:
+    """A program with its trained parameters on any rows: the mechanics under every method of a fit.
+
+    Global latents are drawn once for all blocks of rows, and the rows of one draw share them; the noise of the rows'
+    own latents is another one in every block and chunk.
+    """
+
+    program: Program
+    backend: str
+    bound: Any
+    trained: Mapping[str, Any]
+    example: Call
+    """The arguments of the fit without their rows: shapes `[0, ...]` and dtypes."""
+    _bounds: dict[Any, Any] = field(default_factory=dict, repr=False)
+    _anatomy: list[Anatomy] = field(default_factory=list, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.structure.data_plate is not None and self.structure.plate_size is None and self.example.leaves:
+            self._bounds[_shape(self.repeated(self.example, self.structure.rows))] = self.bound
+
+    @property
+    def structure(self) -> Any:
+        return self.bound.structure
+
+    @property
+    def anatomy(self) -> Anatomy:
+        """Found once, on rows of zeros."""
+        if not self._anatomy:
+            call = self.blank(max(1, self.structure.rows))
+            self._anatomy.append(self.bound_for(call).anatomy(self.bound_for(call).batch(call)))
+        return self._anatomy[0]
+
+    def named(self, call: Call) -> dict[str, Any]:
+        """The arguments that are given, by name."""
+        return {n: a for n, a in call.named(self.program.arguments).items() if a is not None and n != ROWS}
+
+    def sites(self, *roles: str, local: bool | None = None) -> list[str]:
+        """Names of sites that have values."""
+        return [
+            n
+            for n, i in self.structure.sites.items()
+            if i.role in roles and not i.fixed and n not in self.anatomy.factors and local in (None, i.local)
+        ]
+
+    @property
+    def globals(self) -> list[str]:
+        """The latents that all rows share."""
+        return [i.name for i in self.structure.drawn(local=False)]
+
+    @property
+    def drawn(self) -> list[str]:
+        """The guide's sites that are draws."""
+        return [i.name for i in self.structure.drawn()]
+
+    # Rows.
+
+    def check(self, call: Call) -> Call:
+        """The call, if its arrays have the fit's shapes.
+
+        Raises:
+            DataError: they are not.
+        """
+        known = self.named(self.example)
+        if len(call.args) > len(self.program.arguments) > 0:
+            raise DataError(f"{len(call.args)} arrays were given; the program takes {list(self.program.arguments)}.")
+        given = self.named(call)
+        for name, array in given.items():
+            if name in known and np.ndim(array) and np.shape(array)[1:] != np.shape(known[name])[1:]:
+                raise DataError(
+                    f"Rows of {name!r} have shape {np.shape(array)[1:]}, the fit was made on "
+                    f"{np.shape(known[name])[1:]}."
+                )
+        return call
+
+    def blank(self, rows: int) -> Call:
+        """Zeros for every argument of the fit, none of them missing."""
+        return self.example.own.map(lambda a: np.zeros((rows, *np.shape(a)[1:]), np.asarray(a).dtype))
+
+    def repeated(self, call: Call, rows: int) -> Call:
+        """The rows of a call, over again until there are enough."""
+        return call.map(lambda a: np.resize(np.asarray(a), (rows, *np.shape(a)[1:])))
+
+    def rows(self, call: Call) -> int:
+        """How many rows a call has."""
+        return len(call.leaves[0]) if call.leaves and self.structure.data_plate is not None else self.structure.rows
+
+    def rows_in(self, block: Block, values: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """A block's part of local sites' arrays `[rows, ...]`; those of global sites as they are."""
+        part = slice(block.first, block.first + block.rows)
+        return {n: v[part] if self.structure.sites[n].local else v for n, v in values.items()}
+
+    def blocks(self, call: Call, draws: int = 16, whole: bool = False) -> Iterator[Block]:
+        """Blocks of rows small enough for that many draws of each at once, with a bound for the block's shape."""
+        if self.structure.plate_size is not None:
+            raise ProgramError(
+                f"The program subsamples plate {self.structure.data_plate!r} itself, so rows cannot be asked "
+                f"for; size the plate by its data (len(x)) and let batch_size choose the rows."
+            )
+        if self.structure.data_plate is None or not call.leaves or whole or self.globals_look_at_rows:
+            bound = self.bound_for(call)
+            yield Block(0, 0, call, bound, bound.batch(call))
+            return
+        rows = len(call.leaves[0])
+        size = max(1, min(rows, ENTRIES // (draws * self.width(call))))
+        for number, first in enumerate(range(0, rows, size)):
+            part = call.map(operator.itemgetter(slice(first, first + size)))
+            bound = self.bound_for(part)
+            yield Block(number, first, part, bound, bound.batch(part))
+
+    @property
+    def globals_look_at_rows(self) -> bool:
+        """Whether the guide's global latents are functions of the data, so that rows cannot be cut into blocks."""
+        return any(self.anatomy.guide_arguments.get(n) for n in self.globals)
+
+    def width(self, call: Call) -> int:
+        """Numbers in a row."""
+        return sum(int(np.prod(np.shape(a)[1:], dtype=int)) for a in call.leaves) or 1
+
+    def bound_for(self, call: Call) -> Any:
+        key = _shape(call)
+        if key not in self._bounds:
+            self._bounds[key] = self.bound.on(call)
+        return self._bounds[key]
+
+    # Draws.
+
+    def chunks(
+        self, draws: int, block: Block, seed: int, entries: int, particles: int = 1, apart: tuple[int, ...] = ()
+    ) -> Iterator[Chunk]:
+        """Chunks of draws; they are equal, as every size would be compiled anew: the last one has too many.
+
+        `apart` sets the noise apart from that of other runs on the same block.
+        """
+        check_draws(draws)
+        most = max(1, entries // (block.rows * self.width(block.call) * particles))
+        size = math.ceil(draws / math.ceil(draws / most))
+        for i, first in enumerate(range(0, draws, size)):
+            yield Chunk(first, size, min(size, draws - first), self.key(seed, block.number, i, *apart))
+
+    def plan(self, bound: Any, draws: int) -> Plan:
+        """Draws in the inner axis, or in the outer one where every draw has its own globals."""
+        globals_ = any(not i.local for i in bound.structure.drawn())
+        return Plan.of_values(bound.structure, *((1, draws) if globals_ else (draws, 1)))
+
+    def key(self, *path: int) -> Any:
+        return backends.load(self.backend).key_of(int(np.random.SeedSequence(path).generate_state(1)[0]))
+
+    def numpy(self, x: Any) -> np.ndarray:
+        return np.asarray(backends.load(self.backend).to_numpy(x))
+
+    def global_draws(self, call: Call, draws: int, seed: int) -> dict[str, np.ndarray]:
+        """`[draws, ...]` of every global latent from the guide; they are the same for all rows."""
+        check_draws(draws)
+        names = self.globals
+        if not names:
+            return {}
+        block = next(self.blocks(call))
+        found = []
+        # Torch's noise is one stream: with the same key, rows' latents would be drawn from the noise of the globals.
+        for chunk in self.chunks(draws, block, seed, ENTRIES, apart=(1,)):
+            table = block.bound.evaluate(self.trained, block.held, chunk.key, self.plan(block.bound, chunk.size))
+            found.append({n: self.numpy(table[n]["value"])[: chunk.wanted] for n in names})
+        return joined(found, 0)
+
+    def simulate(
+        self,
+        block: Block,
+        key: Any,
+        draws: int,
+        how: Forward,
+        given: Mapping[str, np.ndarray] | None = None,
+        fixed: Mapping[str, np.ndarray] | None = None,
+        masks: Mapping[str, np.ndarray] | None = None,
+    ) -> dict[str, dict[str, np.ndarray]]:
+        """A forward run as numpy arrays (see `simulate` of a bound)."""
+        made = block.bound.simulate(self.trained, block.held, key, draws, how, given, fixed, masks)
+        return {label: {n: self.numpy(v) for n, v in values.items()} for label, values in made.items()}
+
+    # Shapes: a table keeps an axis of one for every plate dimension that a site is not in.
+
+    def plates_of(self, name: str) -> tuple[list[int], list[str]]:
+        """Axes of a row's value (of a global site's whole value) that are no plate of its, and names of those that are.
+
+        Event axes are in neither.
+        """
+        anatomy, structure, info = self.anatomy, self.structure, self.structure.sites[name]
+        spread = info.local and structure.plate_dim is not None
+        count = structure.nesting if spread else anatomy.ranks[name]
+        dims = [d for d in range(-count, 0) if not (spread and d == structure.plate_dim)]
+        own = anatomy.plates[name]
+        shape = anatomy.shapes[name]
+        empty = [axis for axis, d in enumerate(dims) if d not in own and shape[axis] == 1]
+        return empty, [own.get(d, "") for d in dims if d in own or shape[dims.index(d)] != 1]
+
+    def squeezed(self, name: str, value: np.ndarray, lead: int) -> np.ndarray:
+        """A table's value without the axes of plates that its site is not in; `lead` axes come before the row's."""
+        empty, _ = self.plates_of(name)
+        return value.squeeze(tuple(lead + axis for axis in empty)) if empty else value
+
+    def own_rank(self, name: str) -> int:
+        """Axes of one value of a site."""
+        return len(self.anatomy.shapes[name]) - len(self.plates_of(name)[0])
+
+    def as_fixed(self, given: Mapping[str, Any], rows: int) -> dict[str, np.ndarray]:
+        """Given values of sites as tables have them: `[rows, ...]` for local sites; one row's value is for all rows.
+
+        Raises:
+            DataError: unknown sites (the nearest one is named), wrong shapes, fractions for discrete sites, values that
+                are not finite.
+        """
+        anatomy, known = self.anatomy, self.sites("latent", "observed")
+        found: dict[str, np.ndarray] = {}
+        for name, value in given.items():
+            if name not in known:
+                raise DataError(f"There is no site {name!r} to give values to. {lookup.valid(name, known, 'Sites')}")
+            array = np.asarray(value)
+            if array.dtype.kind not in "fiub" or not np.isfinite(array).all():
+                raise DataError(f"Values of {name!r} must be finite numbers; found {_described(array)}.")
+            shape = anatomy.shapes[name]
+            empty, _ = self.plates_of(name)
+            own = tuple(size for axis, size in enumerate(shape) if axis not in empty)
+            local = self.structure.sites[name].local
+            lead = (rows,) if local else ()
+            allowed = [(), own, *([(rows, *own)] if local else [])]
+            if array.shape not in allowed:
+                raise DataError(
+                    f"Values of {name!r} have shape {array.shape}; a value has {own}"
+                    + (f", one for each of {rows} rows {(rows, *own)}." if local else ".")
+                )
+            if name in anatomy.discrete and (array != np.round(array)).any():
+                raise DataError(f"Site {name!r} is discrete and was given {_described(array)}; give whole numbers.")
+            each = local and array.shape == (rows, *own)
+            cast = array.astype(anatomy.dtypes[name])
+            cast = cast.reshape(lead * each + shape) if array.shape else cast
+            found[name] = np.array(np.broadcast_to(cast, lead + shape))
+        return found
+
+    def check_support(self, block: Block, fixed: Mapping[str, np.ndarray]) -> None:
+        """Refuses given values that their sites cannot take."""
+        wrong = block.bound.outside(self.trained, block.held, fixed) if fixed else []
+        if wrong:
+            span = fixed[wrong[0]]
+            raise DataError(
+                f"Values of {wrong[0]!r} from {span.min():g} to {span.max():g} are outside the support of its "
+                f"distribution."
+            )
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """`size` draws of which the first `wanted` are kept; `first` is the number of the first one."""
+
+    first: int
+    size: int
+    wanted: int
+    key: Any
+
+    def of(self, draws: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """This chunk of arrays `[draws, ...]`, filled up to its size."""
+        return {
+            n: np.resize(v[self.first : self.first + self.wanted], (self.size, *v.shape[1:])) for n, v in draws.items()
+        }
+
+
+def _shape(call: Call) -> tuple[Any, ...]:
+    return tuple((np.shape(a), np.asarray(a).dtype.str) for a in call.leaves)
+
+
+def check_draws(draws: int) -> None:
+    if draws < 1:
+        raise DataError(f"draws = {draws}; ask for one or more.")
+
+
+def joined(parts: list[dict[str, np.ndarray]], axis: int) -> dict[str, np.ndarray]:
+    """Arrays by name, put together along an axis."""
+    return {n: np.concatenate([p[n] for p in parts], axis) for n in parts[0]} if parts else {}
+
+
+def _described(array: np.ndarray) -> str:
+    return f"{array!r}" if array.size == 1 else f"dtype {array.dtype} of shape {array.shape}"
+
