@@ -140,7 +140,7 @@ class Recipe(BaseModel):
     def to_dict(self) -> dict[str, Any]:
         """The recipe as plain values, ready for JSON or TOML; `recipe` reads it back."""
         plain = {p: o.model_dump(mode="json", exclude_none=True) for p, o in self.optimizers.items()}
-        table = {
+        table: dict[str, Any] = {
             "name": self.name,
             "objective": to_dict(self.objective),
             "guide": None if self.guide is None else to_dict(self.guide),

@@ -53,6 +53,7 @@ def assert_same_elbo(run: Fit, model: Callable[..., None], *, tolerance: float =
     bound: NumPyroBound = run._bound
     plan, sites = Plan.of_values(bound.structure, 1, 1), bound.structure.sites
     with precision("float64"):
+        assert run._data is not None
         batch = bound.batch(run._data)
 
         def ours(params: Any) -> Any:
@@ -206,7 +207,7 @@ def test_evaluation_drops_nothing_and_keeps_the_statistics(kind: str) -> None:
     code = np.tanh((x @ a + c - mean) / np.sqrt(variance + eps) * gain + shift) @ b + d
     wanted = np.asarray(dist.Normal(code[:, :2], np.exp(code[:, 2:])).log_prob(value)).sum(-1)
     np.testing.assert_allclose(log_q, wanted, rtol=0, atol=1e-5)
-    one = _log_q(run, run._bound_for(Call((x[:1],))), x[:1], value[:1])
+    one = _log_q(run, run._fitted.bound_for(Call((x[:1],))), x[:1], value[:1])
     np.testing.assert_allclose(one, log_q[:1], rtol=0, atol=1e-10)
 
 
