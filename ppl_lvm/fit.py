@@ -224,7 +224,64 @@ def fit(
         state=_state(name, seed, ended.step, trainer, ended.state, ended.run, state),
         _bound=bound,
         _trained=trained,
-        _data=call,
+        _data=training if held_out is None else call,
+    )
+
+
+def refit(
+    run: Fit,
+    data: object,
+    *,
+    seed: int | None = None,
+    missing: Missing = None,
+    compile: str = "auto",
+    progress_bar: bool | None = None,
+    **overrides: Any,
+) -> Fit:
+    """The fit on other rows: parameters with an entry for every row are trained anew, all others stay as they are.
+
+    For guides that keep parameters per row (`ppl.row_param`, an argument `rows`, families such as "auto_normal" over
+    latents in the data plate), which say nothing of rows that they were not trained on.
+
+    Args:
+        run: a fit with such parameters.
+        data: other rows.
+        seed: of the noise and of the order of rows; None: that of the fit.
+        missing, compile, progress_bar: as for `fit`.
+        **overrides: options of the fit's recipe (of its last stage), `steps=500`.
+
+    Raises:
+        ProgramError: the fit has no parameters of rows, so it says what there is of any rows as it is.
+
+    Example:
+        >>> from ppl_lvm import fit, refit
+        >>> import numpy as np
+        >>> counts = np.random.default_rng(0).integers(0, 17, (40, 6)).astype(float)
+        >>> run = fit("vae", "auto_normal", counts[:30], steps=10)
+        >>> refit(run, counts[30:], steps=10).posterior(2).values["z"].shape
+        (2, 10, 8)
+    """
+    own = run._bound.row_params
+    if not own:
+        raise ProgramError(
+            f"The fit of {run.program.name!r} has no parameters of rows; ask it about other rows as it is, as in "
+            f"run.log_likelihood(data)."
+        )
+    others = {n: v for n, v in run.params.items() if n not in own}
+    how = load_recipe(run.recipe.stages[-1] if run.recipe.stages else run.recipe, freeze=tuple(others), **overrides)
+    return fit(
+        run.program,
+        None,
+        data,
+        how,
+        backend=run.backend,
+        seed=run.seed if seed is None else seed,
+        dtype=run._bound.dtype,
+        data_plate=run._bound.asked_plate,
+        start=others or None,
+        missing=missing,
+        compile=compile,
+        progress_bar=progress_bar,
     )
 
 
@@ -351,7 +408,7 @@ def _refuse_parameters_of_rows(bound: Any, call: Call, size: int) -> None:
     """
     if not any(max(np.shape(v), default=0) >= size for v in bound.initial.values() if np.ndim(v)):
         return
-    of_rows = bound.row_parameters(call.map(lambda a: np.resize(np.asarray(a), (2 * size, *np.shape(a)[1:]))))
+    of_rows = bound.batch_parameters(call.map(lambda a: np.resize(np.asarray(a), (2 * size, *np.shape(a)[1:]))))
     if of_rows:
         raise LegalityError(
             f"Parameters {of_rows} hold values for the rows of one batch, and every mini-batch has other rows, which "

@@ -459,7 +459,7 @@ class Fit:
         if self._bound.row_params and ROWS not in call.kwargs:
             raise DataError(
                 f"Parameters {sorted(self._bound.row_params)} have an entry for every row of the fit, so they say "
-                f"nothing of other rows; call run.refit(data) first, which fits them with all others frozen."
+                f"nothing of other rows; call refit(run, data) first, which fits them with all others frozen."
             )
         return call
 

@@ -276,8 +276,8 @@ class _Draft:
     optimizer: dict[str, _Choice]
     """By pattern of parameter names; a single one has none, ""."""
     folder: Path
-    guide: _Choice | None = None
     stages: Sequence[Any] = ()
+    guide: _Choice | None = None
 
     @classmethod
     def of(cls, given: Recipe) -> Self:
@@ -286,7 +286,7 @@ class _Draft:
         guide = None if given.guide is None else _Choice.of(given.guide)
         single = isinstance(given.optimizer, Optimizer)
         optimizer = {"" if single else p: _Choice.of(o) for p, o in given.optimizers.items()}
-        return cls(fields, _Choice.of(given.objective), chosen, optimizer, Path.cwd(), guide)
+        return cls(fields, _Choice.of(given.objective), chosen, optimizer, Path.cwd(), guide=guide)
 
     @classmethod
     def read(cls, table: Mapping[str, Any], name: str, folder: Path) -> Self:

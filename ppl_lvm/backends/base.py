@@ -172,7 +172,7 @@ class Bound(Protocol):
         """The same program on data of another shape."""
         ...
 
-    def row_parameters(self, call: Call) -> list[str]:
+    def batch_parameters(self, call: Call) -> list[str]:
         """Parameters that hold values of the batch's own rows; `call` has another number of rows."""
         ...
 
@@ -287,13 +287,16 @@ def as_float(kinds: Mapping[str, str] | None, name: str, kind: str) -> bool:
     return kinds[name] == "f" if name in kinds else kind in "iu"
 
 
-def given_rows(call: Callable[..., Any], ppl: Any) -> Callable[..., Any]:
-    """`call`, which gets the row indices if it asks for them: by an argument, or through its namespace `ppl`."""
+def given_rows(call: Callable[..., Any], ppl: Any, asked: bool = False) -> Callable[..., Any]:
+    """`call`, which gets the row indices if it asks for them: by an argument, or through its namespace `ppl`.
+
+    `asked`: the program's model or guide has the argument.
+    """
     try:
         named = ROWS in inspect.signature(call).parameters
     except (TypeError, ValueError):  # a callable of C code
         named = False
-    if ppl is None and not named:
+    if ppl is None and not asked:
         return call
 
     def run(*args: Any, rows: Any = None, **kwargs: Any) -> Any:

@@ -98,6 +98,7 @@ class NumPyroBound:
         self._kinds = example_kinds(program)
         guide = program.guide
         assert guide is not None
+        asked = program.takes_rows
         family = guide if isinstance(guide, GuideFamily) else None
         self._missing = JaxMissing(program)
         self.joint_dims = self._missing.joint_dims
@@ -108,14 +109,14 @@ class NumPyroBound:
             self._ppl = ppl
             if ppl is not None and size is not None:
                 batch = self.batch(example.with_rows(size))
-            self._model = given_rows(partial(program.model, ppl) if program.portable else program.model, ppl)
+            self._model = given_rows(partial(program.model, ppl) if program.portable else program.model, ppl, asked)
             if family is not None:
                 latents = self._latents(batch, key, data_plate)
                 self._guide = given_rows(written(family, ppl, latents, program.arguments), ppl)
             elif program.portable:
                 self._guide = given_rows(partial(guide, ppl), ppl)
             else:
-                self._guide = given_rows(self._own(guide), None)
+                self._guide = given_rows(self._own(guide), None, asked)
             self._probe(batch, key, data_plate)
         self.row_params = row_params(program, ppl, self.initial, self.total)
 
@@ -256,7 +257,7 @@ class NumPyroBound:
                 left |= handler.states
         return changed(self.states, left)
 
-    def row_parameters(self, call: Call) -> list[str]:
+    def batch_parameters(self, call: Call) -> list[str]:
         """Parameters that hold values of the batch's own rows: those whose shape follows the number of rows.
 
         `call` has another number of rows than this batch.

@@ -93,12 +93,13 @@ class PyroBound:
         self.total = size if total is None else total
         guide = program.guide
         assert guide is not None
+        asked = program.takes_rows
         family = guide if isinstance(guide, GuideFamily) else None
         self._ppl = ppl = Namespace(seed, dtype, self.total) if program.portable or family is not None else None
-        self._model = given_rows(partial(program.model, ppl) if program.portable else program.model, ppl)
+        self._model = given_rows(partial(program.model, ppl) if program.portable else program.model, ppl, asked)
         self._guide: Callable[..., Any] = guide
         if family is None:
-            self._guide = given_rows(partial(guide, ppl) if program.portable else guide, ppl)
+            self._guide = given_rows(partial(guide, ppl) if program.portable else guide, ppl, asked)
         if ppl is not None and size is not None:
             example = example.with_rows(size)
         self._kinds = example_kinds(program)
@@ -387,7 +388,7 @@ class PyroBound:
 
     # One run.
 
-    def row_parameters(self, call: Call) -> list[str]:
+    def batch_parameters(self, call: Call) -> list[str]:
         """Parameters whose shape follows the number of rows; `call` has another one than this batch."""
         try:
             other = type(self)(self.program, call, seed=0, dtype=self.dtype, data_plate=self.asked_plate)
