@@ -1,4 +1,4 @@
-"""What there is to choose from, in words: programs, recipes, objectives, estimators, data sets, backends."""
+"""What there is to choose from, in words: programs, recipes, objectives, estimators, guides, data sets, backends."""
 
 import ast
 import inspect
@@ -26,7 +26,7 @@ def entries(kind: str) -> dict[str, str]:
 
 
 def describe(kind: str, name: str) -> str:
-    """One program, recipe, objective, estimator or dataset at length: what it is, its options, their values.
+    """One program, recipe, objective, estimator, guide or dataset at length: what it is, its options, their values.
 
     Raises:
         PplLvmError: there is nothing of that name.
@@ -137,6 +137,7 @@ _ENTRIES: dict[str, Callable[[], dict[str, str]]] = {
     "recipes": lambda: {name: _summary(path) for name, path in recipes().items()},
     "objectives": lambda: _first_lines(catalogue.objectives()),
     "estimators": lambda: _first_lines(catalogue.estimators()),
+    "guides": lambda: _first_lines(catalogue.guides()),
     "datasets": datasets,
     "backends": _backends,
 }
@@ -145,5 +146,6 @@ _DESCRIBE: dict[str, Callable[[str], str]] = {
     "recipe": _show_recipe,
     "objective": lambda name: _show_algorithm("objective", name),
     "estimator": lambda name: _show_algorithm("estimator", name),
+    "guide": lambda name: _show_algorithm("guide", name),
     "dataset": _show_dataset,
 }

@@ -5,7 +5,7 @@ import json
 import math
 import secrets
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -21,11 +21,15 @@ if TYPE_CHECKING:
     from xarray import DataTree
 
 FORMAT = "ppl_lvm run 1"
+PARAMETERS = "parameters.safetensors"
 FILES = (
     "metrics.json",
     "posterior.nc",
+    PARAMETERS,
     "history.csv",
+    "validation.csv",
     "held_out.csv",
+    "history.png",
     "reconstructions.png",
     "samples.png",
     "latent.png",
@@ -45,6 +49,8 @@ class Program(Protocol):
 class Recipe(Protocol):
     @property
     def name(self) -> str: ...
+    @property
+    def guide(self) -> object: ...
     def to_dict(self) -> dict[str, Any]: ...
 
 
@@ -70,6 +76,12 @@ class Run(Protocol):
     def history(self) -> Mapping[str, np.ndarray]: ...
     @property
     def seconds(self) -> float: ...
+    @property
+    def messages(self) -> Sequence[str]: ...
+    @property
+    def params(self) -> Mapping[str, np.ndarray]: ...
+    @property
+    def row_params(self) -> Collection[str]: ...
 
     def log_likelihood(self, data: np.ndarray, draws: int = ..., seed: int = ...) -> LogLikelihood: ...
     def posterior(self, draws: int, data: np.ndarray | None = ..., seed: int = ...) -> PosteriorDraws: ...
@@ -100,18 +112,21 @@ class Metrics:
     row_log_likelihood: np.ndarray
     active_units: Mapping[str, int]
     seconds: float
+    guide: str | None = None
+    """The family that wrote the guide; None: the program's own."""
 
 
 def measure(run: Run, dataset: Dataset, *, draws: int = 5000, seed: int = 0) -> Metrics:
     """Held-out log-likelihood per row, `log (1/K) sum_k w_k` with K = `draws`, and active units over those rows.
 
+    Active units are not counted for sequences that differ in length: those of steps that were padded have no data.
     `seed` is that of the fit; the importance draws use it too.
 
     Source: Burda, Grosse, Salakhutdinov (2015), arXiv:1509.00519, section 5 and appendix C.
     """
     held_out = run.log_likelihood(dataset.test, draws=draws, seed=seed)
     # As many draws of the same rows as `write` takes, so that nothing is compiled for them alone.
-    active = run.active_units(draws=POSTERIOR_DRAWS, data=dataset.test)
+    active = {} if dataset.ragged else run.active_units(draws=POSTERIOR_DRAWS, data=dataset.test)
     return Metrics(
         program=run.program.name,
         backend=run.backend,
@@ -124,6 +139,7 @@ def measure(run: Run, dataset: Dataset, *, draws: int = 5000, seed: int = 0) -> 
         row_log_likelihood=np.asarray(held_out.values, dtype=np.float64),
         active_units={site: int(units) for site, units in active.items()},
         seconds=float(run.seconds),
+        guide=None if run.recipe.guide is None else type(run.recipe.guide).__name__,
     )
 
 
@@ -255,9 +271,11 @@ def write(
     """Write a run folder and return its path; an earlier run of that name is replaced once all is written.
 
     posterior.nc holds `posterior_draws` draws for the held-out rows (ArviZ DataTree), metrics.json the
-    figures with the recipe and versions, held_out.csv the log-likelihood of each held-out row, history.csv
-    the losses. Pictures: latent.png for a program with latents per row; reconstructions.png and samples.png
-    for data with an `image_shape`. `metrics` saves measuring again.
+    figures with the recipe, the fit's messages and versions, held_out.csv the log-likelihood of each held-out row,
+    history.csv the losses, validation.csv those of validation rows, parameters.safetensors the parameters, which
+    `starting` reads back. Pictures: history.png; latent.png for a program with latents per row; reconstructions.png
+    and samples.png for data with an `image_shape`. What was left out is in metrics.json, `left_out`, with the reason.
+    `metrics` saves measuring again.
 
     Raises:
         PplLvmError: `out` exists and is no run folder.
@@ -280,6 +298,30 @@ def write(
             old.rename(out)
         shutil.rmtree(old, ignore_errors=True)
     return out
+
+
+def starting(folder: Path) -> dict[str, np.ndarray]:
+    """The parameters in a run folder, by name, for `fit(..., start=)`.
+
+    Raises:
+        DataError: the folder holds none.
+    """
+    from safetensors import SafetensorError
+    from safetensors.numpy import load_file
+
+    path = Path(folder) / PARAMETERS
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise DataError(
+            f"{str(path)!r} cannot be read ({error}); give a run folder, as `ppl-lvm fit` writes it."
+        ) from error
+
+
+def left_out(folder: Path) -> list[str]:
+    """What a run folder lacks, with the reason: a line for each."""
+    about = json.loads((Path(folder) / "metrics.json").read_text())
+    return [f"{name}: left out, as {why}" for name, why in about["left_out"].items()]
 
 
 def plain(value: object) -> Any:
@@ -305,11 +347,24 @@ def _only(units: Mapping[str, int]) -> str:
 
 
 def _fill(folder: Path, run: Run, dataset: Dataset, metrics: Metrics, posterior_draws: int) -> None:
+    from safetensors.numpy import save_file
+
     from ppl_lvm import pictures
 
     posterior = run.posterior(posterior_draws, data=dataset.test, seed=metrics.seed)
     tree = run.to_arviz(posterior_draws, dataset.test, metrics.seed, predictive=0)
     figures = {field: value for field, value in vars(metrics).items() if field != "row_log_likelihood"}
+    pictures.losses(folder / "history.png", run.history)
+    left_out = {"latent.png": pictures.latent(folder / "latent.png", posterior, dataset)}
+    if dataset.image_shape is None:
+        left_out |= dict.fromkeys(("reconstructions.png", "samples.png"), "the rows of the data are no images")
+    else:
+        predicted = run.predictive(PREDICTIVE_DRAWS, data=dataset.test[:SHOWN], seed=metrics.seed)
+        prior = run.prior_predictive(64, seed=metrics.seed)
+        left_out |= {
+            "reconstructions.png": pictures.reconstructions(folder / "reconstructions.png", predicted, dataset),
+            "samples.png": pictures.samples(folder / "samples.png", prior, dataset),
+        }
     about = {
         "format": FORMAT,
         **figures,
@@ -317,6 +372,8 @@ def _fill(folder: Path, run: Run, dataset: Dataset, metrics: Metrics, posterior_
         "program_options": dict(run.program.options),
         "program_hash": run.program.source_hash,
         "resolved_recipe": run.recipe.to_dict(),
+        "messages": list(run.messages),
+        "left_out": {name: why for name, why in left_out.items() if why is not None},
         "versions": versions(),
     }
     tree.attrs |= {name: attribute(value) for name, value in plain(about).items()}
@@ -324,13 +381,14 @@ def _fill(folder: Path, run: Run, dataset: Dataset, metrics: Metrics, posterior_
     (folder / "metrics.json").write_text(json.dumps(plain(about), indent=2, allow_nan=False) + "\n")
     of_steps = {name: values for name, values in run.history.items() if len(values) == len(run.history["step"])}
     _write_csv(folder / "history.csv", of_steps)
+    if "validation" in run.history:
+        of_checks = {"step": run.history["validation_step"], "loss": run.history["validation"]}
+        _write_csv(folder / "validation.csv", of_checks)
+    # Parameters of rows are those of the held-out rows here, and say nothing of others.
+    kept = {name: np.array(value, order="C") for name, value in run.params.items() if name not in run.row_params}
+    save_file(kept, folder / PARAMETERS)
     held_out = {"row": np.arange(len(dataset.test)), "log_likelihood": metrics.row_log_likelihood}
     _write_csv(folder / "held_out.csv", held_out)
-    pictures.latent(folder / "latent.png", posterior, dataset)
-    if dataset.image_shape is not None:
-        predicted = run.predictive(PREDICTIVE_DRAWS, data=dataset.test[:SHOWN], seed=metrics.seed)
-        pictures.reconstructions(folder / "reconstructions.png", predicted, dataset)
-        pictures.samples(folder / "samples.png", run.prior_predictive(64, seed=metrics.seed), dataset)
 
 
 def _write_csv(path: Path, columns: Mapping[str, np.ndarray]) -> None:

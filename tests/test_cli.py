@@ -35,6 +35,8 @@ class FakeRun:
     seed: int
     data: np.ndarray
     seconds: float = 1.5
+    row_params: frozenset[str] = frozenset()
+    params: dict[str, np.ndarray] = field(default_factory=lambda: {"w": np.zeros(2)})
     messages: tuple[str, ...] = ("compiled nothing",)
     history: dict[str, np.ndarray] = field(default_factory=lambda: {"step": np.arange(2), "loss": np.ones(2)})
 

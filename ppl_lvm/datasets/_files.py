@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import importlib
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ def load_file(path: Path, seed: int, missing: bool = False) -> Dataset:
     """Rows of a .npy, .npz, .csv or .parquet file."""
     if not path.is_file():
         raise DataError(f"There is no file {str(path)!r} to load data from; check the path.")
+    readers: dict[str, Callable[[Path], dict[str, np.ndarray]]]
     readers = {".csv": partial(_read_csv, missing=missing), ".parquet": _read_parquet}
     arrays = readers.get(path.suffix.lower(), _read_numpy)(path)
     return _from_arrays(arrays, path.stem, str(path), f"Rows of the file {path.name}.", seed, missing)
