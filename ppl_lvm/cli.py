@@ -430,10 +430,13 @@ def _joined(parts: Iterable[str | None], by: str = "-") -> str:
 
 def _print(table: "Table") -> None:
     from rich.console import Console
+    from rich.measure import Measurement
 
     console = Console()
     if not console.is_terminal:  # as wide as it needs in a file or a pipe
-        console.width = max(console.width, console.measure(table).maximum)
+        console.width = max(
+            console.width, Measurement.get(console, console.options.update(max_width=10_000), table).maximum
+        )
     console.print(table)
 
 

@@ -116,8 +116,9 @@ def rows(lines: Sequence[Line]) -> list[dict[str, Any]]:
 
 
 def table(lines: Sequence[Line]) -> Table:
-    """One line per cell, for rich to print; a dash is for what a line lacks."""
+    """One line per cell, for rich to print; a dash is for what a line lacks, and errors are below."""
     from rich.table import Table
+    from rich.text import Text
 
     first = base(lines)
     about = {f"{fit.data}, {fit.draws:,} importance draws" for line in lines for fit in line.fits}
@@ -130,26 +131,25 @@ def table(lines: Sequence[Line]) -> Table:
         result.add_column(name, overflow="fold")
     for heading in ("seeds", "mean", "error", "difference", "error", "active units", "seconds"):
         result.add_column(heading, justify="right")
-    failed = any(line.errors for line in lines)
-    if failed:
-        result.add_column("failed", overflow="fold")
     for line, row in zip(lines, rows(lines), strict=True):
         units = {site: f"{count:g}" for site, count in row["active_units"].items()}
         cells = [
             str(len(line.fits)),
-            _figure(row["log_likelihood"]),
+            _figure(row["log_likelihood"]) if line.fits else "failed",
             _figure(row["standard_error"]),
             _figure(row["difference"], "+"),
             _figure(row["difference_standard_error"]),
             ", ".join(f"{s} {n}" for s, n in units.items()) if len(units) > 1 else next(iter(units.values()), "-"),
             "-" if row["seconds"] is None else f"{row['seconds']:.1f}",
         ]
-        errors = [", ".join(f"seed {seed}: {error}" for seed, error in line.errors.items())] * failed
-        result.add_row(*(getattr(line, name) or "-" for name in named), *cells, *errors)
+        result.add_row(*(getattr(line, name) or "-" for name in named), *cells)
+    notes = []
     if first is not None:
         over = "seeds, or held-out rows where there is one seed" if seeds > 1 else "held-out rows"
         apart = f" Differences are from {first.label}, paired by row." if len(lines) > 1 else ""
-        result.caption = f"Standard errors are over {over}.{apart}"
+        notes.append(f"Standard errors are over {over}.{apart}")
+    notes += [f"failed: {line.label}, seed {seed}: {error}" for line in lines for seed, error in line.errors.items()]
+    result.caption, result.caption_justify = Text("\n".join(notes)), "left"
     return result
 
 

@@ -83,7 +83,7 @@ class Run(Protocol):
     @property
     def row_params(self) -> Collection[str]: ...
 
-    def log_likelihood(self, data: np.ndarray, draws: int = ..., seed: int = ...) -> LogLikelihood: ...
+    def log_likelihood(self, data: np.ndarray | None, draws: int = ..., seed: int = ...) -> LogLikelihood: ...
     def posterior(self, draws: int, data: np.ndarray | None = ..., seed: int = ...) -> PosteriorDraws: ...
     def to_arviz(
         self, draws: int, data: np.ndarray | None = ..., seed: int = ..., *, predictive: int | None = ...
@@ -120,13 +120,14 @@ def measure(run: Run, dataset: Dataset, *, draws: int = 5000, seed: int = 0) -> 
     """Held-out log-likelihood per row, `log (1/K) sum_k w_k` with K = `draws`, and active units over those rows.
 
     Active units are not counted for sequences that differ in length: those of steps that were padded have no data.
-    `seed` is that of the fit; the importance draws use it too.
+    `seed` is that of the fit; the importance draws use it too. A fit with parameters of rows (`refit` to the held-out
+    rows) is asked for its own.
 
     Source: Burda, Grosse, Salakhutdinov (2015), arXiv:1509.00519, section 5 and appendix C.
     """
-    held_out = run.log_likelihood(dataset.test, draws=draws, seed=seed)
+    held_out = run.log_likelihood(_rows(run, dataset), draws=draws, seed=seed)
     # As many draws of the same rows as `write` takes, so that nothing is compiled for them alone.
-    active = {} if dataset.ragged else run.active_units(draws=POSTERIOR_DRAWS, data=dataset.test)
+    active = {} if dataset.ragged else run.active_units(draws=POSTERIOR_DRAWS, data=_rows(run, dataset))
     return Metrics(
         program=run.program.name,
         backend=run.backend,
@@ -342,6 +343,11 @@ def plain(value: object) -> Any:
     return value if value is None or isinstance(value, str | int | float) else str(value)
 
 
+def _rows(run: Run, dataset: Dataset) -> np.ndarray | None:
+    """The held-out rows; None where a fit has parameters of rows, which are then those of the held-out rows."""
+    return None if run.row_params else dataset.test
+
+
 def _only(units: Mapping[str, int]) -> str:
     return str(next(iter(units.values()), "-"))
 
@@ -351,15 +357,18 @@ def _fill(folder: Path, run: Run, dataset: Dataset, metrics: Metrics, posterior_
 
     from ppl_lvm import pictures
 
-    posterior = run.posterior(posterior_draws, data=dataset.test, seed=metrics.seed)
-    tree = run.to_arviz(posterior_draws, dataset.test, metrics.seed, predictive=0)
+    held_out = _rows(run, dataset)
+    posterior = run.posterior(posterior_draws, data=held_out, seed=metrics.seed)
+    tree = run.to_arviz(posterior_draws, held_out, metrics.seed, predictive=0)
     figures = {field: value for field, value in vars(metrics).items() if field != "row_log_likelihood"}
     pictures.losses(folder / "history.png", run.history)
     left_out = {"latent.png": pictures.latent(folder / "latent.png", posterior, dataset)}
     if dataset.image_shape is None:
         left_out |= dict.fromkeys(("reconstructions.png", "samples.png"), "the rows of the data are no images")
     else:
-        predicted = run.predictive(PREDICTIVE_DRAWS, data=dataset.test[:SHOWN], seed=metrics.seed)
+        few = None if held_out is None else held_out[:SHOWN]
+        predicted = run.predictive(PREDICTIVE_DRAWS, data=few, seed=metrics.seed)
+        predicted = {site: value[:, :SHOWN] for site, value in predicted.items()}
         prior = run.prior_predictive(64, seed=metrics.seed)
         left_out |= {
             "reconstructions.png": pictures.reconstructions(folder / "reconstructions.png", predicted, dataset),

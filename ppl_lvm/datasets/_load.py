@@ -22,9 +22,9 @@ def load(name: str | Path, seed: int = 0, missing: bool = False) -> Dataset:
     """Load a data set by name, of a .npy, .npz, .csv or .parquet file, or of `module:function`.
 
     `seed` fixes which rows are held out, and what is generated; `missing` lets NaN (and empty cells of a .csv file)
-    stand for entries that are not known, for `fit(..., missing="mask")`. A file holds rows first and numbers only; a fifth
-    of its rows, drawn by `seed`, is held out. An .npz file holds one array of rows and perhaps `labels`, or `train`
-    and `test` (kept as they are) and perhaps `train_labels` and `test_labels`. A function, of a module or of a file
+    stand for entries that are not known, for `fit(..., missing="mask")`. A file holds rows first and numbers only; a
+    fifth of its rows, drawn by `seed`, is held out. An .npz file holds one array of rows and perhaps `labels`, or
+    `train` and `test` (kept as they are) and perhaps `train_labels` and `test_labels`. A function, of a module or of a file
     (`data.py:function`), is called without arguments and returns rows, a list of sequences, a dictionary as an .npz
     file holds it, or a Dataset.
 
