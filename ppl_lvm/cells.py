@@ -59,7 +59,7 @@ class Cell:
         program = load_program(self.program, **self.options)
         changes = dict(self.overrides) | ({} if self.guide is None else {"guide": self.guide})
         recipe = load_recipe(list(self.recipes) or program.recipe, **changes)
-        dataset = _load(self.data, "missing" in self.settings)
+        dataset = _load(self.data, "missing" in self.settings, _stamp(self.data))
         if self.settings.get("validation") == OWN and dataset.valid is None:
             raise DataError(
                 f"validation = {OWN!r}, but the data set {dataset.name!r} comes without validation rows; give a "
@@ -114,6 +114,15 @@ def fit_quietly(cell: Cell) -> Outcome:
     return fit_cell(cell, progress_bar=False)
 
 
+def _stamp(data: str) -> tuple[str, int] | None:
+    """Which file the data are from, and of when."""
+    for path in (Path(data), Path(data.rpartition(":")[0])):
+        if path.is_file():
+            return str(path.resolve()), path.stat().st_mtime_ns
+    return None
+
+
 @functools.lru_cache(maxsize=1)
-def _load(data: str, missing: bool) -> Dataset:
+def _load(data: str, missing: bool, stamp: tuple[str, int] | None) -> Dataset:
+    """The data, kept for the cells that follow; `stamp` tells files of one name apart."""
     return load(data, missing=missing)

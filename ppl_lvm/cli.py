@@ -469,7 +469,7 @@ def _names(text: str, option: str) -> list[str]:
 
 
 def _pairs(texts: list[str] | None, option: str) -> dict[str, Any]:
-    """`key=value` arguments, values as TOML has them; what is no TOML is text."""
+    """`key=value` arguments, values as TOML has them, and none; what is no TOML is text."""
     import tomllib
 
     pairs: dict[str, Any] = {}
@@ -477,6 +477,9 @@ def _pairs(texts: list[str] | None, option: str) -> dict[str, Any]:
         key, equals, value = (part.strip() for part in text.partition("="))
         if not (key and equals):
             raise PplLvmError(f"{option} takes KEY=VALUE, as in {option} draws=50; found {text!r}.")
+        if value == "none":  # as `show` writes it
+            pairs[key] = None
+            continue
         try:
             pairs[key] = tomllib.loads(f"value = {value}")["value"]
         except tomllib.TOMLDecodeError:

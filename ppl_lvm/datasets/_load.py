@@ -24,9 +24,9 @@ def load(name: str | Path, seed: int = 0, missing: bool = False) -> Dataset:
     `seed` fixes which rows are held out, and what is generated; `missing` lets NaN (and empty cells of a .csv file)
     stand for entries that are not known, for `fit(..., missing="mask")`. A file holds rows first and numbers only; a
     fifth of its rows, drawn by `seed`, is held out. An .npz file holds one array of rows and perhaps `labels`, or
-    `train` and `test` (kept as they are) and perhaps `train_labels` and `test_labels`. A function, of a module or of a file
-    (`data.py:function`), is called without arguments and returns rows, a list of sequences, a dictionary as an .npz
-    file holds it, or a Dataset.
+    `train` and `test` (kept as they are) and perhaps `train_labels` and `test_labels`. A function, of a module or of
+    a file (`data.py:function`), is called without arguments and returns rows, a list of sequences, a dictionary as
+    an .npz file holds it, or a Dataset.
 
     Data that ship with no dependency are read from the folder that the environment variable PPL_LVM_DATA names, else
     downloaded once into the user's cache; their digest is checked.
