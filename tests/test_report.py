@@ -59,15 +59,16 @@ class FakeRun:
     backend: str = "numpyro"
     seconds: float = 12.34
     messages: tuple[str, ...] = ("estimator: z: pathwise",)
-    row_params: frozenset[str] = frozenset({"own"})
+    row_params: frozenset[str] = frozenset()
     params: dict[str, np.ndarray] = field(
-        default_factory=lambda: {"decoder.w": np.eye(2)[:, ::-1], "own": np.zeros(ROWS)}
+        default_factory=lambda: {"decoder.w": np.eye(2)[:, ::-1], "loc": np.zeros(ROWS)}
     )
     history: dict[str, np.ndarray] = field(
         default_factory=lambda: {"step": np.array([1, 2]), "loss": np.array([3.5, 2.25])}
     )
 
-    def log_likelihood(self, data: np.ndarray, draws: int = 5000, seed: int = 0) -> SimpleNamespace:
+    def log_likelihood(self, data: np.ndarray | None, draws: int = 5000, seed: int = 0) -> SimpleNamespace:
+        assert data is not None
         self.asked["log_likelihood"] = (len(data), draws, seed)
         values = -np.arange(float(len(data)))
         return SimpleNamespace(values=values, mean=values.mean(), se=0.5)
@@ -179,10 +180,35 @@ def test_validation_messages_and_parameters_are_kept(tmp_path: Path) -> None:
         assert [line["stage"] for line in csv.DictReader(file)] == ["0", "0", "1", "1"]
     assert json.loads((out / "metrics.json").read_text())["messages"] == ["estimator: z: pathwise"]
     kept = starting(out)
-    assert list(kept) == ["decoder.w"]
+    assert sorted(kept) == ["decoder.w", "loc"]
     np.testing.assert_array_equal(kept["decoder.w"], np.eye(2)[:, ::-1])
     with pytest.raises(DataError, match=r"nowhere.*give a run folder"):
         starting(tmp_path / "nowhere")
+
+
+def test_a_fit_with_parameters_of_the_held_out_rows_is_asked_for_its_own(tmp_path: Path, images: Dataset) -> None:
+    class OfRows(FakeRun):
+        def posterior(self, draws: int, data: np.ndarray | None = None, seed: int = 0) -> Draws:
+            assert data is None
+            return super().posterior(draws, images.test, seed)
+
+        def log_likelihood(self, data: np.ndarray | None, draws: int = 5000, seed: int = 0) -> SimpleNamespace:
+            assert data is None
+            return super().log_likelihood(images.test, draws, seed)
+
+        def to_arviz(
+            self, draws: int, data: np.ndarray | None = None, seed: int = 0, *, predictive: int | None = None
+        ) -> DataTree:
+            assert data is None
+            return DataTree()
+
+        def predictive(self, draws: int, data: np.ndarray | None = None, seed: int = 0) -> dict[str, np.ndarray]:
+            assert data is None
+            return super().predictive(draws, images.test, seed)
+
+    out = write(OfRows(row_params=frozenset({"loc"})), images, tmp_path / "a", posterior_draws=2)
+    assert list(starting(out)) == ["decoder.w"]
+    assert (out / "reconstructions.png").is_file()
 
 
 def test_sequences_have_no_picture_of_latents_of_their_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
