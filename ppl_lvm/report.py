@@ -396,8 +396,8 @@ def _fill(folder: Path, run: Run, dataset: Dataset, metrics: Metrics, posterior_
     # Parameters of rows are those of the held-out rows here, and say nothing of others.
     kept = {name: np.array(value, order="C") for name, value in run.params.items() if name not in run.row_params}
     save_file(kept, folder / PARAMETERS)
-    held_out = {"row": np.arange(len(dataset.test)), "log_likelihood": metrics.row_log_likelihood}
-    _write_csv(folder / "held_out.csv", held_out)
+    of_rows = {"row": np.arange(len(dataset.test)), "log_likelihood": metrics.row_log_likelihood}
+    _write_csv(folder / "held_out.csv", of_rows)
 
 
 def _write_csv(path: Path, columns: Mapping[str, np.ndarray]) -> None:

@@ -48,12 +48,13 @@ def test_one_job_stays_in_this_process_and_in_order() -> None:
 
 
 def test_processes_are_stopped_when_nobody_waits_any_more(tmp_path: Path) -> None:
-    def interrupt(piece: object) -> None:
+    def interrupt(piece: int | str) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         list(each(interrupt, [1], 1))
-    results = each(work_or_sleep, [1, str(tmp_path / "begun")], 2)
+    pieces: list[int | str] = [1, str(tmp_path / "begun")]
+    results = each(work_or_sleep, pieces, 2)
     next(results)
     results.close()
     assert not multiprocessing.active_children()
