@@ -42,7 +42,8 @@ def test_every_piece_has_its_result_or_its_failure() -> None:
 
 
 def test_one_job_stays_in_this_process_and_in_order() -> None:
-    found = list(each(work, [1, "refuse", 2], 1))
+    pieces: list[int | str] = [1, "refuse", 2]
+    found = list(each(work, pieces, 1))
     assert [number for number, _ in found] == [0, 1, 2] and found[1][1] == Failed("no rows")
     assert found[2][1] == (2, {name: os.environ.get(name) for name in ONE_THREAD})
 
