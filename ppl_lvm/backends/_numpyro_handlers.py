@@ -19,7 +19,7 @@ from ppl_lvm.backends import _jax_nets
 from ppl_lvm.backends._jax_dists import namespace, site_log_prob
 from ppl_lvm.backends._numpyro_scan import Scan, enter
 from ppl_lvm.backends._numpyro_state import containers, still, with_noise
-from ppl_lvm.backends.base import Chain
+from ppl_lvm.backends.base import Chain, check_param
 from ppl_lvm.errors import ProgramError
 
 Array = jax.Array
@@ -210,6 +210,9 @@ class Handler(Messenger):
                 raise ProgramError(f"Two sites are called {name!r}; give every site a name of its own.")
             kept[name] = msg.copy()
         if msg["type"] == "param":
+            if self.unrolled and jax.tree_util.all_leaves([msg["value"]]):
+                known, _ = self.found.get(msg["name"], (msg["value"], None))
+                check_param(msg["name"], known, msg["args"][0] if msg["args"] else None)
             self.found[msg["name"]] = (msg["value"], msg["kwargs"].get("constraint", constraints.real))
             self.plates_of[msg["name"]] = _indexing(msg)
         elif msg["type"] == "mutable" and msg["value"] is not None:

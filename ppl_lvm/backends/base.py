@@ -549,6 +549,16 @@ def is_point(fn: Any) -> bool:
     return _kind(fn) == "Delta"
 
 
+def check_param(name: str, known: Any, offered: Any) -> None:
+    """Refuse a second initial value of another shape: both libraries would go on with the first without a word."""
+    if offered is None or callable(offered) or np.shape(known) == np.shape(offered):
+        return
+    raise ProgramError(
+        f"Parameter {name!r} is given initial values of shapes {tuple(np.shape(known))} and "
+        f"{tuple(np.shape(offered))}; one name is one parameter, so give the second a name of its own."
+    )
+
+
 def check_scale(name: str, shape: Sequence[int], plate_dim: int | None) -> None:
     """Refuse a scale handler's array unless it is a number a row."""
     if any(size > 1 and dim != plate_dim for dim, size in enumerate(shape, -len(shape))):
