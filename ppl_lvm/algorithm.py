@@ -1,4 +1,4 @@
-"""What objectives and estimators share: frozen, validated options, some of which may be schedules."""
+"""What objectives, estimators and methods share: frozen, validated options, some of which may be schedules."""
 
 import math
 from collections.abc import Callable, Iterable, Mapping
@@ -273,3 +273,39 @@ class Estimator(Algorithm):
     def initial_own(self, features: int) -> dict[str, list[float]]:
         """Parameters of the estimator itself, trained to predict the signal; `features` numbers make a row."""
         return {}
+
+
+class Method(Algorithm):
+    """A posterior found by an algorithm of the backend's own library, without an objective and without a guide.
+
+    A subclass holds options and documentation; the backend has an implementation under the name of the class (or of
+    one that it is derived from). All rows are used at once, and latent sites must be continuous.
+    """
+
+    learns: ClassVar[bool] = False
+    """The model's parameters are trained along with the latent sites; otherwise they must be given."""
+    lacks: ClassVar[Mapping[str, str]] = {}
+    """What of a fit it cannot give, by name, each with the reason and what serves instead."""
+
+    radius: float = Field(default=2.0, gt=0, allow_inf_nan=False)
+    """It starts from unconstrained values that are uniform on [-radius, radius]."""
+
+
+class Ascent(Method):
+    """A method that climbs the log joint density with Adam.
+
+    The learning rate of step t is `learning_rate decay^(t / (steps - 1))`, so that the last steps are short ones.
+    """
+
+    steps: int = Field(default=2000, ge=1)
+    learning_rate: float = Field(default=0.05, gt=0, allow_inf_nan=False)
+    decay: float = Field(default=1e-4, gt=0, le=1)
+
+    def rates(self) -> np.ndarray:
+        """The learning rate of every step, `[steps]`.
+
+        Example:
+            >>> Ascent(steps=3, learning_rate=1.0, decay=0.01).rates().round(6).tolist()
+            [1.0, 0.1, 0.01]
+        """
+        return self.learning_rate * self.decay ** (np.arange(self.steps) / max(self.steps - 1, 1))

@@ -1,4 +1,4 @@
-"""Names of objectives and estimators, turned into classes and back. Found by file, not registered."""
+"""Names of objectives, estimators and methods, turned into classes and back. Found by file, not registered."""
 
 import importlib
 import inspect
@@ -8,21 +8,27 @@ from types import ModuleType
 from typing import Any, Literal
 
 from ppl_lvm import lookup
-from ppl_lvm.algorithm import Algorithm, Estimator, Objective
+from ppl_lvm.algorithm import Algorithm, Estimator, Method, Objective
 from ppl_lvm.errors import RecipeError
 
-Kind = Literal["objective", "estimator"]
-BASES: dict[Kind, type[Algorithm]] = {"objective": Objective, "estimator": Estimator}
+Kind = Literal["objective", "estimator", "method"]
+BASES: dict[Kind, type[Algorithm]] = {"objective": Objective, "estimator": Estimator, "method": Method}
+"""Base class of each kind; the files of a kind are in the folder of its name in the plural."""
+
+
+def available(kind: Kind) -> dict[str, Path]:
+    """The algorithms of a kind that a recipe can name, with their files; nothing is imported."""
+    return lookup.find(lookup.PACKAGE / f"{kind}s", ".py", RecipeError)
 
 
 def objectives() -> dict[str, Path]:
     """The objectives that a recipe can name, with their files; nothing is imported."""
-    return lookup.find(lookup.PACKAGE / "objectives", ".py", RecipeError)
+    return available("objective")
 
 
 def estimators() -> dict[str, Path]:
     """The gradient estimators that a recipe can name, with their files; nothing is imported."""
-    return lookup.find(lookup.PACKAGE / "estimators", ".py", RecipeError)
+    return available("estimator")
 
 
 def resolve(kind: Kind, asked: str, folder: Path, asker: str) -> type[Algorithm]:
@@ -33,7 +39,7 @@ def resolve(kind: Kind, asked: str, folder: Path, asker: str) -> type[Algorithm]
     """
     source, _, name = asked.rpartition(":")
     if not source:
-        found = objectives() if kind == "objective" else estimators()
+        found = available(kind)
         if lookup.is_path(asked, ".py"):
             raise RecipeError(
                 f"{asker} asks for the {kind} {asked!r}; add the class, as in {asked}:my_{kind}."
@@ -80,7 +86,7 @@ def _class_in(module: ModuleType, kind: Kind, name: str, asker: str) -> type[Alg
 def to_dict(instance: Algorithm) -> dict[str, Any]:
     """The options with a `name` that `resolve` turns back into the class."""
     kind = type(instance)
-    if kind.__module__ in (f"ppl_lvm.{folder}.{kind.__name__}" for folder in ("objectives", "estimators")):
+    if kind.__module__ in (f"ppl_lvm.{folder}s.{kind.__name__}" for folder in BASES):
         name = kind.__name__
     elif kind.__module__.startswith(lookup.PREFIX):
         name = f"{sys.modules[kind.__module__].__file__}:{kind.__qualname__}"

@@ -27,7 +27,7 @@ class Program:
     Args:
         name: the stem of the file, or the name of the model.
         model: `model(ppl, *data)` if portable, `model(*data)` if native.
-        guide: called like the model.
+        guide: called like the model; None where the recipe has a method, which needs none.
         options: all keyword-only options of model and guide with their values, sorted by name.
         portable: whether it is written against `ppl` and runs on both backends.
         path: the file, or None.
@@ -40,7 +40,7 @@ class Program:
 
     name: str
     model: Callable[..., Any]
-    guide: Callable[..., Any]
+    guide: Callable[..., Any] | None
     options: tuple[tuple[str, Any], ...] = ()
     portable: bool = False
     path: str | None = None
@@ -52,7 +52,7 @@ class Program:
 
     @classmethod
     def from_callables(
-        cls, model: Callable[..., Any], guide: Callable[..., Any], recipe: str = "elbo"
+        cls, model: Callable[..., Any], guide: Callable[..., Any] | None, recipe: str = "elbo"
     ) -> Self:
         """A native program: any Pyro or NumPyro callables, autoguides included.
 
@@ -60,7 +60,7 @@ class Program:
             ProgramError: one of them cannot be called.
         """
         for role, call in (("model", model), ("guide", guide)):
-            if not callable(call):
+            if not (callable(call) or (role == "guide" and call is None)):
                 raise ProgramError(f"The {role} is {call!r}, which cannot be called.")
         return cls(
             _name(model), model, guide, recipe=recipe, arguments=_positional(getattr(model, "forward", model))
@@ -74,7 +74,7 @@ class Program:
     def _key(self) -> tuple[object, ...]:
         if self.path is None:
             return _identity(self.model), _identity(self.guide)
-        return self.path, self.source_hash, self.options
+        return self.path, self.source_hash, self.options, self.guide is None
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Program) and self._key() == other._key()

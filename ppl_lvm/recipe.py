@@ -7,11 +7,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self, TypeGuard, TypeVar, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, InstanceOf, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, InstanceOf, ValidationError, field_validator, model_validator
 
 from ppl_lvm import lookup
-from ppl_lvm.algorithm import Algorithm, Estimator, NonNegative, Objective, Schedule, best_pattern, specificity
-from ppl_lvm.catalogue import BASES, Kind, estimators, objectives, resolve, to_dict
+from ppl_lvm.algorithm import (
+    Algorithm,
+    Estimator,
+    Method,
+    NonNegative,
+    Objective,
+    Schedule,
+    best_pattern,
+    specificity,
+)
+from ppl_lvm.catalogue import BASES, Kind, available, estimators, objectives, resolve, to_dict
 from ppl_lvm.errors import RecipeError
 
 if TYPE_CHECKING:
@@ -28,11 +37,13 @@ class Optimizer(Algorithm):
 
 
 class Recipe(BaseModel):
-    """How to fit: objective, gradient estimators, optimiser and length of the run.
+    """How to fit: objective, gradient estimators, optimiser and length of the run; or a method, which has its own.
 
     Args:
         name: what the recipe is called.
-        objective: the objective and its options.
+        objective: the objective and its options; None where a method takes its place.
+        method: an algorithm of the backend's library (`map`, `laplace`, `nuts`, `svgd`) and its options, or None. It
+            brings its own steps and optimiser, so those below, and estimators, go with an objective only.
         estimator: pattern of site names -> estimator; None leaves the choice to the engine ("auto"). Kept
             with the most specific pattern first: names before patterns with wildcards, then by length.
         steps: optimiser steps.
@@ -45,7 +56,8 @@ class Recipe(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     name: str = "custom"
-    objective: InstanceOf[Objective]
+    objective: InstanceOf[Objective] | None = None
+    method: InstanceOf[Method] | None = None
     estimator: dict[str, InstanceOf[Estimator] | None] = {"*": None}
     steps: int = Field(default=1000, ge=1)
     batch_size: int | None = Field(default=None, ge=1)
@@ -57,9 +69,22 @@ class Recipe(BaseModel):
         # One order for equal recipes, and the first match is the best one however the table was written.
         return {pattern: chosen[pattern] for pattern in sorted(chosen, key=specificity)}
 
+    @model_validator(mode="after")
+    def _objective_or_method(self) -> Self:
+        if (self.objective is None) == (self.method is None):
+            raise ValueError("either an objective or a method, not both and not neither")
+        return self
+
+    @property
+    def algorithm(self) -> Objective | Method:
+        """The objective, or the method in its place."""
+        chosen = self.objective or self.method
+        assert chosen is not None
+        return chosen
+
     def __hash__(self) -> int:
         return hash(
-            (self.name, self.objective, *self.estimator.items(), self.steps, self.batch_size, self.optimizer)
+            (self.name, self.objective, self.method, *self.estimator.items(), self.steps, self.batch_size, self.optimizer)
         )
 
     def estimator_for(self, site: str) -> Estimator | None:
@@ -74,9 +99,11 @@ class Recipe(BaseModel):
 
     def to_dict(self) -> dict[str, Any]:
         """The recipe as plain values, ready for JSON or TOML; `recipe` reads it back."""
+        if self.method is not None:
+            return {"name": self.name, "method": to_dict(self.method), "batch_size": self.batch_size}
         return {
             "name": self.name,
-            "objective": to_dict(self.objective),
+            "objective": to_dict(self.algorithm),
             "estimator": {p: "auto" if e is None else to_dict(e) for p, e in self.estimator.items()},
             "steps": self.steps,
             "batch_size": self.batch_size,
@@ -90,18 +117,18 @@ def recipes() -> dict[str, Path]:
 
 
 def recipe(
-    asked: "str | Path | Mapping[str, Any] | Recipe | Objective | type[Objective]",
+    asked: "str | Path | Mapping[str, Any] | Recipe | Objective | type[Objective] | Method | type[Method]",
     **overrides: Any,
 ) -> Recipe:
     """The recipe of this name, file or mapping, with some options replaced.
 
     Args:
         asked: a name of `recipes()`, a path to a TOML file, a mapping laid out like one, a Recipe, or an
-            objective, to be run with everything else at its default.
+            objective or method, to be run with everything else at its default.
         **overrides: a field of the recipe (`steps=10`), an option that one section has (`draws=50`,
             `learning_rate=1e-2`), or a dotted one (`**{"estimator.y.temperature": 0.5}`).
 
-    An objective or estimator is given as a name, as "path/to/file.py:name" (relative to the recipe's file),
+    An objective, estimator or method is given as a name, as "path/to/file.py:name" (relative to the recipe's file),
     "package.module:name", a table with `name` and options, or a class or instance from Python.
 
     Raises:
@@ -119,19 +146,25 @@ def recipe(
     elif isinstance(asked, str | Path):
         path = _locate(asked)
         draft = _Draft.read(_parse(path), path.stem, path.parent)
-    elif isinstance(asked, Objective) or (inspect.isclass(asked) and issubclass(asked, Objective)):
+    elif (key := _key_of(asked)) is not None:
         name = (asked if inspect.isclass(asked) else type(asked)).__name__
-        draft = _Draft.read({"objective": asked}, name, Path.cwd())
+        draft = _Draft.read({key: asked}, name, Path.cwd())
     else:
         raise RecipeError(
             f"A recipe was asked for by {asked!r}, of type {type(asked).__name__}; give a name, a path to a "
-            "TOML file, a mapping, a Recipe or an objective."
+            "TOML file, a mapping, a Recipe, an objective or a method."
         )
     draft.folder = Path.cwd()  # files named in overrides are the caller's, not the recipe's
     # Whole sections first: `objective="renyi", alpha=0.5` must not depend on the order of the keywords.
     for key in sorted(overrides, key=lambda key: key not in _SECTIONS and not key.endswith(".name")):
         draft.override(key, overrides[key])
     return draft.build()
+
+
+def _key_of(asked: object) -> Kind | None:
+    """The key under which a recipe would have this objective or method."""
+    kind = asked if inspect.isclass(asked) else type(asked)
+    return next((key for key in _LEADS if issubclass(kind, BASES[key])), None)
 
 
 def _locate(asked: str | Path) -> Path:
@@ -168,8 +201,12 @@ class _Choice:
         return cls(type(instance), {name: getattr(instance, name) for name in type(instance).model_fields})
 
 
-_SECTIONS = ("objective", "estimator", "optimizer")
+_LEADS: tuple[Kind, ...] = ("objective", "method")
+"""A recipe has one of these."""
+_SECTIONS = (*_LEADS, "estimator", "optimizer")
 _FIELDS = tuple(name for name in Recipe.model_fields if name not in _SECTIONS)
+_WITH_METHOD = ("name", "method", "batch_size")
+"""The keys that a recipe with a method may have."""
 
 
 @dataclass
@@ -181,12 +218,15 @@ class _Draft:
     estimator: dict[str, _Choice | None]
     optimizer: _Choice
     folder: Path
+    lead: Kind = "objective"
+    """Whether what stands in `objective` is one, or a method in its place."""
 
     @classmethod
     def of(cls, given: Recipe) -> Self:
         chosen = {p: None if e is None else _Choice.of(e) for p, e in given.estimator.items()}
         fields = {name: getattr(given, name) for name in _FIELDS}
-        return cls(fields, _Choice.of(given.objective), chosen, _Choice.of(given.optimizer), Path.cwd())
+        lead: Kind = "objective" if given.method is None else "method"
+        return cls(fields, _Choice.of(given.algorithm), chosen, _Choice.of(given.optimizer), Path.cwd(), lead)
 
     @classmethod
     def read(cls, table: Mapping[str, Any], name: str, folder: Path) -> Self:
@@ -197,20 +237,43 @@ class _Draft:
                     f"Recipe {fields['name']!r} has an unknown key {key!r}. "
                     f"{lookup.valid(str(key), Recipe.model_fields, 'Keys')}"
                 )
-        if "objective" not in table:
+        leads = [key for key in _LEADS if table.get(key) is not None]
+        if not leads:
             raise RecipeError(
                 f'Recipe {fields["name"]!r} names no objective; add for example objective = "elbo". '
-                f"Objectives: {', '.join(objectives())}."
+                f"Objectives: {', '.join(objectives())}. Or a method: {', '.join(available('method'))}."
             )
-        draft = cls(fields, _Choice(Objective), {"*": None}, _Choice(Optimizer), folder)
+        if len(leads) > 1:
+            raise RecipeError(
+                f"Recipe {fields['name']!r} has an objective and a method; a method finds the posterior without an "
+                f"objective, so keep one of the two keys."
+            )
+        draft = cls(fields, _Choice(Objective), {"*": None}, _Choice(Optimizer), folder, leads[0])
+        for key in table:
+            draft.check_key(key)
         for section in _SECTIONS:
-            if section in table:
+            if section in table and (section not in _LEADS or section == draft.lead):
                 draft.replace(section, table[section])
         return draft
 
+    def check_key(self, key: str) -> None:
+        """Refuses the keys of an objective beside a method."""
+        if self.lead == "method" and key in Recipe.model_fields and key not in _WITH_METHOD:
+            has = "" if self.objective.kind is Objective else f" {self.objective.kind.__name__!r}"
+            raise RecipeError(
+                f"Recipe {self.fields['name']!r} has a method{has}, and {key!r} goes with an objective; a method has "
+                f"its options in its own table, as in method = {{ name = \"nuts\", draws = 1000 }}."
+            )
+
     def replace(self, section: str, given: object) -> None:
-        if section == "objective":
-            self.objective = self.choose("objective", given, "objective")
+        self.check_key(section)
+        if section in _LEADS:
+            if section != self.lead:
+                raise RecipeError(
+                    f"Recipe {self.fields['name']!r} has an objective, and a method was asked for as well; a method "
+                    f"finds the posterior without one. Give it as the recipe: recipe={{'method': {given!r}}}."
+                )
+            self.objective = self.choose(self.lead, given, section)
         elif section == "optimizer":
             self.optimizer = self.choose_optimizer(given)
         else:
@@ -252,7 +315,7 @@ class _Draft:
             chosen = _Choice(resolve(kind, given, self.folder, f"{where} of recipe {self.fields['name']!r}"))
         else:
             raise self.wrong(
-                where, given, f"should be the name of an {kind}, or a subclass of {base.__name__}"
+                where, given, f"should be the name of {'an' if kind[0] in 'aeiou' else 'a'} {kind}, or a subclass of {base.__name__}"
             )
         self.check_options(chosen.kind, options, where)
         chosen.options |= options
@@ -260,11 +323,14 @@ class _Draft:
 
     def choices(self) -> dict[str, _Choice]:
         """Everything that has options, by its place in the recipe."""
+        if self.lead == "method":
+            return {"method": self.objective}
         chosen = {f"estimator.{p}": choice for p, choice in self.estimator.items() if choice is not None}
         return {"objective": self.objective, "optimizer": self.optimizer, **chosen}
 
     def override(self, key: str, value: object) -> None:
-        if key in _FIELDS:
+        if key in _FIELDS and not (self.lead == "method" and key in self.objective.kind.model_fields):
+            self.check_key(key)
             self.fields[key] = value
             return
         if key in _SECTIONS:
@@ -304,9 +370,12 @@ class _Draft:
                 self.replace(section, value)
             else:
                 self.estimator[rest] = self.choose_estimator(value, f"estimator.{rest}")
-        elif rest == "name" and section == "objective":
+        elif rest == "name" and section in _LEADS:
             self.replace(section, value)
         else:
+            self.check_key(section)
+            if section in _LEADS and section != self.lead:
+                self.replace(section, value)
             self.set_option(self.choices()[section], rest, value, section)
 
     def set_option(self, choice: _Choice | None, option: str, value: object, where: str) -> None:
@@ -328,6 +397,9 @@ class _Draft:
                 )
 
     def build(self) -> Recipe:
+        if self.lead == "method":
+            fields = {key: self.fields[key] for key in _WITH_METHOD if key in self.fields}
+            return self.checked(Recipe, fields | {"method": self.instance(self.objective, "method.")}, "")
         sections: dict[str, Any] = {
             "objective": self.instance(self.objective, "objective."),
             "optimizer": self.instance(self.optimizer, "optimizer."),

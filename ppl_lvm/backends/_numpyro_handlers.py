@@ -10,6 +10,7 @@ from zlib import crc32
 import jax
 import jax.numpy as jnp
 import numpyro
+from numpyro import handlers
 from numpyro.distributions import constraints
 from numpyro.primitives import Messenger
 
@@ -107,6 +108,11 @@ class Handler(Messenger):
     def postprocess_message(self, msg: Message) -> None:
         if msg["type"] == "param":
             self.found[msg["name"]] = (msg["value"], msg["kwargs"].get("constraint", constraints.real))
+
+
+def prior_of(model: Callable[..., Any]) -> Callable[..., Any]:
+    """The guide of a program that has none: its model without the observed sites, so latent sites have their prior."""
+    return handlers.block(model, hide_fn=lambda msg: msg["type"] == "sample" and msg["is_observed"])
 
 
 def site_key(key: Array, name: str) -> Array:

@@ -10,6 +10,7 @@ from zlib import crc32
 import array_api_compat.torch as xp
 import pyro
 import torch
+from pyro import poutine
 from pyro.distributions import constraints
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
@@ -137,3 +138,8 @@ class Handler(Messenger):
     def _pyro_post_sample(self, msg: Message) -> None:
         if site_is_subsample(msg):
             self.subsamples[msg["name"]] = msg["value"]
+
+
+def prior_of(model: Callable[..., Any]) -> Callable[..., Any]:
+    """The guide of a program that has none: its model without the observed sites, so latent sites have their prior."""
+    return poutine.block(model, hide_fn=lambda msg: msg["type"] == "sample" and msg["is_observed"])

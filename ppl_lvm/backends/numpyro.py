@@ -23,7 +23,16 @@ from ppl_lvm.backends._jax_dists import (
     kl,
     site_log_prob,
 )
-from ppl_lvm.backends._numpyro_handlers import Handler, Message, Namespace, Params, owned, precision, site_key
+from ppl_lvm.backends._numpyro_handlers import (
+    Handler,
+    Message,
+    Namespace,
+    Params,
+    owned,
+    precision,
+    prior_of,
+    site_key,
+)
 from ppl_lvm.backends.base import (
     Call,
     Gradients,
@@ -63,11 +72,13 @@ class NumPyroBound:
         self.program, self.dtype, self.asked_plate = program, dtype, data_plate
         self._model: Callable[..., Any] = program.model
         self._kinds = example_kinds(program)
-        self._guide: Callable[..., Any] = program.guide
+        guide = program.guide
         with precision(dtype):
             if program.portable:
                 ppl = Namespace(seed, dtype)
-                self._model, self._guide = partial(program.model, ppl), partial(program.guide, ppl)
+                self._model = partial(program.model, ppl)
+                guide = None if guide is None else partial(guide, ppl)
+            self._guide: Callable[..., Any] = prior_of(self._model) if guide is None else guide
             self._probe(self.batch(example), jax.random.key(seed), data_plate)
 
     def batch(self, call: Call) -> Call:

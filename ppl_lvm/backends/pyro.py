@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.distributions import transform_to
 
 from ppl_lvm.algorithm import Objective, Variant
-from ppl_lvm.backends._pyro_handlers import Handler, Holder, Message, Namespace, Params, sealed, seeded
+from ppl_lvm.backends._pyro_handlers import Handler, Holder, Message, Namespace, Params, prior_of, sealed, seeded
 from ppl_lvm.backends._torch_dists import GuideSite, draw, finite_support, has_kl, kl, site_log_prob
 from ppl_lvm.backends._torch_tables import equal, joined
 from ppl_lvm.backends.base import (
@@ -69,10 +69,12 @@ class PyroBound:
                     f"modules with pyro.module."
                 )
         self._model: Callable[..., Any] = program.model
-        self._guide: Callable[..., Any] = program.guide
+        guide = program.guide
         if program.portable:
             ppl = Namespace(seed, dtype)
-            self._model, self._guide = partial(program.model, ppl), partial(program.guide, ppl)
+            self._model = partial(program.model, ppl)
+            guide = None if guide is None else partial(guide, ppl)
+        self._guide: Callable[..., Any] = prior_of(self._model) if guide is None else guide
         self._kinds = example_kinds(program)
         self._holder = Holder()
         self._paths: dict[str, str] = {}

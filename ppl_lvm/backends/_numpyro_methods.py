@@ -1,0 +1,266 @@
+"""Methods on NumPyro: its AutoDelta, AutoLaplaceApproximation, NUTS and SVGD on the joint density of one vector."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+import numpyro.distributions as dist
+import optax
+from numpyro.contrib.einstein import SVGD, RBFKernel
+from numpyro.distributions.transforms import biject_to
+from numpyro.infer import MCMC, NUTS, SVI, Trace_ELBO
+from numpyro.infer.autoguide import AutoDelta, AutoLaplaceApproximation
+from numpyro.infer.initialization import init_to_uniform, init_to_value
+from numpyro.optim import optax_to_numpyro
+
+from ppl_lvm.algorithm import Method
+from ppl_lvm.backends._jax_dists import draw, site_log_prob
+from ppl_lvm.backends._numpyro_handlers import Handler, Message, Params, precision, site_key
+from ppl_lvm.backends.base import Call, Plan
+from ppl_lvm.backends.numpyro import NumPyroBound
+from ppl_lvm.backends.sampler import (
+    Outcome,
+    check_curvature,
+    check_params,
+    check_program,
+    first_finite,
+    implementation,
+    offsets,
+)
+
+Array = jax.Array
+LATENT = "latent"
+STATS = {
+    "diverging": "diverging",
+    "acceptance_rate": "accept_prob",
+    "n_steps": "num_steps",
+    "energy": "energy",
+    "step_size": "adapt_state.step_size",
+}
+"""ArviZ's names of what NumPyro's NUTS reports of every draw."""
+
+
+class Sampler:
+    """See `backends.sampler.Sampler`."""
+
+    def __init__(self, bound: NumPyroBound, batch: Call, method: Method, params: Mapping[str, Any] | None) -> None:
+        self._bound, self._batch, self._method = bound, batch, method
+        check_params(method, params is not None, bound.initial)
+        self._params = bound.initial if params is None else params
+        self._key = jax.random.key(0)
+        with precision(bound.dtype):
+            self._probe()
+
+    def _probe(self) -> None:
+        latent: dict[str, Message] = {}
+
+        def prior(msg: Message) -> Array:
+            latent[msg["name"]] = msg
+            return draw(msg["fn"], site_key(self._key, msg["name"]), self._bound.program.portable)
+
+        trace = self._run(self._params, prior)
+        sizes = {n: s["args"] for n, s in trace.items() if s["type"] == "plate"}
+        frames = {f.name: f for s in trace.values() for f in s.get("cond_indep_stack", ())}
+        subsampled = {n: (sizes[n][0], f.size) for n, f in frames.items() if sizes[n][0] != f.size}
+        continuous = {n: not s["fn"].support.is_discrete for n, s in latent.items()}
+        check_program(continuous, subsampled, type(self._method).__name__)
+        unconstrained = {n: biject_to(s["fn"].support)._inverse(s["value"]) for n, s in latent.items()}
+        self.sites = {n: tuple(v.shape) for n, v in unconstrained.items()}
+        self._parts = offsets(self.sites)
+        self._event_dims = {n: s["fn"].event_dim for n, s in latent.items()}
+        self.size = sum(p.stop - p.start for p in self._parts.values())
+
+    def _run(self, params: Params, latent: Callable[[Message], Array]) -> dict[str, Message]:
+        constrained = self._bound.constrain(params)
+        return self._bound._trace(self._bound._model, Handler(constrained, self._key, latent), self._batch)
+
+    def _joint(self, params: Params, u: Array, jacobian: bool = True) -> tuple[Array, dict[str, Array]]:
+        """Log joint density, and the sites' values, for one vector."""
+        logdet: list[Array] = []
+        values: dict[str, Array] = {}
+
+        def placed(msg: Message) -> Array:
+            name = msg["name"]
+            transform = biject_to(msg["fn"].support)
+            x = u[self._parts[name]].reshape(self.sites[name])
+            values[name] = transform(x)
+            logdet.append(transform.log_abs_det_jacobian(x, values[name]).sum())
+            return values[name]
+
+        trace = self._run(params, placed)
+        terms = [
+            (site_log_prob(s) * (1.0 if s["scale"] is None else s["scale"])).sum()
+            for s in trace.values()
+            if s["type"] == "sample"
+        ]
+        return sum(terms + (logdet if jacobian else []), jnp.zeros(())), values
+
+    def _flat(self, jacobian: bool = True, learns: bool = False) -> Callable[[], None]:
+        """The posterior as a NumPyro model of one real vector, for algorithms that take a model."""
+        held = {} if learns else dict(self._params)
+
+        def flat() -> None:
+            params = {n: numpyro.param(n, v) for n, v in self._params.items()} if learns else held
+            u = numpyro.sample(LATENT, dist.Normal(jnp.zeros(self.size), 1.0).to_event(1).mask(False))
+            numpyro.factor("log_joint", self._joint(params, u, jacobian)[0])
+
+        return flat
+
+    def _start(self, key: Array) -> Array:
+        slope = jax.jit(jax.value_and_grad(lambda u: self._joint(self._params, u)[0]))
+        radius = self._method.radius
+
+        def make(attempt: int) -> Array:
+            return jax.random.uniform(jax.random.fold_in(key, attempt), (self.size,), minval=-radius, maxval=radius)
+
+        return first_finite(make, lambda u: all(bool(jnp.isfinite(x).all()) for x in slope(u)), self._method)
+
+    def run(self, method: Method, seed: int, progress: bool) -> Outcome:
+        with precision(self._bound.dtype):
+            return implementation(method, _KNOWN)(self, method, jax.random.key(seed), progress)
+
+    def log_joint(self, params: Params, u: np.ndarray) -> np.ndarray:
+        with precision(self._bound.dtype):
+            return np.asarray(jax.lax.map(lambda v: self._joint(params, v)[0], self._vector(u)))
+
+    def values(self, params: Params, u: np.ndarray) -> dict[str, np.ndarray]:
+        sites = self._bound.structure.sites
+
+        def rows(v: Array) -> dict[str, Array]:
+            values = self._joint(params, v)[1]
+            return {n: self._bound._from_site(x, self._event_dims[n], sites[n]) for n, x in values.items()}
+
+        with precision(self._bound.dtype):
+            return {n: np.asarray(x) for n, x in jax.lax.map(rows, self._vector(u)).items()}
+
+    def _vector(self, u: np.ndarray) -> Array:
+        return jnp.asarray(u, dtype=self._bound.dtype)
+
+
+def _adam(method: Any) -> Any:
+    rates = jnp.asarray(method.rates())
+    return optax_to_numpyro(optax.adam(lambda step: rates[jnp.minimum(step, method.steps - 1)]))
+
+
+def _ascend(sampler: Sampler, flat: Any, guide: Any, method: Any, key: Array, progress: bool) -> Any:
+    return SVI(flat, guide, _adam(method), Trace_ELBO()).run(key, method.steps, progress_bar=progress)
+
+
+def _history(sampler: Sampler, losses: Array) -> dict[str, np.ndarray]:
+    loss = np.asarray(losses, dtype=np.float64) / sampler._bound.structure.rows
+    return {"step": np.arange(len(loss)), "loss": loss}
+
+
+def _map(sampler: Sampler, method: Any, key: Array, progress: bool) -> Outcome:
+    flat = sampler._flat(jacobian=method.density == "unconstrained", learns=True)
+    guide = AutoDelta(flat, init_loc_fn=init_to_value(values={LATENT: sampler._start(key)}))
+    found = _ascend(sampler, flat, guide, method, key, progress)
+    params = {n: found.params[n] for n in sampler._params}
+    u = np.asarray(found.params[f"{LATENT}_auto_loc"])
+    return Outcome(u[None, None], params, _history(sampler, found.losses))
+
+
+def _laplace(sampler: Sampler, method: Any, key: Array, progress: bool) -> Outcome:
+    flat = sampler._flat()
+    guide = AutoLaplaceApproximation(flat, init_loc_fn=init_to_value(values={LATENT: sampler._start(key)}))
+    found = _ascend(sampler, flat, guide, method, key, progress)
+
+    def cost(u: Array) -> Array:
+        return -sampler._joint(sampler._params, u)[0]
+
+    mode = found.params["auto_loc"]
+    # Looked at before the library does: it goes on with a covariance of zero where this is no precision.
+    hessian, gradient = np.asarray(jax.hessian(cost)(mode)), np.asarray(jax.grad(cost)(mode))
+    notes = check_curvature(hessian, gradient, sampler.sites)
+    normal = guide.get_posterior(found.params)
+    gaussian = np.asarray(normal.loc), np.asarray(normal.scale_tril)
+    return Outcome(gaussian[0][None, None], sampler._params, _history(sampler, found.losses), {}, gaussian, notes)
+
+
+def _nuts(sampler: Sampler, method: Any, key: Array, progress: bool) -> Outcome:
+    kernel = NUTS(
+        potential_fn=lambda z: -sampler._joint(sampler._params, z[LATENT])[0],
+        target_accept_prob=method.target_accept,
+        dense_mass=method.dense_mass,
+        max_tree_depth=method.max_tree_depth,
+    )
+    starts = jnp.stack([sampler._start(jax.random.fold_in(key, chain)) for chain in range(method.chains)])
+    chains = MCMC(
+        kernel,
+        num_warmup=method.warmup,
+        num_samples=method.draws,
+        num_chains=method.chains,
+        chain_method="sequential",
+        progress_bar=progress,
+    )
+    start = {LATENT: starts if method.chains > 1 else starts[0]}
+    chains.run(key, init_params=start, extra_fields=tuple(STATS.values()))
+    reported = chains.get_extra_fields(group_by_chain=True)
+    stats = {name: np.asarray(reported[field]) for name, field in STATS.items()}
+    return Outcome(np.asarray(chains.get_samples(group_by_chain=True)[LATENT]), sampler._params, {}, stats)
+
+
+def _svgd(sampler: Sampler, method: Any, key: Array, progress: bool) -> Outcome:
+    stein = SVGD(
+        sampler._flat(),
+        _adam(method),
+        RBFKernel(),
+        num_stein_particles=method.particles,
+        guide_kwargs={"init_loc_fn": init_to_uniform(radius=method.radius)},
+    )
+    found = stein.run(key, method.steps, progress_bar=progress)
+    force = np.asarray(found.losses, dtype=np.float64)
+    return Outcome(
+        np.asarray(found.params[f"{LATENT}_auto_loc"])[None],
+        sampler._params,
+        {"step": np.arange(len(force)), "force": force},
+    )
+
+
+_KNOWN = {"map": _map, "laplace": _laplace, "nuts": _nuts, "svgd": _svgd}
+
+
+def densities(
+    bound: NumPyroBound, params: Params, held: Call, values: Mapping[str, np.ndarray]
+) -> dict[str, np.ndarray]:
+    """`log_p` of every site given values of the latent ones: `[draws, rows]` for local sites, `[draws]` for others."""
+    sites, plan = bound.structure.sites, Plan.of_values(bound.structure, 1, len(next(iter(values.values()))))
+
+    def table(values: dict[str, Array]) -> dict[str, Array]:
+        found = bound.draws(params, held, jax.random.key(0), plan, values=values).sites
+        return {n: s.log_p[:, 0] if s.local else s.log_p for n, s in found.items()}
+
+    with precision(bound.dtype):
+        given = {n: jnp.asarray(v)[:, None] if sites[n].local else jnp.asarray(v) for n, v in values.items()}
+        return {n: np.asarray(x) for n, x in jax.jit(table)(given).items()}
+
+
+def predict(
+    bound: NumPyroBound, params: Params, held: Call, values: Mapping[str, np.ndarray], seed: int
+) -> dict[str, np.ndarray]:
+    """Observed sites drawn anew, one draw for each of the latent sites' values."""
+    sites = bound.structure.sites
+    constrained = bound.constrain(params)
+
+    def one(key: Array, values: dict[str, Array]) -> dict[str, Array]:
+        def latent(msg: Message) -> Array:
+            site = bound._to_site(values[msg["name"]], sites[msg["name"]])
+            assert site is not None
+            return site
+
+        def anew(msg: Message) -> Array:
+            return draw(msg["fn"], site_key(key, msg["name"]), bound.program.portable)
+
+        model = bound._trace(bound._model, Handler(constrained, key, latent, observed=anew), held)
+        return {n: model[n]["value"] for n, i in sites.items() if i.role == "observed"}
+
+    with precision(bound.dtype):
+        given = {n: jnp.asarray(v) for n, v in values.items()}
+        keys = jax.random.split(jax.random.key(seed), len(next(iter(given.values()))))
+        return {n: np.asarray(x) for n, x in jax.jit(jax.vmap(partial(one)))(keys, given).items()}
