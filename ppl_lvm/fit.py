@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -11,12 +11,13 @@ import numpy as np
 from ppl_lvm import backends, legality, progress
 from ppl_lvm.algorithm import Schedule
 from ppl_lvm.backends.base import Call, numbers_of
-from ppl_lvm.errors import DataError, LegalityError, PplLvmError, ProgramError
+from ppl_lvm.errors import DataError, LegalityError, PplLvmError, ProgramError, RecipeError
 from ppl_lvm.posterior import Fit, State
 from ppl_lvm.program import Program, backend_of
 from ppl_lvm.program import program as load_program
 from ppl_lvm.recipe import Recipe
 from ppl_lvm.recipe import recipe as load_recipe
+from ppl_lvm.sampled import Sampled, sample
 
 CHUNK = 100
 """Steps between two looks at the loss: progress, non-finite values. Nothing is read from the device in between."""
@@ -35,13 +36,14 @@ def fit(
     compile: str = "auto",
     data_plate: str | None = None,
     state: State | None = None,
+    params: Mapping[str, Any] | None = None,
     **overrides: Any,
 ) -> Fit:
-    """Fits a latent-variable program to data by the objective and the gradient estimators of a recipe.
+    """Fits a latent-variable program to data by the objective and the gradient estimators of a recipe, or its method.
 
     Args:
         model: a portable program (`program("vae", latent=8)` or its name), or a native model of Pyro or NumPyro.
-        guide: the native model's guide or autoguide.
+        guide: the native model's guide or autoguide; None for recipes with a method, which need none.
         data: the program's arguments: an array, a tuple of arrays or a dict by name, whose first axis is rows.
         recipe: a name, a path to a TOML file, a mapping or a Recipe; None: the program's own.
         backend: "pyro" or "numpyro"; found from a native program, the first one installed for a portable one.
@@ -51,6 +53,7 @@ def fit(
         compile: "auto", "compiled" or "eager", and on Pyro "graph" (traced, not compiled).
         data_plate: the plate of the rows where the program leaves it open; "none": the whole program is one row.
         state: of an earlier fit, to go on from to `steps` in all.
+        params: parameters by name (`run.params` of another fit) that a method holds, or `map` starts from.
         **overrides: options of the recipe, `draws=50`, `learning_rate=1e-2`, `steps=100`.
 
     Rows are shuffled once per epoch and taken `batch_size` at a time; the last, smaller batch of an epoch is left out.
@@ -69,6 +72,11 @@ def fit(
     started = time.perf_counter()
     chosen = _program(model, guide)
     how = load_recipe(chosen.recipe if recipe is None else recipe, **overrides)
+    if chosen.guide is None and how.method is None:
+        raise ProgramError(
+            f"Model {chosen.name!r} came without a guide, which recipe {how.name!r} needs; pass one, or an autoguide "
+            f"of its library, or take a recipe with a method: map, laplace, nuts, svgd."
+        )
     name = _backend(chosen, backend)
     if dtype not in ("float32", "float64"):
         raise DataError(f"dtype={dtype!r} was asked for; use 'float32' or 'float64'.")
@@ -77,6 +85,10 @@ def fit(
     messages: list[str] = []
 
     library = backends.load(name)
+    if how.objective is None:
+        return _sample(library, chosen, how, call, rows, name, seed, dtype, data_plate, state, params, progress_bar)
+    if params is not None:
+        raise RecipeError(f"params= goes with a method, and recipe {how.name!r} has an objective; leave it out.")
     bound, example, batched = _bind(library, chosen, call, rows, how, seed, dtype, data_plate, messages)
     _check_support(bound, chosen, call, example)
     plan, notes = legality.plan(how.objective, how.estimator, bound.structure)
@@ -133,10 +145,45 @@ def _program(model: Program | str | Callable[..., Any], guide: Callable[..., Any
             raise ProgramError(f"Program {model!r} brings its guide; pass a guide only beside a native model.")
         found = load_program(model)
     else:
-        if guide is None:
-            raise ProgramError(f"Model {model!r} came without a guide; pass one, or an autoguide of its library.")
         found = Program.from_callables(model, guide)
     return found
+
+
+def _sample(
+    library: Any,
+    chosen: Program,
+    how: Recipe,
+    call: Call,
+    rows: int | None,
+    name: str,
+    seed: int,
+    dtype: str,
+    data_plate: str | None,
+    state: State | None,
+    params: Mapping[str, Any] | None,
+    progress_bar: bool | None,
+) -> Sampled:
+    """A recipe's method in place of the loop, on all rows."""
+    if state is not None:
+        raise RecipeError(f"state= was given, but recipe {how.name!r} has a method, which has no steps to go on from.")
+
+    def bind(program: Program) -> Any:
+        bound = library.Bound(program, call, seed=seed, dtype=dtype, data_plate=data_plate)
+        _check_rows(bound, rows)
+        _check_support(bound, program, call, call)
+        return bound
+
+    return sample(
+        chosen,
+        how,
+        call,
+        name,
+        bind,
+        seed=seed,
+        params=params,
+        progress=progress.wanted(progress_bar),
+        messages=[],
+    )
 
 
 def _backend(chosen: Program, asked: str | None) -> str:

@@ -115,6 +115,8 @@ class Fit:
     seconds: float
     messages: list[str]
     state: State
+    lacks: Mapping[str, str] = field(default_factory=dict, kw_only=True)
+    """What this fit cannot give, by name, each with the reason (of fits by a method)."""
     _bound: Any = field(repr=False)
     _trained: Mapping[str, Any] = field(repr=False)
     _data: Call = field(repr=False)
@@ -219,7 +221,7 @@ class Fit:
             "program": self.program.name,
             "backend": self.backend,
             "recipe": self.recipe.name,
-            "objective": type(self.recipe.objective).__name__,
+            "objective": type(self.recipe.algorithm).__name__,
             "seed": self.seed,
         }
         return to_arviz(self.posterior(draws, data, seed), observed, attrs, None)

@@ -26,6 +26,7 @@ ARROWS = {
     "draws": {"algorithm", "errors", "ops"},
     "objectives": {"algorithm", "draws", "errors", "ops"},
     "estimators": {"algorithm", "draws", "errors", "ops"},
+    "methods": {"algorithm"},
     "structured": {"draws", "errors", "ops"},
     "catalogue": {"algorithm", "errors", "lookup"},
     "recipe": {"algorithm", "catalogue", "errors", "lookup"},
@@ -35,10 +36,11 @@ ARROWS = {
     "legality": {"algorithm", "backends", "draws", "errors", "estimators"},  # "auto" prefers some by name
     "to_arviz": {"errors"},
     "posterior": {"algorithm", "backends", "draws", "errors", "ops", "program", "to_arviz"},
+    "sampled": {"backends", "errors", "posterior", "program"},
     "progress": set[str](),
     "fit": {
         *("algorithm", "backend_of", "backends", "draws", "errors", "legality", "lookup", "ops", "posterior"),
-        *("program", "progress", "recipe", "to_arviz"),
+        *("program", "progress", "recipe", "sampled", "to_arviz"),
     },
     "pictures": {"datasets", "errors", "to_arviz"},
     "report": {
@@ -51,7 +53,7 @@ ARROWS = {
     },
     "": {"algorithm", "catalogue", "draws", "errors", "fit", "nets", "posterior", "program", "recipe"},
 }
-ALONE = {"objectives", "estimators"}
+ALONE = {"objectives", "estimators", "methods"}
 """Folders whose files do not import each other: adding or removing one touches no other."""
 
 SOURCES = sorted(PACKAGE.rglob("*.py"))

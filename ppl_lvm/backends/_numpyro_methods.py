@@ -12,6 +12,7 @@ import numpy as np
 import numpyro
 import numpyro.distributions as dist
 import optax
+from numpyro import handlers
 from numpyro.contrib.einstein import SVGD, RBFKernel
 from numpyro.distributions.transforms import biject_to
 from numpyro.infer import MCMC, NUTS, SVI, Trace_ELBO
@@ -78,7 +79,8 @@ class Sampler:
 
     def _run(self, params: Params, latent: Callable[[Message], Array]) -> dict[str, Message]:
         constrained = self._bound.constrain(params)
-        return self._bound._trace(self._bound._model, Handler(constrained, self._key, latent), self._batch)
+        with handlers.block():  # the library's algorithm, around the vector's model, has no business with these sites
+            return self._bound._trace(self._bound._model, Handler(constrained, self._key, latent), self._batch)
 
     def _joint(self, params: Params, u: Array, jacobian: bool = True) -> tuple[Array, dict[str, Array]]:
         """Log joint density, and the sites' values, for one vector."""

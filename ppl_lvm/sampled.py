@@ -1,0 +1,261 @@
+"""What a method gives: a fit that holds draws of the posterior where a variational one holds a guide."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ppl_lvm import backends
+from ppl_lvm.backends.base import Call
+from ppl_lvm.backends.sampler import Outcome
+from ppl_lvm.errors import DataError, PplLvmError
+from ppl_lvm.posterior import Fit, LogLikelihood, Posterior, State
+from ppl_lvm.program import Program
+
+if TYPE_CHECKING:
+    from xarray import DataTree
+
+    from ppl_lvm.algorithm import Method
+    from ppl_lvm.recipe import Recipe
+
+
+@dataclass
+class Sampled(Fit):
+    """The posterior of a program as draws, found by a method; `lacks` says what it cannot give, and why.
+
+    `stats` holds what the library reports of every draw, `[chains, draws]`. Draws belong to the rows of the fit: for
+    other rows there is a posterior only where no latent site belongs to a row.
+    """
+
+    stats: Mapping[str, np.ndarray] = field(default_factory=dict)
+    _sampler: Any = field(default=None, repr=False)
+    _outcome: Outcome = field(default=None, repr=False)  # type: ignore[assignment]
+
+    @property
+    def method(self) -> Method:
+        """The method and its options."""
+        assert self.recipe.method is not None
+        return self.recipe.method
+
+    def posterior(self, draws: int | None = None, data: object = None, seed: int = 0) -> Posterior:
+        """Draws of the posterior with the joint density of each, `[draws, rows, ...]`; None: all that there are.
+
+        Fewer are every so manieth of all chains together, more are draws that are taken again; `messages` says so.
+        A Gaussian is drawn from anew. `log_q` is NaN, as no row has a density of its own.
+
+        Raises:
+            DataError: draws < 1, or other rows than those of the fit for a program with latent sites per row.
+        """
+        call, own = self._rows_of(data)
+        values = self._values(self._take(draws, seed))
+        bound = self._bound if own else self._bound_for(call)
+        table = backends.methods(self.backend).densities(bound, self._trained, bound.batch(call), values)
+        sites, rows = bound.structure.sites, bound.structure.rows
+        count = len(next(iter(values.values())))
+        log_p = np.zeros((count, rows)) + sum(table[n] for n, i in sites.items() if i.local)
+        likelihood = {n: table[n] for n, i in sites.items() if i.local and i.role == "observed"}
+        plate = bound.structure.data_plate or "row"
+        dims = {
+            n: tuple(
+                [plate] * sites[n].local + [f"{n}_dim_{d}" for d in range(v.ndim - 1 - sites[n].local)]
+            )
+            for n, v in values.items()
+        }
+        return Posterior(values, dims, log_p, np.full_like(log_p, np.nan), likelihood)
+
+    def predictive(self, draws: int | None = 100, data: object = None, seed: int = 0) -> dict[str, np.ndarray]:
+        """Observed sites drawn anew from the posterior predictive, `[draws, rows, ...]`.
+
+        Raises:
+            DataError: as for `posterior`.
+        """
+        call, own = self._rows_of(data)
+        bound = self._bound if own else self._bound_for(call)
+        values = self._values(self._take(draws, seed))
+        return backends.methods(self.backend).predict(bound, self._trained, bound.batch(call), values, seed)
+
+    def log_likelihood(self, data: object = None, draws: int | None = 5000, seed: int = 0) -> LogLikelihood:
+        """`log (1/S) sum_s p(x_n | z_s)` per row in nats, over draws of latent sites that all rows share.
+
+        The log predictive density: held-out rows do not enter the posterior. For `map` it is that of the mode.
+
+        Raises:
+            PplLvmError: a latent site belongs to a row; `lacks` says so before.
+        """
+        self._need("log_likelihood")
+        likelihood = sum(self.posterior(draws, data, seed).log_likelihood.values())
+        peak = np.max(likelihood, 0)
+        return LogLikelihood(peak + np.log(np.mean(np.exp(likelihood - peak), 0)))
+
+    def log_evidence(self, draws: int = 1000, seed: int = 0) -> float:
+        """`log (1/S) sum_s p(x, z_s) / q(z_s)` in nats over all rows: a lower bound on `log p(x)` in expectation.
+
+        Raises:
+            PplLvmError: the method has no density q; `lacks` says so before.
+
+        Source: Geweke (1989), Bayesian Inference in Econometric Models Using Monte Carlo Integration, Econometrica 57.
+        """
+        self._need("log_evidence")
+        assert self._outcome.gaussian is not None
+        _, lower = self._outcome.gaussian
+        noise = self._noise(draws, seed)
+        log_q = -0.5 * (noise**2 + np.log(2 * np.pi)).sum(1) - np.log(np.diag(lower)).sum()
+        log_w = self._sampler.log_joint(self._trained, self._gaussian(noise)).astype(np.float64) - log_q
+        return float(log_w.max() + np.log(np.mean(np.exp(log_w - log_w.max()))))
+
+    def active_units(
+        self, threshold: float = 0.01, draws: int | None = None, data: object = None, seed: int = 0
+    ) -> dict[str, int]:
+        """As for any fit, over the rows of the fit."""
+        count = self._outcome.u.shape[0] * self._outcome.u.shape[1] if draws is None else draws
+        return super().active_units(threshold, count, data, seed)
+
+    def to_arviz(self, draws: int | None = None, data: object = None, seed: int = 0) -> DataTree:
+        """As for any fit, with the chains as they were run where all draws are asked for (None)."""
+        tree = super().to_arviz(draws, data, seed)  # type: ignore[arg-type]
+        tree.attrs.pop("objective", None)
+        tree.attrs["method"] = type(self.method).__name__
+        chains, length = self._outcome.u.shape[:2]
+        as_run = self._outcome.gaussian is None and draws in (None, chains * length)
+        for group in tree.children.values():
+            found = group.to_dataset()
+            if "draw" in found.dims and as_run:
+                flat = found.isel(chain=0, drop=True)
+                index = {"chain": ("draw", np.repeat(np.arange(chains), length))}
+                index |= {"step": ("draw", np.tile(np.arange(length), chains))}
+                split = flat.drop_vars("draw").assign_coords(index).set_index(draw=["chain", "step"]).unstack("draw")
+                found = split.rename(step="draw").transpose("chain", "draw", ...)
+            if group.name == "sample_stats":
+                found = found.drop_vars(["log_q", "log_weight"], errors="ignore")
+                if as_run:
+                    found = found.assign({n: (("chain", "draw"), v) for n, v in self.stats.items()})
+            group.dataset = found
+        return tree
+
+    def _need(self, what: str) -> None:
+        if what in self.lacks:
+            raise PplLvmError(f"A fit by method {type(self.method).__name__!r} has no {what}: {self.lacks[what]}.")
+
+    def _rows_of(self, data: object) -> tuple[Call, bool]:
+        """The rows that are asked for, and whether they are those of the fit."""
+        call = self._call(data)
+        pairs = list(zip(call.leaves, self._data.leaves, strict=False))
+        own = len(call.leaves) == len(self._data.leaves) and all(a is b or np.array_equal(a, b) for a, b in pairs)
+        if not own and "new_rows" in self.lacks:
+            raise DataError(
+                f"Other rows than those of the fit were asked for, but method {type(self.method).__name__!r} has no "
+                f"posterior for them: {self.lacks['new_rows']}."
+            )
+        return (self._data if own else call), own
+
+    def _take(self, draws: int | None, seed: int) -> np.ndarray:
+        """Unconstrained draws `[draws, D]`."""
+        if draws is not None and draws < 1:
+            raise DataError(f"draws = {draws}; ask for one or more.")
+        if self._outcome.gaussian is not None:
+            return self._gaussian(self._noise(1000 if draws is None else draws, seed))
+        every = self._outcome.u.reshape(-1, self._outcome.u.shape[-1])
+        if draws is None or draws == len(every):
+            return every
+        if draws < len(every):
+            self._say(f"posterior: {draws} of {len(every)} draws, evenly spaced over all chains")
+            return every[np.linspace(0, len(every) - 1, draws).round().astype(int)]
+        self._say(f"posterior: {draws} draws asked for and {len(every)} there, so they are taken again")
+        index = np.random.default_rng(seed).integers(len(every), size=draws - len(every))
+        return np.concatenate([every, every[index]])
+
+    def _say(self, message: str) -> None:
+        if message not in self.messages:
+            self.messages.append(message)
+
+    def _noise(self, draws: int, seed: int) -> np.ndarray:
+        return np.random.default_rng(seed).normal(size=(draws, self._outcome.u.shape[-1]))
+
+    def _gaussian(self, noise: np.ndarray) -> np.ndarray:
+        assert self._outcome.gaussian is not None
+        mean, lower = self._outcome.gaussian
+        return mean + noise @ lower.T
+
+    def _values(self, u: np.ndarray) -> dict[str, np.ndarray]:
+        return self._sampler.values(self._trained, u)
+
+
+def sample(
+    program: Program,
+    recipe: Recipe,
+    data: Call,
+    backend: str,
+    bind: Callable[[Program], Any],
+    *,
+    seed: int,
+    params: Mapping[str, Any] | None,
+    progress: bool,
+    messages: list[str],
+) -> Sampled:
+    """Runs the recipe's method on all rows; `bind(program)` binds the program, without its guide, to the data."""
+    began = time.perf_counter()
+    method = recipe.method
+    assert method is not None
+    name = type(method).__name__
+    if program.guide is not None:
+        messages.append(f"guide: not used, as method {name!r} needs none")
+    if recipe.batch_size is not None:
+        messages.append(f"batch_size: {recipe.batch_size} not used, as method {name!r} takes all rows at once")
+    bound = bind(replace(program, guide=None))
+    library, methods = backends.load(backend), backends.methods(backend)
+    sampler = methods.Sampler(bound, bound.batch(data), method, params)
+    outcome = sampler.run(method, seed, progress)
+    if not np.isfinite(outcome.u).all():
+        raise PplLvmError(
+            f"Method {name!r} ended with values that are not finite; lower learning_rate or radius, or bound the "
+            f"scales of sites {list(sampler.sites)}."
+        )
+    diverging = int(np.sum(outcome.stats.get("diverging", 0)))
+    if diverging:
+        messages.append(f"{name}: {diverging} of {outcome.u.shape[0] * outcome.u.shape[1]} draws diverged")
+    return Sampled(
+        program=program,
+        recipe=recipe,
+        backend=backend,
+        seed=seed,
+        params={n: library.to_numpy(v) for n, v in bound.constrain(outcome.params).items()},
+        history=dict(outcome.history),
+        seconds=time.perf_counter() - began,
+        messages=[*messages, *outcome.notes],
+        state=State(backend, seed, 0, name, {}),
+        lacks=_lacks(method, bound, outcome),
+        _bound=bound,
+        _trained=outcome.params,
+        _data=data,
+        stats=outcome.stats,
+        _sampler=sampler,
+        _outcome=outcome,
+    )
+
+
+def _lacks(method: Method, bound: Any, outcome: Outcome) -> dict[str, str]:
+    lacks = {
+        "log_weight": "draws have no density of their own row, so they are not weighted",
+        "state": "a method runs to its end; ask for more draws or steps in a new fit",
+        **method.lacks,
+    }
+    if outcome.gaussian is None:
+        lacks.setdefault("log_evidence", "the method gives no density of its draws; take laplace")
+    if not outcome.history:
+        lacks["loss"] = "it has no objective; look at stats and at ArviZ's r_hat and ess"
+    local = sorted(n for n, i in bound.structure.sites.items() if i.local and i.role != "observed")
+    if local:
+        where = f"inside data plate {bound.structure.data_plate!r}" if bound.structure.data_plate else "in no data plate"
+        lacks["new_rows"] = (
+            f"latent sites {local} are {where}, so their posterior is that of the rows that were fitted; fit the "
+            f"other rows, or take a variational recipe whose guide looks at the data"
+        )
+        lacks["log_likelihood"] = (
+            f"latent sites {local} are {where}, and their draws have no density of a row to weight them by; take a "
+            f"variational recipe, or log_evidence of laplace"
+        )
+    return lacks
