@@ -24,13 +24,14 @@ from ppl_lvm.algorithm import Method
 from ppl_lvm.backends._jax_dists import draw, site_log_prob
 from ppl_lvm.backends._numpyro_handlers import Handler, Message, Params, precision, site_key
 from ppl_lvm.backends.base import Call, Plan
-from ppl_lvm.backends.numpyro import NumPyroBound
+from ppl_lvm.backends.numpyro import NumPyroBound, is_tree
 from ppl_lvm.backends.sampler import (
     Outcome,
     check_curvature,
     check_params,
     check_program,
     first_finite,
+    given_params,
     implementation,
     offsets,
 )
@@ -53,10 +54,23 @@ class Sampler:
     def __init__(self, bound: NumPyroBound, batch: Call, method: Method, params: Mapping[str, Any] | None) -> None:
         self._bound, self._batch, self._method = bound, batch, method
         check_params(method, params is not None, bound.initial)
-        self._params = bound.initial if params is None else params
+        self._params = bound.initial
+        if params is not None:
+            self._params = self._given(params)
         self._key = jax.random.key(0)
         with precision(bound.dtype):
             self._probe()
+
+    def _given(self, params: Mapping[str, Any]) -> dict[str, Any]:
+        """The model's parameters among those given, unconstrained."""
+        bound = self._bound
+        with precision(bound.dtype):
+            initial = bound.constrain(bound.initial)
+            trees = {n for n, v in initial.items() if is_tree(v)}
+            arrays = {n: v.shape for n, v in initial.items() if n not in trees}
+            found = {n: bound._unconstrain(n, v) for n, v in given_params(params, arrays).items()}
+            # A module's parameters are a tree, whose shapes the module itself would complain of.
+            return found | {n: bound._unconstrain(n, params[n]) for n in trees & params.keys()}
 
     def _probe(self) -> None:
         latent: dict[str, Message] = {}

@@ -10,7 +10,7 @@ import numpy as np
 
 from ppl_lvm.algorithm import Method
 from ppl_lvm.backends.base import Call
-from ppl_lvm.errors import BackendError, LegalityError, PplLvmError, ProgramError
+from ppl_lvm.errors import BackendError, DataError, LegalityError, PplLvmError, ProgramError
 
 TRIES = 100
 """Starting points that are tried until the density is finite."""
@@ -72,6 +72,18 @@ def check_params(method: Method, given: bool, params: Mapping[str, Any]) -> None
             f"stay at their initial values. Pass params=run.params of a fit that trained them, or sample them from a "
             f"prior, or take 'map', which trains them along."
         )
+
+
+def given_params(given: Mapping[str, Any], shapes: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """The model's parameters among those given; others, of a guide for example, are left aside."""
+    missing = sorted(shapes.keys() - given.keys())
+    if missing:
+        raise DataError(f"params= lacks {missing[:5]} of the model's parameters; found {sorted(given)[:10]}.")
+    found = {n: np.asarray(given[n]) for n in shapes}
+    wrong = {n: (v.shape, tuple(shapes[n])) for n, v in found.items() if v.shape != tuple(shapes[n])}
+    if wrong:
+        raise DataError(f"params= has other shapes than the model (given, needed): {wrong}.")
+    return found
 
 
 def implementation(method: Method, known: Mapping[str, Callable[..., Outcome]]) -> Callable[..., Outcome]:
