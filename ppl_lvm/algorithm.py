@@ -294,7 +294,8 @@ class Method(Algorithm):
 class Ascent(Method):
     """A method that climbs the log joint density with Adam.
 
-    The learning rate of step t is `learning_rate decay^(t / (steps - 1))`, so that the last steps are short ones.
+    The learning rate stays over the first half of the steps; then it falls exponentially, to `learning_rate decay` at
+    the last, so that the search settles. It can go about `learning_rate steps / 2` far in unconstrained values.
     """
 
     steps: int = Field(default=2000, ge=1)
@@ -305,7 +306,8 @@ class Ascent(Method):
         """The learning rate of every step, `[steps]`.
 
         Example:
-            >>> Ascent(steps=3, learning_rate=1.0, decay=0.01).rates().round(6).tolist()
-            [1.0, 0.1, 0.01]
+            >>> Ascent(steps=5, learning_rate=1.0, decay=0.01).rates().round(6).tolist()
+            [1.0, 1.0, 1.0, 0.1, 0.01]
         """
-        return self.learning_rate * self.decay ** (np.arange(self.steps) / max(self.steps - 1, 1))
+        done = np.arange(self.steps) / max(self.steps - 1, 1)
+        return self.learning_rate * self.decay ** np.maximum(2.0 * done - 1.0, 0.0)

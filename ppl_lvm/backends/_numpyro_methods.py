@@ -30,6 +30,7 @@ from ppl_lvm.backends.sampler import (
     check_curvature,
     check_params,
     check_program,
+    check_slope,
     first_finite,
     given_params,
     implementation,
@@ -178,8 +179,15 @@ def _map(sampler: Sampler, method: Any, key: Array, progress: bool) -> Outcome:
     guide = AutoDelta(flat, init_loc_fn=init_to_value(values={LATENT: sampler._start(key)}))
     found = _ascend(sampler, flat, guide, method, key, progress)
     params = {n: found.params[n] for n in sampler._params}
-    u = np.asarray(found.params[f"{LATENT}_auto_loc"])
-    return Outcome(u[None, None], params, _history(sampler, found.losses))
+    u = found.params[f"{LATENT}_auto_loc"]
+
+    def slope(u: Array) -> Array:
+        return jax.grad(lambda u: -sampler._joint(params, u, method.density == "unconstrained")[0])(u)
+
+    gradient = slope(u)
+    curved = jax.jvp(slope, (u,), (gradient,))[1]
+    notes = check_slope(np.asarray(gradient, dtype=np.float64), np.asarray(curved, dtype=np.float64))
+    return Outcome(np.asarray(u)[None, None], params, _history(sampler, found.losses), notes=notes)
 
 
 def _laplace(sampler: Sampler, method: Any, key: Array, progress: bool) -> Outcome:

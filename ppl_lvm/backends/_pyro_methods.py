@@ -17,6 +17,7 @@ from pyro.infer.autoguide.initialization import init_to_value
 from torch import Tensor
 from torch.distributions import biject_to
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils import _pytree as pytree
 
 from ppl_lvm.algorithm import Method
 from ppl_lvm.backends._pyro_handlers import Handler, Message, Params, sealed, seeded
@@ -28,6 +29,7 @@ from ppl_lvm.backends.sampler import (
     check_curvature,
     check_params,
     check_program,
+    check_slope,
     first_finite,
     given_params,
     implementation,
@@ -93,17 +95,29 @@ class Sampler:
     def density(self) -> Callable[[Tensor], Tensor]:
         """The log joint density under held parameters, as a graph of torch operations where it can be traced."""
         held = {n: p.detach() for n, p in self._params.items()}
+        return self._traced(lambda u: self.joint(held, u)[0])[0]
 
-        def density(u: Tensor) -> Tensor:
-            return self.joint(held, u)[0]
-
+    def _traced(self, f: Callable[[Tensor], Any]) -> tuple[Callable[[Tensor], Any], bool]:
+        """A function of the vector as a graph, and whether that is one; as it is if the graph would not be the same."""
         points = torch.linspace(-1.0, 1.0, self.size), torch.linspace(0.5, -0.5, self.size)
         try:
-            graph = make_fx(density)(points[0])
+            graph = make_fx(f)(points[0])
         except RuntimeError:  # a program that looks at values, or at its own randomness, runs through the handlers
-            return density
+            return f, False
         # A branch on a value would be frozen as it was at the first point.
-        return graph if torch.equal(graph(points[1]), density(points[1])) else density
+        found, wanted = (pytree.tree_leaves(g(points[1])) for g in (graph, f))
+        same = all(torch.equal(x, y) for x, y in zip(found, wanted, strict=True))
+        return (graph, True) if same else (f, False)
+
+    def _over_draws(self, f: Callable[[Tensor], dict[str, Tensor]], u: np.ndarray) -> dict[str, np.ndarray]:
+        """A function of the vector for every draw `[draws, D]`."""
+        vectors = torch.as_tensor(u, dtype=getattr(torch, self._bound.dtype))
+        with sealed(self._bound.dtype), torch.no_grad():
+            function, graph = self._traced(f)
+            if graph:
+                return {n: x.numpy() for n, x in torch.func.vmap(function)(vectors).items()}
+            found = [f(v) for v in vectors]
+        return {n: torch.stack([x[n] for x in found]).numpy() for n in found[0]}
 
     def start(self, seed: int) -> Tensor:
         """A starting point with a finite density and gradient."""
@@ -126,22 +140,18 @@ class Sampler:
             return implementation(method, _KNOWN)(self, method, seed, progress)
 
     def log_joint(self, params: Params, u: np.ndarray) -> np.ndarray:
-        with sealed(self._bound.dtype), torch.no_grad():
-            return np.array([float(self.joint(params, self._vector(v))[0]) for v in u])
+        return self._over_draws(lambda v: {LATENT: self.joint(params, v)[0]}, u)[LATENT]
 
     def values(self, params: Params, u: np.ndarray) -> dict[str, np.ndarray]:
         sites, bound = self._bound.structure.sites, self._bound
-        bound._sizes = (1, 1)
-        rows: list[dict[str, np.ndarray]] = []
-        with sealed(bound.dtype), torch.no_grad():
-            for v in u:
-                values = self.joint(params, self._vector(v))[1]
-                table = {n: bound._from_site(x, self._event_dims[n], sites[n]) for n, x in values.items()}
-                rows.append({n: (x[0, 0] if sites[n].local else x[0]).numpy() for n, x in table.items()})
-        return {n: np.stack([r[n] for r in rows]) for n in self.sites}
 
-    def _vector(self, u: np.ndarray) -> Tensor:
-        return torch.as_tensor(u, dtype=getattr(torch, self._bound.dtype))
+        def rows(v: Tensor) -> dict[str, Tensor]:
+            bound._sizes = (1, 1)
+            values = self.joint(params, v)[1]
+            table = {n: bound._from_site(x, self._event_dims[n], sites[n]) for n, x in values.items()}
+            return {n: x[0, 0] if sites[n].local else x[0] for n, x in table.items()}
+
+        return self._over_draws(rows, u)
 
     def flat(self, density: Callable[[Tensor], Tensor]) -> Callable[[], None]:
         """The posterior as a Pyro model of one real vector, or of particles, for algorithms that take a model."""
@@ -189,7 +199,11 @@ def _map(sampler: Sampler, method: Any, seed: int, progress: bool) -> Outcome:
     guide = AutoDelta(flat, init_loc_fn=init_to_value(values={LATENT: sampler.start(seed)}))
     history = _ascend(sampler, flat, guide, method)
     params = {n: pyro.param(f"param.{n}").detach().clone() for n in sampler._params}
-    return Outcome(guide.median()[LATENT].detach().numpy()[None, None], params, history)
+    mode = guide.median()[LATENT].detach().clone().requires_grad_(True)
+    gradient = torch.autograd.grad(-sampler.joint(params, mode, jacobian)[0], mode, create_graph=True)[0]
+    curved = torch.autograd.grad(gradient, mode, gradient.detach())[0] if gradient.requires_grad else 0.0 * gradient
+    notes = check_slope(gradient.detach().double().numpy(), curved.detach().double().numpy())
+    return Outcome(mode.detach().numpy()[None, None], params, history, notes=notes)
 
 
 def _laplace(sampler: Sampler, method: Any, seed: int, progress: bool) -> Outcome:

@@ -118,6 +118,18 @@ def first_finite(make: Callable[[int], Any], finite: Callable[[Any], bool], meth
     )
 
 
+def check_slope(gradient: np.ndarray, curved: np.ndarray) -> tuple[str, ...]:
+    """Notes a search that ended on a slope; `curved` is the Hessian of `-log p` times its gradient.
+
+    Along the gradient the density could still rise by about `(g.g)^2 / (2 g.Hg)` nats, without end if g.Hg <= 0.
+    """
+    square, bend = float(gradient @ gradient), float(gradient @ curved)
+    gain = 0.0 if square == 0.0 else square**2 / (2.0 * bend) if bend > 0 else np.inf
+    if square > 1e-12 and gain > 0.01:
+        return (f"map: the search ended about {gain:.2g} nats below a mode of the latent sites; ask for more steps",)
+    return ()
+
+
 def check_curvature(
     hessian: np.ndarray, gradient: np.ndarray, sites: Mapping[str, tuple[int, ...]]
 ) -> tuple[str, ...]:
