@@ -169,8 +169,8 @@ def compare(
     chosen, hows = _choose(program, options, _names(recipes, "--recipes"), overrides)
     where = _installed() if backends is None else [_usable(name) for name in _names(backends, "--backends")]
     found = _fit_all(chosen, hows, _load(data), where, range(seeds), draws, out)
-    if len(hows) > 1:
-        _print(report.difference_table(report.differences(found)))
+    if compared := report.differences(found):
+        _print(report.difference_table(compared))
     if out is not None:
         typer.echo(f"Wrote the runs to {out}")
 
@@ -290,7 +290,8 @@ def _fit_all(
         what = f"{program.name} on {dataset.name}: {recipe.name} on {backend}, seed {seed}"
         typer.echo(f"[{len(found) + 1}/{len(cells)}] {what}", err=True)
         found.append(_fit(program, recipe, dataset, backend, seed, draws, folder))
-        typer.echo(f"{found[-1].log_likelihood:.3f} nats per held-out row", err=True)
+        figure = found[-1].log_likelihood
+        typer.echo("no held-out figure" if figure is None else f"{figure:.3f} nats per held-out row", err=True)
     _print(report.table(found))
     return found
 

@@ -205,7 +205,8 @@ def sample(
         messages.append(f"guide: not used, as method {name!r} needs none")
     if recipe.batch_size is not None:
         messages.append(f"batch_size: {recipe.batch_size} not used, as method {name!r} takes all rows at once")
-    bound = bind(replace(program, guide=None))
+    program = replace(program, guide=None)
+    bound = bind(program)
     library, methods = backends.load(backend), backends.methods(backend)
     sampler = methods.Sampler(bound, bound.batch(data), method, params)
     outcome = sampler.run(method, seed, progress)
