@@ -83,9 +83,8 @@ class Recipe(BaseModel):
         return chosen
 
     def __hash__(self) -> int:
-        return hash(
-            (self.name, self.objective, self.method, *self.estimator.items(), self.steps, self.batch_size, self.optimizer)
-        )
+        of_objective = (*self.estimator.items(), self.steps, self.optimizer)
+        return hash((self.name, self.objective, self.method, self.batch_size, *of_objective))
 
     def estimator_for(self, site: str) -> Estimator | None:
         """The estimator of the most specific pattern that matches a site; None if the engine is to choose.
@@ -146,9 +145,9 @@ def recipe(
     elif isinstance(asked, str | Path):
         path = _locate(asked)
         draft = _Draft.read(_parse(path), path.stem, path.parent)
-    elif (key := _key_of(asked)) is not None:
+    elif (lead := _key_of(asked)) is not None:
         name = (asked if inspect.isclass(asked) else type(asked)).__name__
-        draft = _Draft.read({key: asked}, name, Path.cwd())
+        draft = _Draft.read({lead: asked}, name, Path.cwd())
     else:
         raise RecipeError(
             f"A recipe was asked for by {asked!r}, of type {type(asked).__name__}; give a name, a path to a "
@@ -314,9 +313,8 @@ class _Draft:
         elif isinstance(given, str):
             chosen = _Choice(resolve(kind, given, self.folder, f"{where} of recipe {self.fields['name']!r}"))
         else:
-            raise self.wrong(
-                where, given, f"should be the name of {'an' if kind[0] in 'aeiou' else 'a'} {kind}, or a subclass of {base.__name__}"
-            )
+            article = "an" if kind[0] in "aeiou" else "a"
+            raise self.wrong(where, given, f"should be the name of {article} {kind}, or a subclass of {base.__name__}")
         self.check_options(chosen.kind, options, where)
         chosen.options |= options
         return chosen

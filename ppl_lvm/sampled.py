@@ -250,7 +250,8 @@ def _lacks(method: Method, bound: Any, outcome: Outcome) -> dict[str, str]:
         lacks["loss"] = "it has no objective; look at stats and at ArviZ's r_hat and ess"
     local = sorted(n for n, i in bound.structure.sites.items() if i.local and i.role != "observed")
     if local:
-        where = f"inside data plate {bound.structure.data_plate!r}" if bound.structure.data_plate else "in no data plate"
+        plate = bound.structure.data_plate
+        where = "in no data plate" if plate is None else f"inside data plate {plate!r}"
         lacks["new_rows"] = (
             f"latent sites {local} are {where}, so their posterior is that of the rows that were fitted; fit the "
             f"other rows, or take a variational recipe whose guide looks at the data"

@@ -86,7 +86,7 @@ def test_a_program_is_one_dropped_file(
     assert found.arguments == ("x", "y")
     assert found.summary == "A point and its noise."
     assert found.model(None, None) == ("model", 5, 1.0, (3, 4), "a", None)
-    assert found.guide(None, None) == ("guide", 5, 4)
+    assert found.guide is not None and found.guide(None, None) == ("guide", 5, 4)
     assert found.options_of("guide") == {"latent": 5, "steps": 4}
     assert dict(found.options) == {
         "extra": None, "kind": "a", "latent": 5, "scale": 1.0, "sizes": (3, 4), "steps": 4

@@ -744,6 +744,7 @@ def counts(kind: type) -> np.ndarray:
 @on_both
 def test_counts_as_integers_are_the_same_as_floats(backend: Backend, name: str) -> None:
     chosen = program(name)
+    assert chosen.guide is not None
     runs = [
         portable(backend, chosen.model, chosen.guide, {"x": counts(kind)}).loss(elbo(), {"*": pathwise()})
         for kind in (float, int)

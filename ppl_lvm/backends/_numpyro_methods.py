@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from functools import partial
 from typing import Any
 
 import jax
@@ -258,7 +257,8 @@ def densities(
 
     def table(values: dict[str, Array]) -> dict[str, Array]:
         found = bound.draws(params, held, jax.random.key(0), plan, values=values).sites
-        return {n: s.log_p[:, 0] if s.local else s.log_p for n, s in found.items()}
+        log_p = {n: s.log_p for n, s in found.items() if s.log_p is not None}
+        return {n: p[:, 0] if sites[n].local else p for n, p in log_p.items()}
 
     with precision(bound.dtype):
         given = {n: jnp.asarray(v)[:, None] if sites[n].local else jnp.asarray(v) for n, v in values.items()}
@@ -287,4 +287,4 @@ def predict(
     with precision(bound.dtype):
         given = {n: jnp.asarray(v) for n, v in values.items()}
         keys = jax.random.split(jax.random.key(seed), len(next(iter(given.values()))))
-        return {n: np.asarray(x) for n, x in jax.jit(jax.vmap(partial(one)))(keys, given).items()}
+        return {n: np.asarray(x) for n, x in jax.jit(jax.vmap(one))(keys, given).items()}

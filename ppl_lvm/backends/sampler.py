@@ -9,7 +9,6 @@ from typing import Any, Protocol
 import numpy as np
 
 from ppl_lvm.algorithm import Method
-from ppl_lvm.backends.base import Call
 from ppl_lvm.errors import BackendError, DataError, LegalityError, PplLvmError, ProgramError
 
 TRIES = 100
@@ -52,11 +51,11 @@ def check_program(continuous: Mapping[str, bool], subsampled: Mapping[str, tuple
     discrete = [site for site, smooth in continuous.items() if not smooth]
     if discrete:
         raise LegalityError(
-            f"Method {name!r} needs continuous latent sites, but {discrete} are discrete. Sum them out in the model, or "
-            f"take an objective, whose estimators (enumerate, score, rloo) serve them."
+            f"Method {name!r} needs continuous latent sites, but {discrete} are discrete. Sum them out in the model, "
+            f"or take an objective, whose estimators (enumerate, score, rloo) serve them."
         )
     if not continuous:
-        raise ProgramError(f"Method {name!r} was asked for, but the model has no latent sites, so there is no posterior.")
+        raise ProgramError(f"Method {name!r} was asked for, but the model has no latent sites to have a posterior.")
     for plate, (size, taken) in subsampled.items():
         raise ProgramError(
             f"The program subsamples plate {plate!r} itself ({taken} of {size}), so method {name!r} would see one part "
