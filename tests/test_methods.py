@@ -216,7 +216,7 @@ def test_nuts_has_the_posterior_within_its_standard_error(run: Callable[..., Sam
 
 @slow_on_numpyro
 def test_svgd_moments(run: Callable[..., Sampled], backend: str) -> None:
-    found = run("shared", "svgd", backend, steps=800, particles=10)
+    found = run("shared", "svgd", backend, steps=1200, decay=1e-3, particles=10)
     variance = 1 / (1 / PRIOR**2 + len(X) / NOISE**2)
     mean = variance * X.sum() / NOISE**2
     mu = found.posterior(None).values["mu"]
