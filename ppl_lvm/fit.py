@@ -13,12 +13,13 @@ from ppl_lvm import backends, legality, progress
 from ppl_lvm.algorithm import GuideFamily, Schedule
 from ppl_lvm.backends.base import Call, numbers_of
 from ppl_lvm.data import Batches, Missing, check_missing, check_observed, is_batches, observe, read
-from ppl_lvm.errors import DataError, LegalityError, PplLvmError, ProgramError
+from ppl_lvm.errors import DataError, LegalityError, PplLvmError, ProgramError, RecipeError
 from ppl_lvm.posterior import Fit, State
 from ppl_lvm.program import Program, backend_of
 from ppl_lvm.program import program as load_program
 from ppl_lvm.recipe import Recipe
 from ppl_lvm.recipe import recipe as load_recipe
+from ppl_lvm.sampled import Sampled, sample
 
 CHUNK = 100
 """Steps between two looks at the loss: progress, non-finite values. Nothing is read from the device in between."""
@@ -39,14 +40,16 @@ def fit(
     missing: Missing = None,
     observed: Mapping[str, str] | None = None,
     state: State | None = None,
+    params: Mapping[str, Any] | None = None,
     **overrides: Any,
 ) -> Fit:
-    """Fits a latent-variable program to data by the objective and the gradient estimators of a recipe.
+    """Fits a latent-variable program to data by the objective and the gradient estimators of a recipe, or its method.
 
     Args:
         model: a portable program (`program("vae", latent=8)` or its name), or a native model of Pyro or NumPyro.
         guide: the native model's guide or autoguide; or a family that writes one from the model, by name
-            ("auto_normal", "multivariate_normal", "low_rank", "flow", "amortized", "delta"), for any program.
+            ("auto_normal", "multivariate_normal", "low_rank", "flow", "amortized", "delta"), for any program. None
+            for recipes with a method, which need none.
         data: the program's arguments, whose first axis is rows: an array (NumPy, torch, JAX), a tuple of arrays, a
             dict by name, a data frame, a list of ragged sequences, or batches (a DataLoader); see below.
         recipe: a name, a path to a TOML file, a mapping or a Recipe; None: the program's own.
@@ -59,6 +62,7 @@ def fit(
         missing: "mask" leaves out the densities of entries that are NaN (or -1 among integers); None refuses them.
         observed: `{site: argument}` for observed sites that are not called like the data argument they have.
         state: of an earlier fit, to go on from to `steps` in all.
+        params: parameters by name (`run.params` of another fit) that a method holds, or `map` starts from.
         **overrides: options of the recipe, `draws=50`, `learning_rate=1e-2`, `steps=100`.
 
     Rows are shuffled once per epoch and taken `batch_size` at a time; the last, smaller batch of an epoch is left out.
@@ -110,6 +114,12 @@ def fit(
         call = call.with_rows(rows)
 
     library = backends.load(name)
+    if how.objective is None:
+        return _sample(
+            library, chosen, how, call, rows, name, seed, dtype, data_plate, state, params, progress_bar, messages
+        )
+    if params is not None:
+        raise RecipeError(f"params= goes with a method, and recipe {how.name!r} has an objective; leave it out.")
     bound, example, batched = _bind(library, chosen, call, rows, how, seed, dtype, data_plate, messages)
     if rows is not None and bound.row_params:
         size, call = len(example.leaves[0]), call.with_rows(rows)
@@ -181,17 +191,61 @@ def _program(model: Program | str | Callable[..., Any], guide: Callable[..., Any
 
 
 def _guided(chosen: Program, how: Recipe, messages: list[str]) -> Program:
-    """The program with the recipe's family of guides in place of its own guide."""
+    """The program with the recipe's family of guides in place of its own guide; a method needs neither."""
+    if how.method is not None:
+        return chosen
     if how.guide is not None:
         if chosen.guide is not None:
             messages.append(f"guide: {type(how.guide).__name__}, in place of the program's own")
         return replace(chosen, guide=how.guide)
     if chosen.guide is None:
         raise ProgramError(
-            f"Model {chosen.name!r} came without a guide; pass one, an autoguide of its library, or the name of a "
-            f"family, as in guide='auto_normal'."
+            f"Model {chosen.name!r} came without a guide, which recipe {how.name!r} needs; pass one, an autoguide of "
+            f"its library, or the name of a family, as in guide='auto_normal', or take a recipe with a method: map, "
+            f"laplace, nuts, svgd."
         )
     return chosen
+
+
+def _sample(
+    library: Any,
+    chosen: Program,
+    how: Recipe,
+    call: Call,
+    rows: int | None,
+    name: str,
+    seed: int,
+    dtype: str,
+    data_plate: str | None,
+    state: State | None,
+    params: Mapping[str, Any] | None,
+    progress_bar: bool | None,
+    messages: list[str],
+) -> Sampled:
+    """A recipe's method in place of the loop, on all rows."""
+    if state is not None:
+        raise RecipeError(f"state= was given, but recipe {how.name!r} has a method, which has no steps to go on from.")
+    if call.sample:
+        raise DataError(f"Recipe {how.name!r} has a method, which takes all rows at once; pass arrays, not batches.")
+
+    def bind(program: Program) -> Any:
+        bound = library.Bound(program, call, seed=seed, dtype=dtype, data_plate=data_plate, total=rows)
+        _check_rows(bound, rows)
+        check_observed(program, bound.structure)
+        _check_values(bound, program, call, call)
+        return bound
+
+    return sample(
+        chosen,
+        how,
+        call,
+        name,
+        bind,
+        seed=seed,
+        params=params,
+        progress=progress.wanted(progress_bar),
+        messages=messages,
+    )
 
 
 def _backend(chosen: Program, asked: str | None) -> str:

@@ -28,6 +28,7 @@ ARROWS = {
     "guides": {"algorithm", "errors", "latents", "nets", "ops"},
     "objectives": {"algorithm", "draws", "errors", "ops"},
     "estimators": {"algorithm", "draws", "errors", "ops"},
+    "methods": {"algorithm"},
     "structured": {"draws", "errors", "ops"},
     "catalogue": {"algorithm", "errors", "lookup"},
     "recipe": {"algorithm", "catalogue", "errors", "lookup"},
@@ -40,10 +41,11 @@ ARROWS = {
     "fitted": {"backends", "errors", "lookup", "program"},
     "predict": {"backends", "errors", "fitted"},
     "posterior": {"backends", "data", "errors", "fitted", "legality", "lookup", "predict", "program", "to_arviz"},
+    "sampled": {"backends", "errors", "fitted", "posterior", "predict", "program"},
     "progress": set[str](),
     "fit": {
         *("algorithm", "backend_of", "backends", "data", "draws", "errors", "legality", "lookup", "ops", "posterior"),
-        *("program", "progress", "recipe", "to_arviz"),
+        *("program", "progress", "recipe", "sampled", "to_arviz"),
     },
     "facades": {
         *("algorithm", "backends", "catalogue", "draws", "errors", "estimators", "legality", "lookup", "ops"),
@@ -63,7 +65,7 @@ ARROWS = {
         *("program", "recipe"),
     },
 }
-ALONE = {"objectives", "estimators", "guides"}
+ALONE = {"objectives", "estimators", "guides", "methods"}
 """Folders whose files do not import each other: adding or removing one touches no other."""
 
 SOURCES = sorted(PACKAGE.rglob("*.py"))
