@@ -33,6 +33,7 @@ class Kind(StrEnum):
     recipes = "recipes"
     objectives = "objectives"
     estimators = "estimators"
+    methods = "methods"
     datasets = "datasets"
     backends = "backends"
 
@@ -44,6 +45,7 @@ class Thing(StrEnum):
     recipe = "recipe"
     objective = "objective"
     estimator = "estimator"
+    method = "method"
     dataset = "dataset"
 
 
@@ -168,8 +170,8 @@ def compare(
     chosen, hows = _choose(program, options, _names(recipes, "--recipes"), overrides)
     where = _installed() if backends is None else [_usable(name) for name in _names(backends, "--backends")]
     found = _fit_all(chosen, hows, _load(data), where, range(seeds), draws, out)
-    if len(hows) > 1:
-        _print(report.difference_table(report.differences(found)))
+    if compared := report.differences(found):
+        _print(report.difference_table(compared))
     if out is not None:
         typer.echo(f"Wrote the runs to {out}")
 
@@ -218,7 +220,7 @@ def show(
     kind: Annotated[Thing, typer.Argument(help="What it is.")],
     name: Annotated[str, typer.Argument(help="Its name, or its path where it is a file of yours.")],
 ) -> None:
-    """Show one program, recipe, objective, estimator or data set: what it is and its options."""
+    """Show one program, recipe, objective, estimator, method or data set: what it is and its options."""
     from ppl_lvm import listing
 
     typer.echo(listing.describe(kind.value, name))
@@ -289,7 +291,8 @@ def _fit_all(
         what = f"{program.name} on {dataset.name}: {recipe.name} on {backend}, seed {seed}"
         typer.echo(f"[{len(found) + 1}/{len(cells)}] {what}", err=True)
         found.append(_fit(program, recipe, dataset, backend, seed, draws, folder))
-        typer.echo(f"{found[-1].log_likelihood:.3f} nats per held-out row", err=True)
+        figure = found[-1].log_likelihood
+        typer.echo("no held-out figure" if figure is None else f"{figure:.3f} nats per held-out row", err=True)
     _print(report.table(found))
     return found
 

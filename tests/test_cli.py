@@ -13,7 +13,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from ppl_lvm import cli, report
-from ppl_lvm.catalogue import estimators, objectives
+from ppl_lvm.catalogue import available, estimators, objectives
 from ppl_lvm.datasets import datasets
 from ppl_lvm.errors import LegalityError
 from ppl_lvm.program import Program, programs
@@ -35,6 +35,7 @@ class FakeRun:
     seed: int
     data: np.ndarray
     seconds: float = 1.5
+    lacks: dict[str, str] = field(default_factory=dict)
     messages: tuple[str, ...] = ("compiled nothing",)
     history: dict[str, np.ndarray] = field(default_factory=lambda: {"step": np.arange(2), "loss": np.ones(2)})
 
@@ -289,6 +290,7 @@ def test_the_engine_itself_fits_and_fills_a_run_folder(
         ("recipes", recipes()),
         ("objectives", objectives()),
         ("estimators", estimators()),
+        ("methods", available("method")),
         ("datasets", datasets()),
         ("backends", cli.BACKENDS),
     ],
@@ -357,6 +359,7 @@ def test_every_name_that_is_listed_can_be_shown() -> None:
         ("recipe", recipes()),
         ("objective", objectives()),
         ("estimator", estimators()),
+        ("method", available("method")),
     ):
         for name in names:
             assert done("show", kind, name).strip()

@@ -60,6 +60,7 @@ def rows() -> np.ndarray:
 def test_value_and_gradient_are_the_engines(name: str, options: dict[str, Any]) -> None:
     """At one key, the loss in nats and the gradient of every group of unconstrained parameters."""
     how = recipe(name, **options)
+    assert how.objective is not None
     loss = numpyro_loss(name, **options)
     with precision("float64"):
         x = jnp.asarray(rows())

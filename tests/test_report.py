@@ -58,6 +58,7 @@ class FakeRun:
     recipe: Recipe = field(default_factory=lambda: recipe("iwae", draws=7))
     backend: str = "numpyro"
     seconds: float = 12.34
+    lacks: dict[str, str] = field(default_factory=dict)
     history: dict[str, np.ndarray] = field(
         default_factory=lambda: {"step": np.array([1, 2]), "loss": np.array([3.5, 2.25])}
     )

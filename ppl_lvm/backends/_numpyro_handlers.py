@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import numpyro
+from numpyro import handlers
 from numpyro.distributions import constraints
 from numpyro.primitives import Messenger
 
@@ -300,6 +301,11 @@ def _scanned(handler: Handler, f: Callable[[Any, Any], Any], init: Any, xs: Any,
         handler.trace[name] = {**msg, "fn": fn, "value": value, "log_prob": log_prob.sum(0)}
         del handler.trace[name]["step"]
     return carry, ys
+
+
+def prior_of(model: Callable[..., Any]) -> Callable[..., Any]:
+    """The guide of a program that has none: its model without the observed sites, so latent sites have their prior."""
+    return handlers.block(model, hide_fn=lambda msg: msg["type"] == "sample" and msg["is_observed"])
 
 
 def site_key(key: Array, name: str) -> Array:

@@ -12,6 +12,7 @@ import array_api_compat.torch as xp
 import numpy as np
 import pyro
 import torch
+from pyro import poutine
 from pyro.distributions import constraints
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
@@ -295,3 +296,8 @@ def joined_steps(sites: dict[str, Message]) -> dict[str, Message]:
         }
         del whole[name]["step"]
     return whole
+
+
+def prior_of(model: Callable[..., Any]) -> Callable[..., Any]:
+    """The guide of a program that has none: its model without the observed sites, so latent sites have their prior."""
+    return poutine.block(model, hide_fn=lambda msg: msg["type"] == "sample" and msg["is_observed"])

@@ -37,6 +37,7 @@ from ppl_lvm.backends._numpyro_handlers import (
     owned,
     plates_of,
     precision,
+    prior_of,
     site_key,
 )
 from ppl_lvm.backends._numpyro_state import after_run, changed, evaluation, is_key, next_states
@@ -97,12 +98,10 @@ class NumPyroBound:
         self.total = size if total is None else total
         self._kinds = example_kinds(program)
         guide = program.guide
-        assert guide is not None
         asked = program.takes_rows
         family = guide if isinstance(guide, GuideFamily) else None
         self._missing = JaxMissing(program)
         self.joint_dims = self._missing.joint_dims
-        self._guide: Callable[..., Any] = guide
         with precision(dtype):
             key, batch = jax.random.key(seed), self.batch(example)
             ppl = Namespace(seed, dtype, self.total) if program.portable or family is not None else None
@@ -110,12 +109,13 @@ class NumPyroBound:
             if ppl is not None and size is not None:
                 batch = self.batch(example.with_rows(size))
             self._model = given_rows(partial(program.model, ppl) if program.portable else program.model, ppl, asked)
+            self._guide: Callable[..., Any] = prior_of(self._model)
             if family is not None:
                 latents = self._latents(batch, key, data_plate)
                 self._guide = given_rows(written(family, ppl, latents, program.arguments), ppl)
-            elif program.portable:
+            elif guide is not None and program.portable:
                 self._guide = given_rows(partial(guide, ppl), ppl)
-            else:
+            elif guide is not None:
                 self._guide = given_rows(self._own(guide), None, asked)
             self._probe(batch, key, data_plate)
         self.row_params = row_params(program, ppl, self.initial, self.total)

@@ -33,6 +33,7 @@ from ppl_lvm.backends._pyro_handlers import (
     Params,
     joined_steps,
     of_step,
+    prior_of,
     sealed,
     seeded,
 )
@@ -92,13 +93,12 @@ class PyroBound:
         size = len(example.leaves[0]) if example.leaves and np.ndim(example.leaves[0]) else None
         self.total = size if total is None else total
         guide = program.guide
-        assert guide is not None
         asked = program.takes_rows
         family = guide if isinstance(guide, GuideFamily) else None
         self._ppl = ppl = Namespace(seed, dtype, self.total) if program.portable or family is not None else None
         self._model = given_rows(partial(program.model, ppl) if program.portable else program.model, ppl, asked)
-        self._guide: Callable[..., Any] = guide
-        if family is None:
+        self._guide: Callable[..., Any] = prior_of(self._model)
+        if guide is not None and family is None:
             self._guide = given_rows(partial(guide, ppl) if program.portable else guide, ppl, asked)
         if ppl is not None and size is not None:
             example = example.with_rows(size)
