@@ -19,7 +19,7 @@ from ppl_lvm import ops
 from ppl_lvm.algorithm import Algorithm, Estimator, GuideFamily, Objective, Schedule, SiteDistribution
 from ppl_lvm.draws import Draws, Plate
 from ppl_lvm.errors import BackendError, ProgramError
-from ppl_lvm.latents import Discrete, Latent, PlateOf, Sketch
+from ppl_lvm.latents import Discrete, Latent, PlateOf, Sketch, check_plates
 from ppl_lvm.ops import Array
 
 if TYPE_CHECKING:
@@ -312,6 +312,7 @@ def written(
     family: GuideFamily, ppl: Any, latents: Sequence[Latent], arguments: Sequence[str]
 ) -> Callable[..., None]:
     """The guide that a family writes for these sites, called like the model."""
+    check_plates(type(family).__name__, latents)
 
     def guide(*args: Any, **kwargs: Any) -> None:
         data = {**dict(zip(arguments, args, strict=False)), **kwargs}
