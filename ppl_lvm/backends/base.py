@@ -61,6 +61,8 @@ class SiteInfo:
     """A guide site whose value is no draw (a factor): it has a density and needs no estimator."""
     point: bool = False
     """Its distribution is a point (Delta): the value is a function of parameters or of other guide sites."""
+    parameterised: bool = False
+    """A point whose value or density looks at parameters, whatever else it looks at."""
     scanned: bool = False
     """The guide draws it inside the library's own scan, which no estimator reaches."""
 

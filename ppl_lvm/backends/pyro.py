@@ -349,15 +349,36 @@ class PyroBound:
 
         with torch.no_grad():
             guide, model = parents(self._guide), parents(self._model)
+        parameterised = self._parameterised(structure, batch, values, subsamples)
         sites = {
             n: replace(
                 info,
+                parameterised=n in parameterised,
                 guide_parents=guide.get(n, frozenset()) - {n},
                 model_parents=model.get(n, frozenset()) - {n},
             )
             for n, info in structure.sites.items()
         }
         return replace(structure, sites=sites)
+
+    def _parameterised(
+        self, structure: Structure, batch: Call, values: Mapping[str, Tensor], subsamples: Mapping[str, Tensor]
+    ) -> frozenset[str]:
+        """Points that a gradient reaches parameters through while all sites before them stay where they are."""
+        points = [n for n, i in structure.sites.items() if i.point]
+        if not points:
+            return frozenset()
+
+        def replayed(msg: Message) -> None:
+            msg["value"] = of_step(values[msg["name"]], msg)
+
+        with torch.enable_grad():
+            params = {n: p.detach().requires_grad_() for n, p in self.initial.items()}
+            trace = self._trace(self._guide, Handler(self.constrain(params), replayed, subsamples), batch, params)
+            found = {n: trace[n]["fn"] for n in points}
+            return frozenset(
+                n for n, fn in found.items() if (at := fn.rsample()).requires_grad or fn.log_prob(at).requires_grad
+            )
 
     def constrain(self, params: Params) -> dict[str, Tensor]:
         """Constrained values of unconstrained parameters."""
