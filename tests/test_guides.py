@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import cache
+from importlib import import_module
 from typing import Any
 
 import jax
@@ -15,16 +16,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from harness import BACKENDS
-from scipy.special import expit, log_softmax, logit
+from harness import BACKENDS, Engine, z_scores
+from oracle import log_mean_exp_by_transform
+from scipy.special import expit, log_softmax, logit, logsumexp
 from scipy.stats import multivariate_normal as gaussian
 from scipy.stats import norm
 from toys import Array, Backend, Ppl
 
+from ppl_lvm import fit
 from ppl_lvm.algorithm import GuideFamily
 from ppl_lvm.backends.base import Call
 from ppl_lvm.backends.numpyro import NumPyroBound, precision
 from ppl_lvm.backends.pyro import PyroBound
+from ppl_lvm.errors import DataError, ProgramError, RecipeError
 from ppl_lvm.estimators.pathwise import pathwise
 from ppl_lvm.estimators.score import score
 from ppl_lvm.guides.amortized import amortized
@@ -35,6 +39,7 @@ from ppl_lvm.guides.low_rank import low_rank
 from ppl_lvm.guides.multivariate_normal import multivariate_normal
 from ppl_lvm.legality import plan
 from ppl_lvm.objectives.elbo import elbo
+from ppl_lvm.objectives.iwae import iwae
 from ppl_lvm.program import Program
 
 on_both = pytest.mark.parametrize("backend", BACKENDS)
@@ -91,12 +96,17 @@ class Fitted:
     """A model with a family's guide, bound to data; NumPy arrays in and out."""
 
     def __init__(
-        self, backend: Backend, model: Callable[..., None], family: GuideFamily, data: Mapping[str, np.ndarray]
+        self,
+        backend: Backend,
+        model: Callable[..., None],
+        family: GuideFamily,
+        data: Mapping[str, np.ndarray],
+        total: int | None = None,
     ) -> None:
         self.jax = backend == "numpyro"
         kind: Callable[..., Any] = NumPyroBound if self.jax else PyroBound
         program = Program("toy", model, family, portable=True, arguments=tuple(data))
-        self.bound = kind(program, Call.of(dict(data)), seed=0, dtype="float64")
+        self.bound = kind(program, Call.of(dict(data)), seed=0, dtype="float64", total=total)
         self.batch = self.bound.batch(Call.of(dict(data)).with_rows(len(next(iter(data.values())))))
         rng = np.random.default_rng(1)
         self.params = {
@@ -112,7 +122,11 @@ class Fitted:
             return {n: np.asarray(v) for n, v in found.items()}
 
     def run(
-        self, objective: Any, estimators: Mapping[str, Any], values: Mapping[str, np.ndarray] | None = None
+        self,
+        objective: Any,
+        estimators: Mapping[str, Any],
+        values: Mapping[str, np.ndarray] | None = None,
+        total_rows: int | None = None,
     ) -> tuple[dict[str, dict[str, np.ndarray]], float, dict[str, np.ndarray]]:
         """The table of one run, and the loss and the gradients of another with the same values."""
         chosen = plan(objective, estimators, self.bound.structure)[0]
@@ -121,7 +135,9 @@ class Fitted:
             sites = self.bound.draws(params, self.batch, key, chosen, values=values).sites
             table = {n: {"value": s.value, "log_q": s.log_q, "log_p": s.log_p} for n, s in sites.items()}
             drawn = {n: s.value for n, s in sites.items() if n in values}
-            found = self.bound.gradients(params, self.batch, key, chosen, objective, values=drawn)
+            found = self.bound.gradients(
+                params, self.batch, key, chosen, objective, values=drawn, total_rows=total_rows
+            )
             return table, found.loss, found.params
 
         with precision("float64"):
@@ -362,3 +378,212 @@ def test_backends_agree(family: str) -> None:
         np.testing.assert_allclose(others[name], expected, rtol=0, atol=1e-10 * scale, err_msg=name)
         assert np.abs(expected).max() > 1e-8 or "lower" in name
     np.testing.assert_allclose(other, loss, rtol=1e-10)
+
+
+# Rows: mini-batches, bounds per row.
+
+
+def rows_model(ppl: Ppl, x: Array) -> None:
+    """Two latents a row, the second positive."""
+    with ppl.plate("data", len(x)):
+        z = ppl.sample("z", ppl.dist.Normal(0.0 * x, 1.0))
+        s = ppl.sample("s", ppl.dist.LogNormal(0.0 * x, 1.0))
+        ppl.sample("x", ppl.dist.Normal(z, s), obs=x)
+
+
+X6 = np.random.default_rng(5).normal(size=6)
+OF_ROWS = [n for n in FAMILIES if n != "amortized"]
+
+
+@on_both
+@pytest.mark.parametrize("family", OF_ROWS)
+def test_a_step_moves_the_parameters_of_its_rows_only(backend: Backend, family: str) -> None:
+    run = fit(rows_model_of(backend), data=X6, guide=family, backend=backend, batch_size=2, steps=1, dtype="float64")
+    tables = {n: v for n, v in run.params.items() if n in run._bound.row_params}
+    assert tables and all(len(v) == 6 for v in tables.values())
+    moved = set()
+    for name, table in tables.items():
+        values, counts = np.unique(table.reshape(6, -1), axis=0, return_counts=True)
+        # Every row starts at the same bits; those outside the batch still have them.
+        still = values[counts.argmax()]
+        assert counts.max() == 4, name
+        moved.add(tuple(np.flatnonzero((table.reshape(6, -1) != still).any(1))))
+    assert len(moved) == 1 and len(moved.pop()) == 2
+
+
+def rows_model_of(backend: Backend) -> Program:
+    return Program("rows", rows_model, None, portable=True, arguments=("x",))
+
+
+def of_rows(backend: Backend, family: str, index: np.ndarray) -> Fitted:
+    """Bound to these rows of six."""
+    fitted = Fitted(backend, rows_model, FAMILIES[family], {"x": X6[index]}, total=6)
+    fitted.batch = fitted.bound.batch(Call.of({"x": X6[index], "rows": index}))
+    return fitted
+
+
+@pytest.mark.parametrize("backend", ["pyro", pytest.param("numpyro", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("family", OF_ROWS)
+def test_gradients_of_a_mini_batch(backend: Backend, family: str) -> None:
+    """N/B times that of all rows for the batch's own parameters, and zero for the others; order does not matter."""
+    objective, estimators = elbo(draws=2), {"*": score() if family == "low_rank" else pathwise()}
+    whole = of_rows(backend, family, np.arange(6))
+    names = [i.name for i in whole.bound.structure.drawn() if not i.point]
+    drawn, _, _ = whole.run(objective, estimators)
+    values = {n: drawn[n]["value"] for n in names}
+    _, loss, gradient = whole.run(objective, estimators, values)
+    index = np.array([4, 1, 5, 0, 3, 2])
+    turned = of_rows(backend, family, index)
+    turned.params = whole.params
+    _, again, other = turned.run(objective, estimators, {n: v[:, :, index] for n, v in values.items()})
+    np.testing.assert_allclose(again, loss, rtol=1e-12)
+    for name, expected in gradient.items():
+        np.testing.assert_allclose(other[name], expected, atol=1e-10, err_msg=name)
+    part = of_rows(backend, family, index[:2])
+    part.params = whole.params
+    _, _, few = part.run(objective, estimators, {n: v[:, :, index[:2]] for n, v in values.items()}, total_rows=6)
+    for name in part.bound.row_params:
+        assert (few[name][[0, 2, 3, 5]] == 0).all(), name
+        assert np.abs(few[name][[1, 4]]).max() > 1e-3 or "lower" in name
+        np.testing.assert_allclose(few[name][[1, 4]], 3 * gradient[name][[1, 4]], atol=1e-9, err_msg=name)
+
+
+@on_both
+def test_all_rows_are_a_batch_of_all_rows(backend: Backend) -> None:
+    losses = [
+        fit(
+            *(rows_model_of(backend), X6),
+            guide="delta",
+            backend=backend,
+            batch_size=size,
+            steps=3,
+            dtype="float64",
+        ).history["loss"]
+        for size in (None, 6)
+    ]
+    np.testing.assert_allclose(losses[0], losses[1], rtol=1e-12)
+
+
+def linear_rows_model(ppl: Ppl, x: Array) -> None:
+    with ppl.plate("data", len(x)):
+        z1 = ppl.sample("z1", ppl.dist.Normal(0.0 * x, 1.0))
+        z2 = ppl.sample("z2", ppl.dist.Normal(0.0 * x, 1.0))
+        ppl.sample("x", ppl.dist.Normal(z1 + 0.5 * z2, 0.7), obs=x)
+
+
+@pytest.mark.parametrize("backend", ["pyro", pytest.param("numpyro", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("family", ["multivariate_normal", "low_rank", "flow"])
+def test_bounds_per_row(backend: Backend, family: str) -> None:
+    """IWAE-5 of three rows: the mean of 2,000 runs against quadrature over the noise of the engine's own weights.
+
+    Of the quadrature, E w = p(x) in closed form shows that it is complete.
+    """
+    x = np.array([0.4, -1.3, 2.1])
+    engine = Engine(backend, linear_rows_model, FAMILIES[family], {"x": x}, portable=True)
+    rng = np.random.default_rng(7)
+    for name, value in sorted(engine.bound.initial.items()):
+        start = np.asarray(value)
+        shift = rng.normal(size=start.shape)
+        # Wide enough that weights have a variance: scales near one.
+        start = np.zeros_like(start) - 0.2 + 0.1 * shift if name.endswith("scale") else start + 0.3 * shift
+        engine.bound.initial[name] = engine._array(start)
+    site = "auto.rows.noise" if family == "flow" else "auto.rows"
+    estimators = {"*": pathwise()}
+    nodes = np.arange(-8.0, 8.01, 0.25)
+    e = np.stack(np.meshgrid(nodes, nodes, indexing="ij"), -1).reshape(-1, 2)
+    log_mass = (norm.logpdf(e).sum(-1) + 2 * np.log(0.25))[:, None] + np.zeros((1, 3))
+    u = np.repeat(e[:, None], 3, 1)
+    if family != "flow":
+        p = {n: np.asarray(v) for n, v in engine.bound.constrain(engine.bound.initial).items()}
+        L = np.linalg.cholesky(covariances(family, p, "rows"))
+        u = p["auto.rows.loc"] + np.einsum("nij,knj->kni", L, u)
+    sites = engine.sites(iwae(draws=len(e)), {"*": score()}, values={site: u[None]})
+    log_w = sites["z1"].log_p + sites["z2"].log_p + sites["x"].log_p
+    log_w = (log_w - np.sum([sites[n].log_q for n in sites if n != "x"], axis=0))[0]
+    evidence = norm.logpdf(x, 0.0, np.sqrt(1.25 + 0.49))
+    np.testing.assert_allclose(logsumexp(log_mass + log_w, axis=0), evidence, atol=1e-6)
+    with jax.enable_x64(True):
+        bound = np.asarray(log_mean_exp_by_transform(jnp.asarray(log_mass.T), jnp.asarray(log_w.T), 5, 20.0))
+    assert (bound < evidence).all() and (bound > evidence - 2.0).all()
+    found = engine.loss(iwae(draws=5), estimators, runs=2000)
+    assert abs(z_scores(-found.value, bound.sum())) < 4.5
+
+
+# Refusals.
+
+
+def counts_model(ppl: Ppl, x: Array) -> None:
+    with ppl.plate("data", len(x)):
+        k = ppl.sample("k", ppl.dist.Poisson(1.0 + 0.0 * x))
+        ppl.sample("x", ppl.dist.Normal(1.0 * k, 1.0), obs=x)
+
+
+def parts_model(ppl: Ppl, x: Array) -> None:
+    with ppl.plate("parts", 10, subsample_size=3, dim=-2):
+        w = ppl.sample("w", ppl.dist.Normal(0.0 * x[:1], 1.0))
+    with ppl.plate("data", len(x), dim=-1):
+        ppl.sample("x", ppl.dist.Normal(ppl.xp.sum(w), 1.0), obs=x)
+
+
+def global_model(ppl: Ppl, x: Array) -> None:
+    g = ppl.sample("g", ppl.dist.Normal(0.0 * ppl.xp.sum(x), 1.0))
+    with ppl.plate("data", len(x)):
+        ppl.sample("x", ppl.dist.Normal(g, 1.0), obs=x)
+
+
+@on_both
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_families_refuse(backend: Backend, family: str) -> None:
+    with pytest.raises(ProgramError, match="Bernoulli, Categorical or OneHotCategorical; 'k' is Poisson.*sum it out"):
+        Fitted(backend, counts_model, FAMILIES[family], {"x": X6})
+    words = f"Guide '{family}' has no parameters for site 'w' in plate 'parts', which is subsampled .3 of 10."
+    with pytest.raises(ProgramError, match=words):
+        Fitted(backend, parts_model, FAMILIES[family], {"x": X6})
+
+
+@on_both
+def test_what_single_families_refuse(backend: Backend) -> None:
+    with pytest.raises(ProgramError, match="'amortized' encodes .* sites .'g'. are outside a data plate.*auto_normal"):
+        Fitted(backend, global_model, FAMILIES["amortized"], {"x": X6})
+    with pytest.raises(ProgramError, match="'delta' cannot move the discrete site 'h'; sum it out"):
+        Fitted(backend, mixed_model, FAMILIES["delta"], {"x": X})
+
+
+def test_an_unknown_family_offers_the_nearest() -> None:
+    with pytest.raises(RecipeError, match="(?s)auto_norml.*auto_normal"):
+        fit(Program("rows", rows_model, None, portable=True, arguments=("x",)), X6, guide="auto_norml", steps=1)
+
+
+@on_both
+def test_parameters_of_rows_say_nothing_of_new_rows(backend: Backend) -> None:
+    run = fit(rows_model_of(backend), X6, guide="auto_normal", backend=backend, steps=1)
+    with pytest.raises(DataError, match="'auto.s.loc'.*entry for every row.*refit"):
+        run.log_likelihood(X6[:3], draws=2)
+    assert np.isfinite(run.log_likelihood(draws=2).mean)
+
+
+# Native programs that ask for the row indices.
+
+
+@on_both
+def test_native_programs_get_the_indices_of_their_rows(backend: Backend) -> None:
+    """Row n has data n, and an offset of its own that only its index can pick."""
+    ppl, dist = import_module(backend), import_module(f"{backend}.distributions")
+    xp = import_module("torch" if backend == "pyro" else "jax.numpy")
+    data = np.arange(6.0)
+
+    def model(x: Array, rows: Array) -> None:
+        with ppl.plate("data", len(x)):
+            z = ppl.sample("z", dist.Normal(0.0 * x, 1.0))
+            ppl.sample("x", dist.Normal(z + x - 1.0 * rows, 1.0), obs=x)
+            ppl.factor("right", -1e6 * (x - rows) ** 2)
+
+    def guide(x: Array, rows: Array) -> None:
+        loc = ppl.param("loc", xp.zeros(6) if backend == "numpyro" else torch.zeros(6, dtype=torch.float64))
+        with ppl.plate("data", len(x)):
+            ppl.sample("z", dist.Normal(loc[rows], 1.0))
+
+    run = fit(model, guide, data, "elbo", batch_size=2, steps=9, learning_rate=0.1, dtype="float64")
+    # One wrong index would cost a million nats.
+    assert np.abs(run.history["loss"]).max() < 100.0
+    assert (run.params["loc"] != 0).all() and run.params["loc"].shape == (6,)
