@@ -308,7 +308,7 @@ class NumPyroBound:
                 continue
             fn, frames = site["fn"], site["cond_indep_stack"]
             plates = tuple(PlateOf(f.name, f.dim, sizes[f.name][0], f.size) for f in frames)
-            transform = biject_to(fn.support)
+            transform = None if fn.support.is_discrete else biject_to(fn.support)
 
             def unconstrained(site: str = name, transform: Any = transform) -> list[np.ndarray]:
                 return [np.asarray(transform._inverse(r[site]["value"])) for r in runs]
@@ -420,15 +420,37 @@ class NumPyroBound:
             }
 
         parents = eval_provenance(densities, **values)
+        parameterised = self._parameterised(batch, values, key)
         sites = {
             name: replace(
                 info,
+                parameterised=name in parameterised,
                 guide_parents=frozenset(parents["guide"].get(name, ())) - {name},
                 model_parents=frozenset(parents["model"].get(name, ())) - {name},
             )
             for name, info in self.structure.sites.items()
         }
         return replace(self.structure, sites=sites)
+
+    def _parameterised(self, batch: Call, values: dict[str, Array], key: Array) -> frozenset[str]:
+        """Points that look at parameters while all sites before them stay where they are."""
+        points = [n for n, i in self.structure.sites.items() if i.point]
+        if not points:
+            return frozenset()
+
+        def places(params: Params) -> dict[str, list[Array]]:
+            handler = Handler(
+                {**self.constrain(params), **self.states},
+                key,
+                lambda m: of_step(values[m["name"]], m),
+                scanned=values,
+                unrolled=True,
+            )
+            trace = self._trace(self._guide, handler, batch)
+            return {n: jax.tree.leaves(trace[n]["fn"]) for n in points}
+
+        found = eval_provenance(places, params=self.initial)
+        return frozenset(n for n, looks in found.items() if any(jax.tree.leaves(looks, is_leaf=_is_set)))
 
     def _cast(self, value: Any) -> Any:
         """Floats in this fit's precision."""
@@ -862,6 +884,10 @@ class NumPyroBound:
 
 def _static(plan: Plan) -> Hashable:
     return plan.K, plan.M, plan.requests, tuple(plan.estimators.items())
+
+
+def _is_set(value: Any) -> bool:
+    return isinstance(value, frozenset)
 
 
 def is_tree(value: Any) -> bool:

@@ -248,7 +248,7 @@ class PyroBound:
                 continue
             fn, frames = site["fn"], [f for f in site["cond_indep_stack"] if f.vectorized]
             plates = tuple(PlateOf(f.name, f.dim, f.full_size or f.size, f.size) for f in frames)
-            transform = biject_to(fn.support)
+            transform = None if fn.support.is_discrete else biject_to(fn.support)
 
             def unconstrained(site: str = name, transform: Any = transform) -> list[np.ndarray]:
                 return [transform.inv(r[site]["value"]).numpy() for r in runs]
@@ -346,9 +346,11 @@ class PyroBound:
 
         with torch.no_grad():
             guide, model = parents(self._guide), parents(self._model)
+        parameterised = self._parameterised(structure, batch, values, subsamples)
         sites = {
             n: replace(
                 info,
+                parameterised=n in parameterised,
                 guide_parents=guide.get(n, frozenset()) - {n},
                 model_parents=model.get(n, frozenset()) - {n},
             )
@@ -372,6 +374,25 @@ class PyroBound:
                 lambda: bool(self._constraints[name].check(value).all() and inverse().isfinite().all()),
             )
             return inverse()
+
+    def _parameterised(
+        self, structure: Structure, batch: Call, values: Mapping[str, Tensor], subsamples: Mapping[str, Tensor]
+    ) -> frozenset[str]:
+        """Points that a gradient reaches parameters through while all sites before them stay where they are."""
+        points = [n for n, i in structure.sites.items() if i.point]
+        if not points:
+            return frozenset()
+
+        def replayed(msg: Message) -> None:
+            msg["value"] = of_step(values[msg["name"]], msg)
+
+        with torch.enable_grad():
+            params = {n: p.detach().requires_grad_() for n, p in self.initial.items()}
+            trace = self._trace(self._guide, Handler(self.constrain(params), replayed, subsamples), batch, params)
+            found = {n: trace[n]["fn"] for n in points}
+            return frozenset(
+                n for n, fn in found.items() if (at := fn.rsample()).requires_grad or fn.log_prob(at).requires_grad
+            )
 
     def constrain(self, params: Params) -> dict[str, Tensor]:
         """Constrained values of unconstrained parameters."""
