@@ -141,7 +141,8 @@ def numpyro_loss(objective: Any = "elbo", *, data_plate: str | None = None, **op
 
 
 def _scheduled(how: Recipe) -> list[str]:
-    owners: dict[str, Algorithm] = {"objective": how.algorithm, **{f"estimator.{p}": e for p, e in how.estimator.items() if e is not None}}
+    estimators = {f"estimator.{p}": e for p, e in how.estimator.items() if e is not None}
+    owners: dict[str, Algorithm] = {"objective": how.algorithm, **estimators}
     return [f"{o}.{n}" for o, a in owners.items() for n, v in a.numbers().items() if isinstance(v, Schedule)]
 
 
