@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from ppl_lvm import legality
-from ppl_lvm.algorithm import Objective, Schedule
+from ppl_lvm.algorithm import Algorithm, Objective, Schedule
 from ppl_lvm.backends.base import Plan, Structure
 from ppl_lvm.errors import LegalityError, ProgramError, RecipeError
 from ppl_lvm.posterior import Fit
@@ -29,7 +29,7 @@ def _without_loop(asker: str, asked: Any, options: Mapping[str, Any]) -> tuple[R
             f"them."
         )
     if how.objective is None:
-        raise RecipeError(f"Recipe {how.name!r} has a method, which is no loss; {asker} needs an objective.")
+        raise RecipeError(f"Recipe {how.name!r} has a method, which is no loss of SVI; run it with fit.")
     return how, how.objective
 
 
@@ -141,7 +141,8 @@ def numpyro_loss(objective: Any = "elbo", *, data_plate: str | None = None, **op
 
 
 def _scheduled(how: Recipe) -> list[str]:
-    owners = {"objective": how.algorithm, **{f"estimator.{p}": e for p, e in how.estimator.items() if e is not None}}
+    estimators = {f"estimator.{p}": e for p, e in how.estimator.items() if e is not None}
+    owners: dict[str, Algorithm] = {"objective": how.algorithm, **estimators}
     return [f"{o}.{n}" for o, a in owners.items() for n, v in a.numbers().items() if isinstance(v, Schedule)]
 
 

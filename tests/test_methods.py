@@ -14,8 +14,9 @@ import numpy as np
 import pyro
 import pytest
 import torch
+from torch.utils.data import DataLoader, TensorDataset
 
-from ppl_lvm import fit, program, recipe
+from ppl_lvm import fit, program, pyro_loss, recipe
 from ppl_lvm.errors import DataError, LegalityError, PplLvmError, ProgramError, RecipeError
 from ppl_lvm.report import difference_table, differences, measure, table
 from ppl_lvm.sampled import Sampled
@@ -32,7 +33,7 @@ SOURCES = {
     # mu ~ N(0, 2), z_n ~ N(mu, 1), x_n ~ N(z_n, 0.5): Gaussian in (mu, z).
     "local": """
 def model(ppl, x):
-    mu = ppl.sample("mu", ppl.dist.Normal(0.0 * x[0], 2.0))
+    mu = ppl.sample("mu", ppl.dist.Normal(0.0, 2.0))
     with ppl.plate("data", len(x)):
         z = ppl.sample("z", ppl.dist.Normal(mu, 1.0))
         ppl.sample("x", ppl.dist.Normal(z, 0.5), obs=x)
@@ -40,7 +41,7 @@ def model(ppl, x):
     # mu ~ N(0, 2), x_n ~ N(mu, 0.5).
     "shared": """
 def model(ppl, x):
-    mu = ppl.sample("mu", ppl.dist.Normal(0.0 * x[0], 2.0))
+    mu = ppl.sample("mu", ppl.dist.Normal(0.0, 2.0))
     with ppl.plate("data", len(x)):
         ppl.sample("x", ppl.dist.Normal(mu, 0.5), obs=x)
 """,
@@ -71,6 +72,26 @@ def model(ppl, x):
     with ppl.plate("data", len(x), subsample_size=2) as i:
         ppl.sample("x", ppl.dist.Normal(mu, 0.5), obs=x[i])
 """,
+    # z_0 = mu ~ N(0, 2), z_t ~ N(z_{t-1}, s_t), s_t ~ LogNormal(0, 0.5), x_t ~ N(z_t, 0.5): a scan with a Jacobian.
+    "steps": """
+def model(ppl, x):
+    mu = ppl.sample("mu", ppl.dist.Normal(0.0 * x[0, 0], 2.0))
+    with ppl.plate("data", len(x)):
+        def step(z, t):
+            scale = ppl.sample("scale", ppl.dist.LogNormal(0.0 * z, 0.5))
+            z = ppl.sample("z", ppl.dist.Normal(z, scale))
+            return z, z
+        _, z = ppl.scan(step, mu + 0.0 * x[:, 0], length=3)
+        ppl.sample("x", ppl.dist.Normal(ppl.xp.moveaxis(z, 0, -1), 0.5).to_event(1), obs=x)
+""",
+    # y_n ~ N(0, 1), x_n ~ N(mu + y_n, 0.5).
+    "labels": """
+def model(ppl, x, y):
+    mu = ppl.sample("mu", ppl.dist.Normal(0.0 * x[0], 2.0))
+    with ppl.plate("data", len(x)):
+        y = ppl.sample("y", ppl.dist.Normal(0.0 * x, 1.0), obs=y)
+        ppl.sample("x", ppl.dist.Normal(mu + y, 0.5), obs=x)
+""",
     # Eight schools (Rubin 1981), not centred.
     "schools": """
 def model(ppl, y, sigma):
@@ -94,7 +115,7 @@ def write(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Any]:
     @cache
     def write(name: str) -> Any:
         path = Path(folder) / f"{name}.py"
-        guide = GUIDE.replace("*data", "y, sigma" if name == "schools" else "x")
+        guide = GUIDE.replace("*data", {"schools": "y, sigma", "labels": "x, y"}.get(name, "x"))
         path.write_text(f'"""A program."""\n{SOURCES[name]}\n{guide}')
         return program(path)
 
@@ -403,6 +424,98 @@ def test_messages_name_what_is_not_used(write: Callable[[str], Any]) -> None:
     assert "guide: not used, as method 'map' needs none" in found.messages
     assert "batch_size: 2 not used, as method 'map' takes all rows at once" in found.messages
     assert any("nats below a mode" in message for message in found.messages)
+
+
+@slow_on_numpyro
+def test_steps_of_a_scan_are_parts_of_the_vector(write: Callable[[str], Any], backend: str) -> None:
+    x = np.array([[0.3, -0.2, 0.5], [1.0, 0.4, 1.1]])
+    found = run_of(write("steps"), "map", backend, data=x, steps=2, learning_rate=0.01, density="unconstrained")
+    u = np.linspace(-1.0, 1.0, 13)[None]
+    sites, values = found._sampler.sites, {n: v[0] for n, v in found._values(u).items()}
+    assert sites == {"mu": (), "scale": (2, 3), "z": (2, 3)}
+    assert {n: v.shape for n, v in values.items()} == {"mu": (), "scale": (2, 3), "z": (2, 3)}
+    np.testing.assert_allclose(values["scale"], np.exp(u[0, 1:7].reshape(2, 3)))
+    np.testing.assert_allclose(values["z"], u[0, 7:].reshape(2, 3))
+
+    def normal(x: np.ndarray, loc: np.ndarray, scale: Any) -> float:
+        return float(np.sum(-0.5 * ((x - loc) / scale) ** 2 - np.log(scale) - 0.5 * np.log(2 * np.pi)))
+
+    # In u = log scale a log-normal is a normal: its density times the Jacobian.
+    before = np.concatenate([np.full((2, 1), u[0, 0]), values["z"][:, :-1]], 1)
+    exact = normal(u[0, :1], np.zeros(1), 2.0) + normal(u[0, 1:7], np.zeros(6), 0.5)
+    exact += normal(values["z"], before, values["scale"]) + normal(x, values["z"], 0.5)
+    np.testing.assert_allclose(found._sampler.log_joint(found._trained, u), [exact], rtol=1e-10)
+    posterior = found.posterior(None)
+    assert posterior.values["z"].shape == (1, 2, 3)
+    assert posterior.log_p_global is not None
+    whole = posterior.log_p.sum(1) + posterior.log_p_global + np.log(posterior.values["scale"]).sum()
+    np.testing.assert_allclose(whole, found._sampler.log_joint(found._trained, found._outcome.u[0]), rtol=1e-10)
+
+
+@on_both
+def test_shared_draws_stand_where_a_guide_would(run: Callable[..., Sampled], backend: str) -> None:
+    """Every question to a fit is answered by the method's draws, never by those of the prior, at `mu` about 0."""
+    found = run("shared", "map", backend, steps=600)
+    mu = found.posterior(1).values["mu"]
+    assert abs(mu[0]) > 0.5
+    np.testing.assert_allclose(found.decode({}, rows=2)["x"], np.broadcast_to(mu, (1, 2)), rtol=1e-6)
+    asked = found.do({}, rows=2, draws=3), found.do({}, data=X, draws=3), found.conditional({}, 2, draws=3).values
+    for made in asked:
+        np.testing.assert_allclose(made["mu"], np.repeat(mu, 3), rtol=1e-6)
+    at_mode = -0.5 * ((X - mu[0]) ** 2 / NOISE**2 + np.log(2 * np.pi * NOISE**2))
+    np.testing.assert_allclose(found.pointwise(2), np.broadcast_to(at_mode, (2, 5)), rtol=1e-6)
+    tree = found.to_arviz(predictive=4)
+    assert set(tree.children) == {
+        *("posterior", "posterior_predictive", "log_likelihood", "sample_stats", "observed_data"),
+    }
+    np.testing.assert_allclose(tree.log_likelihood["x"].values[0], at_mode[None], rtol=1e-6)
+    prior = -0.5 * (mu[0] ** 2 / PRIOR**2 + np.log(2 * np.pi * PRIOR**2))
+    np.testing.assert_allclose(tree.sample_stats["log_p"].values, [[at_mode.sum() + prior]], rtol=1e-6)
+    with pytest.raises(PplLvmError, match=r"no loo: the mode is one point.*take nuts"):
+        found.loo()
+    missing = np.array([np.nan, 1.0])
+    assert (found.impute(missing, draws=3).values["x"][:, 1] == 1.0).all()
+
+
+@on_both
+def test_rows_latents_are_encoded_by_their_draws(run: Callable[..., Sampled], backend: str) -> None:
+    found = run("local", "laplace", backend, steps=600)
+    mean, covariance = gaussian()
+    codes = found.encode(draws=2000)
+    np.testing.assert_allclose(codes.sd["z"], np.sqrt(np.diag(covariance)[1:]), rtol=0.08)  # 5 se of an sd of 2,000
+    np.testing.assert_array_less(np.abs(codes.mean["z"] - mean[1:]), 5 * codes.sd["z"] / np.sqrt(2000))
+    for ask, name in (
+        (lambda: found.pointwise(2), "pointwise"),
+        (lambda: found.impute(X), "impute"),
+        (lambda: found.do({"z": 0.0}, data=X), "counterfactuals"),
+        (lambda: found.without_data(), "without_data"),
+    ):
+        with pytest.raises(PplLvmError, match=rf"method 'laplace' has no {name}: latent sites \['z'\]"):
+            ask()
+    made = found.decode({"z": X}, mean=True)["x"]
+    np.testing.assert_allclose(made[0], X)
+
+
+def test_missing_labels_have_no_place_in_the_vector(write: Callable[[str], Any]) -> None:
+    y = np.array([0.1, np.nan, 0.3, -0.2, 0.0])
+    with pytest.raises(LegalityError, match=r"Sites \['y'\] miss some of their values, and the model looks at them"):
+        fit(write("labels"), data=(X, y), recipe="map", backend="pyro", missing="mask")
+    x = np.where(np.arange(5) == 1, np.nan, X)
+    options: dict[str, Any] = {"missing": "mask", "steps": 600}
+    found = run_of(write("shared"), "map", "pyro", data=x, **options)
+    kept = X[np.arange(5) != 1]
+    mean = kept.sum() / NOISE**2 / (1 / PRIOR**2 + len(kept) / NOISE**2)
+    np.testing.assert_allclose(found.posterior(1).values["mu"], [mean], atol=1e-4)
+
+
+def test_methods_take_no_batches_guides_or_loops(write: Callable[[str], Any]) -> None:
+    batches = DataLoader(TensorDataset(torch.tensor(X)), batch_size=2)
+    with pytest.raises(DataError, match="'map' has a method, which takes all rows at once; pass arrays"):
+        fit(write("shared"), data=batches, recipe="map", backend="pyro")
+    with pytest.raises(RecipeError, match="'guide' goes with an objective"):
+        fit(write("shared"), "auto_normal", X, "map", backend="pyro")
+    with pytest.raises(RecipeError, match="Recipe 'map' has a method, which is no loss of SVI"):
+        pyro_loss("map")
 
 
 def test_comparing_leaves_dashes_and_notes(run: Callable[..., Sampled]) -> None:
