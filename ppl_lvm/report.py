@@ -347,7 +347,7 @@ def _fill(folder: Path, run: Run, dataset: Dataset, metrics: Metrics, posterior_
     tree.attrs |= {name: attribute(value) for name, value in plain(about).items()}
     tree.to_netcdf(folder / "posterior.nc", engine="h5netcdf")
     (folder / "metrics.json").write_text(json.dumps(plain(about), indent=2, allow_nan=False) + "\n")
-    _write_csv(folder / "history.csv", run.history)
+    _write_csv(folder / "history.csv", {n: v for n, v in run.history.items() if len(v) == len(run.history["step"])})
     if metrics.row_log_likelihood is not None:
         held_out = {"row": np.arange(len(dataset.test)), "log_likelihood": metrics.row_log_likelihood}
         _write_csv(folder / "held_out.csv", held_out)

@@ -43,9 +43,13 @@ ARROWS = {
     "posterior": {"backends", "data", "errors", "fitted", "legality", "lookup", "predict", "program", "to_arviz"},
     "sampled": {"backends", "errors", "fitted", "posterior", "predict", "program"},
     "progress": set[str](),
+    "parameters": {"algorithm", "backends", "errors", "lookup"},
+    "monitor": {"backends"},
+    "validation": {"algorithm", "backends", "errors"},
+    "stages": {"errors", "posterior", "recipe"},
     "fit": {
-        *("algorithm", "backend_of", "backends", "data", "draws", "errors", "legality", "lookup", "ops", "posterior"),
-        *("program", "progress", "recipe", "sampled", "to_arviz"),
+        *("algorithm", "backend_of", "backends", "data", "draws", "errors", "legality", "lookup", "monitor", "ops"),
+        *("parameters", "posterior", "program", "progress", "recipe", "sampled", "stages", "to_arviz", "validation"),
     },
     "facades": {
         *("algorithm", "backends", "catalogue", "draws", "errors", "estimators", "legality", "lookup", "ops"),

@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, TensorDataset
 
-from ppl_lvm import fit, program, pyro_loss, recipe
+from ppl_lvm import fit, program, pyro_loss, recipe, refit
 from ppl_lvm.errors import DataError, LegalityError, PplLvmError, ProgramError, RecipeError
 from ppl_lvm.report import difference_table, differences, measure, table
 from ppl_lvm.sampled import Sampled
@@ -424,6 +424,8 @@ def test_messages_name_what_is_not_used(write: Callable[[str], Any]) -> None:
     assert "guide: not used, as method 'map' needs none" in found.messages
     assert "batch_size: 2 not used, as method 'map' takes all rows at once" in found.messages
     assert any("nats below a mode" in message for message in found.messages)
+    with pytest.raises(ProgramError, match=r"one by method 'map', which has no steps.*fit the other rows by it"):
+        refit(found, X)
 
 
 @slow_on_numpyro
@@ -512,6 +514,8 @@ def test_methods_take_no_batches_guides_or_loops(write: Callable[[str], Any]) ->
     batches = DataLoader(TensorDataset(torch.tensor(X)), batch_size=2)
     with pytest.raises(DataError, match="'map' has a method, which takes all rows at once; pass arrays"):
         fit(write("shared"), data=batches, recipe="map", backend="pyro")
+    with pytest.raises(RecipeError, match="validation=, device= was given, but recipe 'map' has a method"):
+        fit(write("shared"), data=X, recipe="map", backend="pyro", validation=0.2, device="cpu")
     with pytest.raises(RecipeError, match="'guide' goes with an objective"):
         fit(write("shared"), "auto_normal", X, "map", backend="pyro")
     with pytest.raises(RecipeError, match="Recipe 'map' has a method, which is no loss of SVI"):
@@ -554,6 +558,11 @@ def test_recipes_have_an_objective_or_a_method() -> None:
         ({}, {}, "names no objective.*Or a method: laplace, map, nuts, svgd"),
         ("nuts", {"steps": 3}, "'steps' goes with an objective"),
         ("nuts", {"objective": "elbo"}, "'objective' goes with an objective"),
+        ("nuts", {"optimizer.learning_rate": 0.1}, "'optimizer' goes with an objective"),
+        ("nuts", {"stages": [{}]}, "'stages' goes with an objective"),
+        ("nuts", {"patience": 3}, "'patience' goes with an objective"),
+        (["elbo", "nuts"], {}, "'nuts' has a method and cannot be a stage"),
+        ({"objective": "elbo", "stages": [{}, recipe("map")]}, {}, r"stages\[1\].*no stage of a fit"),
         ("nuts", {"learning_rate": 3.0}, "no option 'learning_rate'"),
         ("elbo", {"method": "nuts"}, "has an objective, and a method was asked for"),
         ("elbo", {"method.draws": 3}, "has an objective, and a method was asked for"),

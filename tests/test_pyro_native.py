@@ -495,7 +495,7 @@ def per_row_guide(x: Tensor) -> None:
 @pytest.mark.parametrize("make", [AutoNormal, AutoMultivariateNormal, AutoDelta, lambda _: per_row_guide])
 def test_parameters_of_rows_are_refused_in_mini_batches(make: Callable[..., Any]) -> None:
     guide = make(local_model)
-    with pytest.raises(LegalityError, match=r"belong to the rows of one batch.*batch_size=None"):
+    with pytest.raises(LegalityError, match=r"for the rows of one batch.*batch_size=None"):
         fitted(Example(local_model, guide, LOCAL_ROWS), steps=1, batch_size=4)
     run = fitted(Example(local_model, guide, LOCAL_ROWS), steps=1)
     with pytest.raises(ProgramError, match="rows"):

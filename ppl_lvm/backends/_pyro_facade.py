@@ -12,7 +12,7 @@ from pyro import poutine
 from pyro.infer import ELBO
 from torch import Tensor
 
-from ppl_lvm.algorithm import Algorithm, Objective, Schedule
+from ppl_lvm.algorithm import Objective, Schedule
 from ppl_lvm.backends.base import Call, Plan, Steps, Structure, initial_extras, losses, numbers_of, with_numbers
 from ppl_lvm.backends.pyro import PyroBound
 from ppl_lvm.errors import BackendError, ProgramError
@@ -27,7 +27,6 @@ class PyroLoss(ELBO):
     def __init__(
         self,
         objective: Objective,
-        optimizer: Algorithm,
         planned: Callable[[Structure], Plan],
         *,
         total_rows: int | None,
@@ -36,7 +35,7 @@ class PyroLoss(ELBO):
         super().__init__()
         self.steps = 0
         """Gradient steps so far, at which scheduled numbers are read."""
-        self._objective, self._optimizer, self._planned = objective, optimizer, planned
+        self._objective, self._planned = objective, planned
         self._total_rows, self._data_plate = total_rows, data_plate
         self._bounds = Steps()
         self._states: dict[str, Tensor] | None = None
@@ -74,7 +73,7 @@ class PyroLoss(ELBO):
         return float(found.loss)
 
     def _now(self, plan: Plan) -> tuple[Objective, Plan]:
-        numbers = numbers_of(self._objective, plan, self._optimizer)
+        numbers = numbers_of(self._objective, plan, {})
         values = {n: v.at(self.steps) if isinstance(v, Schedule) else v for n, v in numbers.items()}
         return with_numbers(self._objective, plan, values)
 

@@ -52,10 +52,25 @@ def sealed(dtype: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def seeded(key: int) -> Iterator[None]:
-    """torch's CPU generator seeded inside this block, restored afterwards."""
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(key)
+    """The generators that the engine draws from, seeded inside this block, restored afterwards."""
+    with kept_generators():
+        seed_generators(key)
         yield
+
+
+def kept_generators() -> contextlib.AbstractContextManager[None]:
+    """The CPU's generator, and that of the device which is the default now, as they were after this block."""
+    device = torch.get_default_device()
+    return torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
+
+
+def seed_generators(key: int) -> None:
+    """Those of `kept_generators`; torch.manual_seed would reach every device."""
+    torch.default_generator.manual_seed(key)
+    device = torch.get_default_device()
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            torch.cuda.manual_seed(key)
 
 
 class Namespace:

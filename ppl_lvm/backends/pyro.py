@@ -52,6 +52,7 @@ from ppl_lvm.backends.base import (
     as_float,
     check_scale,
     check_sites,
+    check_value,
     example_kinds,
     find_data_plate,
     given_rows,
@@ -92,12 +93,13 @@ class PyroBound:
         size = len(example.leaves[0]) if example.leaves and np.ndim(example.leaves[0]) else None
         self.total = size if total is None else total
         guide = program.guide
+        asked = program.takes_rows
         family = guide if isinstance(guide, GuideFamily) else None
         self._ppl = ppl = Namespace(seed, dtype, self.total) if program.portable or family is not None else None
-        self._model = given_rows(partial(program.model, ppl) if program.portable else program.model, ppl)
+        self._model = given_rows(partial(program.model, ppl) if program.portable else program.model, ppl, asked)
         self._guide: Callable[..., Any] = prior_of(self._model)
         if guide is not None and family is None:
-            self._guide = given_rows(partial(guide, ppl) if program.portable else guide, ppl)
+            self._guide = given_rows(partial(guide, ppl) if program.portable else guide, ppl, asked)
         if ppl is not None and size is not None:
             example = example.with_rows(size)
         self._kinds = example_kinds(program)
@@ -146,6 +148,7 @@ class PyroBound:
             if isinstance(a, bool | int | float | str):  # settings that a training loop passes along
                 return a
             a = a if isinstance(a, Tensor) else torch.as_tensor(np.asarray(a))
+            a = a.to(torch.get_default_device())
             kind = "f" if a.is_floating_point() else "b" if a.dtype == torch.bool else "i"
             return a.to(getattr(torch, self.dtype)) if as_float(self._kinds, name, kind) else a
 
@@ -227,6 +230,7 @@ class PyroBound:
         )
 
     def _cast(self, value: Tensor) -> Tensor:
+        value = value.to(torch.get_default_device())
         return value.to(getattr(torch, self.dtype)) if value.is_floating_point() else value
 
     def _latents(self, batch: Call, asked: str | None) -> list[Latent]:
@@ -352,6 +356,23 @@ class PyroBound:
         }
         return replace(structure, sites=sites)
 
+    def unconstrain(self, name: str, value: Any) -> Tensor:
+        """The unconstrained value of a parameter's constrained one; DataError where it can have no such value."""
+        with sealed(self.dtype):
+            known = self._transforms[name](self.initial[name])
+            value = torch.as_tensor(np.array(value)).to(known)
+
+            def inverse() -> Tensor:
+                return self._transforms[name].inv(value).detach().clone()
+
+            check_value(
+                name,
+                value,
+                known.shape,
+                lambda: bool(self._constraints[name].check(value).all() and inverse().isfinite().all()),
+            )
+            return inverse()
+
     def constrain(self, params: Params) -> dict[str, Tensor]:
         """Constrained values of unconstrained parameters."""
         return {n: self._transforms[n](v) for n, v in params.items()}
@@ -367,7 +388,7 @@ class PyroBound:
 
     # One run.
 
-    def row_parameters(self, call: Call) -> list[str]:
+    def batch_parameters(self, call: Call) -> list[str]:
         """Parameters whose shape follows the number of rows; `call` has another one than this batch."""
         try:
             other = type(self)(self.program, call, seed=0, dtype=self.dtype, data_plate=self.asked_plate)
