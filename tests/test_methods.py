@@ -248,9 +248,9 @@ def test_leave_one_out_over_chains(write: Callable[[str], Any]) -> None:
         variance = 1 / (1 / PRIOR**2 + len(others) / NOISE**2)
         mean, spread = variance * others.sum() / NOISE**2, variance + NOISE**2
         exact += -0.5 * ((x - mean) ** 2 / spread + np.log(2 * np.pi * spread))
-    # The density of the rows that were fitted is about a nat higher; the estimate from 300 draws has an se of 0.1.
-    assert found.log_likelihood().values.sum() > exact + 0.8
-    assert abs(found.loo().elpd - exact) < 0.4
+    # In-sample density is 2.8 nats higher; over seeds the estimate has a standard deviation of 0.15.
+    assert found.log_likelihood().values.sum() > exact + 2.0
+    assert abs(found.loo().elpd - exact) < 4 * 0.15
 
 
 @slow_on_numpyro
