@@ -116,6 +116,8 @@ def fit(
         guide, overrides = None, {"guide": guide, **overrides}
     chosen = _program(model, guide)
     how = load_recipe(chosen.recipe if recipe is None else recipe, **overrides)
+    given = {"state": state, "validation": validation, "callbacks": callbacks or None, "device": device}
+    _check_given(how, given)
     messages: list[str] = []
     chosen = _guided(chosen, how, messages)
     name = _backend(chosen, backend)
@@ -142,8 +144,8 @@ def fit(
         rows = _length(call)
     chosen = observe(chosen, observed, call)
     if how.objective is None:
-        loops = {"state": state is not None, "validation": validation is not None, "callbacks": bool(callbacks)}
-        return _sample(chosen, how, call, name, seed, dtype, data_plate, start, progress_bar, messages, loops)
+        shown = progress.wanted(progress_bar)
+        return _sample(chosen, how, call, name, seed, dtype, data_plate, start, shown, messages)
     training, held_out = _split(call, rows, validation, seed, chosen, missing, batches)
     if batches is None:
         rows = _length(training)
@@ -268,6 +270,11 @@ def refit(
         (2, 10, 8)
     """
     own = run._bound.row_params
+    if run.recipe.method is not None:
+        raise ProgramError(
+            f"The fit is one by method {type(run.recipe.method).__name__!r}, which has no steps that could go on with "
+            f"some parameters frozen; fit the other rows by it."
+        )
     if not own:
         raise ProgramError(
             f"The fit of {run.program.name!r} has no parameters of rows; ask it about other rows as it is, as in "
@@ -340,6 +347,16 @@ def _guided(chosen: Program, how: Recipe, messages: list[str]) -> Program:
     return chosen
 
 
+def _check_given(how: Recipe, of_loop: Mapping[str, object]) -> None:
+    """Refuses arguments of the loop beside a method."""
+    found = [f"{name}=" for name, value in of_loop.items() if value is not None]
+    if found and how.method is not None:
+        raise RecipeError(
+            f"{', '.join(found)} was given, but recipe {how.name!r} has a method, which has no steps to go on from or "
+            f"to look at; leave it out."
+        )
+
+
 def _sample(
     chosen: Program,
     how: Recipe,
@@ -349,14 +366,10 @@ def _sample(
     dtype: str,
     data_plate: str | None,
     start: Fit | Mapping[str, Any] | None,
-    progress_bar: bool | None,
+    shown: bool,
     messages: list[str],
-    loops: Mapping[str, bool],
 ) -> Sampled:
-    """A recipe's method in place of the loop, on all rows; `loops`: its keywords, and whether they were given."""
-    given = [keyword for keyword, there in loops.items() if there]
-    if given:
-        raise RecipeError(f"{', '.join(given)} goes with an objective's steps, and recipe {how.name!r} has a method.")
+    """A recipe's method in place of the loop, on all rows."""
     if call.sample:
         raise DataError(f"Recipe {how.name!r} has a method, which takes all rows at once; pass arrays, not batches.")
     library, rows = backends.load(name), _length(call)
@@ -369,7 +382,6 @@ def _sample(
         return bound
 
     params = start.params if isinstance(start, Fit) else start
-    shown = progress.wanted(progress_bar)
     return sample(chosen, how, call, name, bind, seed=seed, params=params, progress=shown, messages=messages)
 
 

@@ -128,16 +128,16 @@ class Recipe(BaseModel):
             raise ValueError("either an objective or a method, not both and not neither")
         return self
 
+    def __hash__(self) -> int:
+        values = {name: getattr(self, name) for name in type(self).model_fields}
+        return hash(tuple(tuple(v.items()) if isinstance(v, dict) else v for v in values.values()))
+
     @property
     def algorithm(self) -> Objective | Method:
         """The objective, or the method in its place."""
         chosen = self.objective or self.method
         assert chosen is not None
         return chosen
-
-    def __hash__(self) -> int:
-        values = {name: getattr(self, name) for name in type(self).model_fields}
-        return hash(tuple(tuple(v.items()) if isinstance(v, dict) else v for v in values.values()))
 
     @property
     def optimizers(self) -> dict[str, Optimizer]:
@@ -224,6 +224,8 @@ def recipe(
             f"A recipe was asked for by {asked!r}, of type {type(asked).__name__}; give a name, a path to a "
             "TOML file, a mapping, a Recipe, an objective or a method."
         )
+    if "stages" in overrides:
+        draft.check_key("stages")
     tables = overrides.pop("stages", draft.stages)
     if not isinstance(tables, Sequence) or isinstance(tables, str):
         raise draft.wrong("stages", tables, "should be a list of tables, each with the keys that a stage replaces")
@@ -240,9 +242,12 @@ def _of_stages(asked: Sequence[Any], overrides: Mapping[str, Any]) -> Recipe:
     if not asked:
         raise RecipeError("A recipe was asked for by an empty list; give the stages in their order.")
     stages = tuple(recipe(each, **overrides) for each in asked)
-    sampled = [stage.name for stage in stages if stage.method is not None]
-    if sampled and len(stages) > 1:
-        raise RecipeError(f"Recipe {sampled[0]!r} has a method, which is no stage; run it by itself.")
+    methods = [stage.name for stage in stages if stage.method is not None]
+    if methods:
+        raise RecipeError(
+            f"Recipe {methods[0]!r} has a method and cannot be a stage; fit the others first, and then this one with "
+            f"start=run."
+        )
     nested = [stage.name for stage in stages if stage.stages]
     if nested:
         raise RecipeError(f"Recipe {nested[0]!r} has stages of its own and cannot be one; list its stages instead.")
@@ -318,9 +323,9 @@ class _Draft:
         chosen = {p: None if e is None else _Choice.of(e) for p, e in given.estimator.items()}
         fields = {name: getattr(given, name) for name in _FIELDS}
         guide = None if given.guide is None else _Choice.of(given.guide)
+        lead: Kind = "objective" if given.method is None else "method"
         single = isinstance(given.optimizer, Optimizer)
         optimizer = {"" if single else p: _Choice.of(o) for p, o in given.optimizers.items()}
-        lead: Kind = "objective" if given.method is None else "method"
         return cls(fields, _Choice.of(given.algorithm), chosen, optimizer, Path.cwd(), lead=lead, guide=guide)
 
     @classmethod
@@ -343,10 +348,8 @@ class _Draft:
                 f"Recipe {fields['name']!r} has an objective and a method; a method finds the posterior without an "
                 f"objective, so keep one of the two keys."
             )
-        optimizer = {"": _Choice(Optimizer)}
-        draft = cls(
-            fields, _Choice(Objective), {"*": None}, optimizer, folder, table.get("stages", ()), leads[0]
-        )
+        stages = table.get("stages", ())
+        draft = cls(fields, _Choice(Objective), {"*": None}, {"": _Choice(Optimizer)}, folder, stages, leads[0])
         for key in table:
             draft.check_key(key)
         for section in _SECTIONS:
@@ -367,6 +370,8 @@ class _Draft:
         """A draft of one stage: this one with the keys of a table replaced."""
         where = f"stages[{number}]"
         if isinstance(table, Recipe):
+            if table.method is not None:
+                raise self.wrong(where, table.name, "has a method, which is no stage of a fit")
             return type(self).of(table)
         if not isinstance(table, Mapping):
             raise self.wrong(where, table, "should be a table with the keys that the stage replaces")
@@ -486,6 +491,7 @@ class _Draft:
         self.choices()[having[0]].options[key] = value
 
     def override_in(self, section: str, rest: str, value: object) -> None:
+        self.check_key(section)
         if section == "estimator":
             # Site names may hold dots, so the pattern is what stands before the last one, or everything.
             pattern, _, option = rest.rpartition(".")
@@ -506,7 +512,6 @@ class _Draft:
         elif rest == "name":
             self.replace(section, value)
         else:
-            self.check_key(section)
             if section in _LEADS and section != self.lead:
                 self.replace(section, value)
             self.set_option(self.choices().get(section), rest, value, section)

@@ -66,6 +66,7 @@ def test_value_and_gradient_are_the_engines(name: str, options: dict[str, Any]) 
     with precision("float64"):
         x = jnp.asarray(rows())
         bound = NumPyroBound(Program.from_callables(model, guide), Call((x,)), seed=0, dtype="float64")
+        assert how.objective is not None
         chosen, _ = plan(how.objective, how.estimator, bound.structure)
         key = jax.random.key(7)
         svi = SVI(model, guide, numpyro.optim.Adam(0.1), loss)
