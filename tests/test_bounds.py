@@ -23,8 +23,10 @@ from ppl_lvm.objectives.elbo import elbo
 from ppl_lvm.objectives.iwae import iwae
 
 on_both = pytest.mark.parametrize("backend", BACKENDS)
-on_each_toy = pytest.mark.parametrize("toy", [ROWS, GLOBAL_ROWS], ids=lambda toy: toy.name)
-K, RUNS = 16, {"pyro": 400, "numpyro": 4000}
+on_each_toy = pytest.mark.parametrize(
+    "toy", [ROWS, pytest.param(GLOBAL_ROWS, marks=pytest.mark.slow)], ids=lambda toy: toy.name
+)
+K, RUNS = 16, {"pyro": 200, "numpyro": 4000}
 X = ROWS.data["x"]
 
 
