@@ -33,6 +33,7 @@ class Kind(StrEnum):
     recipes = "recipes"
     objectives = "objectives"
     estimators = "estimators"
+    guides = "guides"
     datasets = "datasets"
     backends = "backends"
 
@@ -44,6 +45,7 @@ class Thing(StrEnum):
     recipe = "recipe"
     objective = "objective"
     estimator = "estimator"
+    guide = "guide"
     dataset = "dataset"
 
 
@@ -218,7 +220,7 @@ def show(
     kind: Annotated[Thing, typer.Argument(help="What it is.")],
     name: Annotated[str, typer.Argument(help="Its name, or its path where it is a file of yours.")],
 ) -> None:
-    """Show one program, recipe, objective, estimator or data set: what it is and its options."""
+    """Show one program, recipe, objective, estimator, guide or data set: what it is and its options."""
     from ppl_lvm import listing
 
     typer.echo(listing.describe(kind.value, name))
