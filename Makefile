@@ -27,7 +27,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	  { echo "ppl_lvm needs Python 3.11 or later; $(PYTHON) is older or missing. Try: make PYTHON=python3.11 ..." >&2; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/$(INSTALL) $(TORCH)
-	$(BIN)/$(INSTALL) -e '.[all,dev]'
+	$(BIN)/$(INSTALL) -e '.[all,dev,docs]'
 	$(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true
 	touch $@
 

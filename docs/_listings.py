@@ -27,8 +27,12 @@ def algorithms(kind: Kind, files: Mapping[str, Path]) -> str:
     lines = list(table(listing.entries(f"{kind}s"), ("name", "what it is")))
     for name in files:
         found = catalogue.resolve(kind, name, Path.cwd(), "The documentation")
-        shown = f"{found.__module__}.{found.__qualname__}"
-        lines += ["", f"## {name}", "", "```{eval-rst}", f".. autoclass:: {shown}", "   :no-index-entry:", "```"]
+        options = ", ".join(
+            option if field.is_required() else f"{option}={field.default!r}"
+            for option, field in found.model_fields.items()
+        )
+        lines += ["", f"## {name}", "", "```{eval-rst}"]
+        lines += [f".. autoclass:: {found.__module__}.{found.__qualname__}({options})", "```"]
     return "\n".join(lines)
 
 

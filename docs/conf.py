@@ -3,6 +3,7 @@
 import sys
 import tomllib
 from pathlib import Path
+from typing import Any
 
 from sphinx.application import Sphinx
 
@@ -49,6 +50,18 @@ nb_merge_streams = True
 
 def setup(app: Sphinx) -> None:
     app.connect("source-read", _fill)
+    # Around napoleon, at 500, which takes what stands before a colon for the type of an attribute.
+    written: dict[str, list[str]] = {}
+
+    def keep(app: Sphinx, what: str, name: str, of: Any, options: Any, lines: list[str]) -> None:
+        written[name] = [*lines]
+
+    def restore(app: Sphinx, what: str, name: str, of: Any, options: Any, lines: list[str]) -> None:
+        if what in ("attribute", "property"):
+            lines[:] = written[name]
+
+    app.connect("autodoc-process-docstring", keep, priority=400)
+    app.connect("autodoc-process-docstring", restore, priority=600)
 
 
 def _fill(app: Sphinx, page: str, source: list[str]) -> None:
