@@ -4,7 +4,7 @@
 # bound last wins. None of these imports a framework.
 from ppl_lvm.draws import Draws, Loss
 from ppl_lvm.facades import numpyro_loss, pyro_loss, to_pyro
-from ppl_lvm.fit import fit
+from ppl_lvm.fit import fit, refit
 from ppl_lvm.posterior import Fit, State
 from ppl_lvm.program import Program, program, programs
 from ppl_lvm.recipe import Recipe, recipe, recipes
@@ -23,5 +23,6 @@ __all__ = [
     "pyro_loss",
     "recipe",
     "recipes",
+    "refit",
     "to_pyro",
 ]

@@ -83,6 +83,17 @@ NonNegative = Annotated[Number, AfterValidator(_check_not_negative)]
 """A `Number` of zero or more, at both ends if it is a schedule."""
 
 
+OptionalPositive = Annotated[
+    Number | None, AfterValidator(lambda number: None if number is None else _check_positive(number))
+]
+"""A `Positive`, or None."""
+
+OptionalNonNegative = Annotated[
+    Number | None, AfterValidator(lambda number: None if number is None else _check_not_negative(number))
+]
+"""A `NonNegative`, or None."""
+
+
 class Algorithm(BaseModel):
     """Options of one algorithm; the class, its file and its name in a recipe are called the same.
 

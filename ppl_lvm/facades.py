@@ -74,7 +74,7 @@ def pyro_loss(
     def planned(structure: Structure) -> Plan:
         return legality.plan(how.objective, how.estimator, structure)[0]
 
-    return PyroLoss(how.objective, how.optimizer, planned, total_rows=total_rows, data_plate=data_plate)
+    return PyroLoss(how.objective, planned, total_rows=total_rows, data_plate=data_plate)
 
 
 def numpyro_loss(objective: Any = "elbo", *, data_plate: str | None = None, **options: Any) -> NumPyroLoss:

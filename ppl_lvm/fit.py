@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from ppl_lvm import backends, legality, progress
 from ppl_lvm.algorithm import GuideFamily, Schedule
-from ppl_lvm.backends.base import Call, numbers_of
+from ppl_lvm.backends.base import Call, numbers_of, parameter_groups
 from ppl_lvm.data import Batches, Missing, check_missing, check_observed, is_batches, observe, read
-from ppl_lvm.errors import DataError, LegalityError, PplLvmError, ProgramError
+from ppl_lvm.errors import DataError, LegalityError, PplLvmError, ProgramError, RecipeError
+from ppl_lvm.monitor import EarlyStopping, Moment, Run, Watch, restart_seeds, run_seed, without_early_stopping
+from ppl_lvm.parameters import descent, starting_values
 from ppl_lvm.posterior import Fit, State
 from ppl_lvm.program import Program, backend_of
 from ppl_lvm.program import program as load_program
 from ppl_lvm.recipe import Recipe
 from ppl_lvm.recipe import recipe as load_recipe
+from ppl_lvm.stages import in_stages
+from ppl_lvm.validation import HeldOut, at_least, split
 
 CHUNK = 100
 """Steps between two looks at the loss: progress, non-finite values. Nothing is read from the device in between."""
@@ -39,6 +44,10 @@ def fit(
     missing: Missing = None,
     observed: Mapping[str, str] | None = None,
     state: State | None = None,
+    validation: object = None,
+    start: Fit | Mapping[str, Any] | None = None,
+    callbacks: Sequence[Callable[[Moment], object]] = (),
+    device: str | None = None,
     **overrides: Any,
 ) -> Fit:
     """Fits a latent-variable program to data by the objective and the gradient estimators of a recipe.
@@ -49,7 +58,8 @@ def fit(
             ("auto_normal", "multivariate_normal", "low_rank", "flow", "amortized", "delta"), for any program.
         data: the program's arguments, whose first axis is rows: an array (NumPy, torch, JAX), a tuple of arrays, a
             dict by name, a data frame, a list of ragged sequences, or batches (a DataLoader); see below.
-        recipe: a name, a path to a TOML file, a mapping or a Recipe; None: the program's own.
+        recipe: a name, a path to a TOML file, a mapping or a Recipe, or a list of them that are run as stages, each
+            from the parameters of the last; None: the program's own.
         backend: "pyro" or "numpyro"; found from a native program, the first one installed for a portable one.
         seed: initial parameters, order of rows and noise are functions of it.
         dtype: "float32" or "float64".
@@ -59,9 +69,21 @@ def fit(
         missing: "mask" leaves out the densities of entries that are NaN (or -1 among integers); None refuses them.
         observed: `{site: argument}` for observed sites that are not called like the data argument they have.
         state: of an earlier fit, to go on from to `steps` in all.
+        validation: a fraction of the rows, taken out by a permutation that depends on the seed, or other data. Every
+            `check_every` steps `history["validation"]` gets the recipe's objective per row on them, with the same
+            noise each time and schedules at their end; `patience` stops early on it and keeps the best parameters.
+        start: an earlier fit, or constrained values by name; parameters of these names start from them.
+        callbacks: `f(moment)` is called every `check_every` steps with `step`, `loss`, `validation`, `params` and
+            `state`; `moment.stop()` ends the fit, or the stage. What a callback raises ends the fit and is passed on
+            as it is; one that wants to keep what there is saves `moment.state`.
+        device: "cpu", "gpu" or "cuda:1", where the fit runs; None: the library's default. A native model's own tensors
+            are the caller's to put there. What is asked of the fit later runs on the library's default.
         **overrides: options of the recipe, `draws=50`, `learning_rate=1e-2`, `steps=100`.
 
     Rows are shuffled once per epoch and taken `batch_size` at a time; the last, smaller batch of an epoch is left out.
+    `history` holds "step", "loss" and "gradient_norm" (before clipping) of every step, and "validation" at
+    "validation_step"; of stages one after the other, with the number in "stage"; of restarts those of the best one,
+    and in "restarts" what they were compared by: validation, or the mean loss of their last tenth.
 
     Data. The columns of a frame (pandas, polars, pyarrow) go to the arguments of their names, or all together as a
     matrix to the only argument. Sequences `[T_i, ...]` in a list are padded with zeros to `[N, T, ...]`, and what was
@@ -96,6 +118,16 @@ def fit(
     name = _backend(chosen, backend)
     if dtype not in ("float32", "float64"):
         raise DataError(f"dtype={dtype!r} was asked for; use 'float32' or 'float64'.")
+    once = partial(fit, chosen, None, data, backend=name, seed=seed, dtype=dtype, progress_bar=progress_bar)
+    once = partial(once, compile=compile, data_plate=data_plate, validation=validation, callbacks=callbacks)
+    once = partial(once, missing=missing, observed=observed)
+    if device is not None:
+        library = backends.load(name)
+        with library.on(device):
+            there = once(recipe=how, start=start, state=state)
+        return replace(there, _trained=library.off_device(there._trained))
+    if how.stages:
+        return in_stages(how, once, start, state)
     batches = None
     rows: int | None
     if is_batches(data):
@@ -104,70 +136,175 @@ def fit(
         how = _of_size(how, batches.size, messages)
     else:
         call = read(data, chosen, missing, messages)
-        rows = len(call.leaves[0]) if call.leaves else None
+        rows = _length(call)
     chosen = observe(chosen, observed, call)
+    training, held_out = _split(call, rows, validation, seed, chosen, missing, batches)
+    if batches is None:
+        rows = _length(training)
     if rows is not None and chosen.takes_rows:
-        call = call.with_rows(rows)
+        training = training.with_rows(rows)
 
     library = backends.load(name)
-    bound, example, batched = _bind(library, chosen, call, rows, how, seed, dtype, data_plate, messages)
+    bound, example, batched = _bind(library, chosen, training, rows, how, seed, dtype, data_plate, messages)
     if rows is not None and bound.row_params:
-        size, call = len(example.leaves[0]), call.with_rows(rows)
-        example = call.map(lambda a: a[:size])
-    if batches is not None and (bound.row_params or chosen.takes_rows):
-        raise DataError("The program has parameters for every row, and batches do not say which rows they hold.")
+        size, training = len(example.leaves[0]), training.with_rows(rows)
+        example = training.map(lambda a: a[:size])
+    if bound.row_params and (batches is not None or held_out is not None):
+        raise DataError(
+            f"Parameters {sorted(bound.row_params)} have an entry for every row, and "
+            + ("batches do not say which rows they hold; pass arrays." if batches is not None else
+               "rows that are held out have none; leave validation out, or use an amortised guide.")
+        )
     check_observed(chosen, bound.structure)
-    _check_values(bound, chosen, call, example)
+    _check_values(bound, chosen, training, example)
+    if held_out is not None and _length(held_out) is not None:
+        _check_values(bound, chosen, at_least(held_out, example), example)
     plan, notes = legality.plan(how.objective, how.estimator, bound.structure)
     messages += [f"estimator: {note}" for note in notes]
+    moved = descent(how, parameter_groups(bound.structure, how.objective, plan, example))
+    seeds = restart_seeds(seed, how.restarts) if state is None else [run_seed(seed, state.restart)]
     trainer = library.Trainer(
         bound,
         plan,
         how.objective,
-        how.optimizer,
+        moved,
         bound.batch(example),
-        seed=seed,
+        seeds=seeds,
+        initials=_initials(library, bound, example, seeds, start, state, messages),
         rows=rows if batched else None,
         steps=how.steps,
         mode=_mode(compile, state),
     )
     tree, step = _start(trainer, state, name, seed, how.steps)
+    messages += _about_restarts(how, trainer, tree, seeds, state)
 
-    held = bound.batch(call)
-    numbers = numbers_of(how.objective, plan, how.optimizer)
-    losses: list[np.ndarray] = []
+    held = bound.batch(training)
+    numbers = numbers_of(how.objective, plan, moved.optimizers)
+    watch = Watch(
+        trainer,
+        _runs(how, held_out, seeds, state),
+        None if held_out is None else HeldOut(library, chosen, held_out, bound, rows, seed).look(trainer, numbers),
+        callbacks,
+        params=lambda arrays: _constrained(library, bound, trainer.params_of(arrays)),
+        state=lambda arrays, step, r: _state(name, seed, step, trainer, arrays, r, state),
+    )
     with progress.bar(f"{chosen.name} · {how.name} · {name}", how.steps, step, progress_bar) as advance:
-        while step < how.steps:
-            n = min(CHUNK, how.steps - step)
-            index = _index(rows, how.batch_size, seed, step, CHUNK) if batched and batches is None else None
+        while step < how.steps and not watch.over:
+            n = min(CHUNK, how.steps - step, how.check_every - step % how.check_every)
+            index = None
             if batches is not None:
-                part, index = batches.chunk(step, n, CHUNK)
+                part, one = batches.chunk(step, n, CHUNK)
                 _check_values(bound, chosen, part, example)
-                held = bound.batch(part)
+                held, index = bound.batch(part), np.stack([one] * len(seeds))
+            elif batched:
+                index = np.stack([_index(rows, how.batch_size, s, step, CHUNK) for s in seeds])
             values = {k: _values(v, step, CHUNK) for k, v in numbers.items()}
             tree, chunk = trainer.run(tree, held, index, values, step, n)
-            losses.append(library.to_numpy(chunk).astype(np.float64))
-            if not np.isfinite(losses[-1]).all():
-                _stop(losses[-1], step, bound, trainer, tree, plan, held, index, library.key_of(seed))
+            watch.add({k: library.to_numpy(v).astype(np.float64) for k, v in chunk.items()}, step)
+            if watch.lost is not None:
+                r = watch.lost
+                batch = None if index is None else index[r]
+                _stop(watch.runs[r], step, bound, trainer.params(tree, r), plan, held, batch, library.key_of(seeds[r]))
             step += n
-            advance(n, float(losses[-1][-1]))
+            if step % how.check_every == 0:
+                watch.check(step, tree)
+            advance(n, *watch.last)
 
-    loss = np.concatenate(losses) if losses else np.zeros(0)
-    constrained = bound.constrain(trainer.params(tree))
+    ended = watch.finish(step, tree)
+    trained = trainer.params_of(ended.kept)
     return Fit(
         program=chosen,
         recipe=how,
         backend=name,
         seed=seed,
-        params={n: library.to_numpy(v) for n, v in constrained.items()},
-        history={"step": np.arange(how.steps - len(loss), how.steps), "loss": loss},
+        params=_constrained(library, bound, trained),
+        history=watch.history(ended),
         seconds=time.perf_counter() - started,
-        messages=messages + [note for note in trainer.notes if note not in messages],
-        state=State(name, seed, step, trainer.mode, trainer.pack(tree)),
+        messages=messages + watch.messages + [note for note in trainer.notes if note not in messages],
+        state=_state(name, seed, ended.step, trainer, ended.state, ended.run, state),
         _bound=bound,
-        _trained=trainer.params(tree),
-        _data=call,
+        _trained=trained,
+        _data=training if held_out is None else call,
     )
+
+
+def refit(
+    run: Fit,
+    data: object,
+    *,
+    seed: int | None = None,
+    missing: Missing = None,
+    compile: str = "auto",
+    progress_bar: bool | None = None,
+    **overrides: Any,
+) -> Fit:
+    """The fit on other rows: parameters with an entry for every row are trained anew, all others stay as they are.
+
+    For guides that keep parameters per row (`ppl.row_param`, an argument `rows`, families such as "auto_normal" over
+    latents in the data plate), which say nothing of rows that they were not trained on.
+
+    Args:
+        run: a fit with such parameters.
+        data: other rows.
+        seed: of the noise and of the order of rows; None: that of the fit.
+        missing, compile, progress_bar: as for `fit`.
+        **overrides: options of the fit's recipe (of its last stage), `steps=500`.
+
+    Raises:
+        ProgramError: the fit has no parameters of rows, so it says what there is of any rows as it is.
+
+    Example:
+        >>> from ppl_lvm import fit, refit
+        >>> import numpy as np
+        >>> counts = np.random.default_rng(0).integers(0, 17, (40, 6)).astype(float)
+        >>> run = fit("vae", "auto_normal", counts[:30], steps=10)
+        >>> refit(run, counts[30:], steps=10).posterior(2).values["z"].shape
+        (2, 10, 8)
+    """
+    own = run._bound.row_params
+    if not own:
+        raise ProgramError(
+            f"The fit of {run.program.name!r} has no parameters of rows; ask it about other rows as it is, as in "
+            f"run.log_likelihood(data)."
+        )
+    others = {n: v for n, v in run.params.items() if n not in own}
+    how = load_recipe(run.recipe.stages[-1] if run.recipe.stages else run.recipe, freeze=tuple(others), **overrides)
+    return fit(
+        run.program,
+        None,
+        data,
+        how,
+        backend=run.backend,
+        seed=run.seed if seed is None else seed,
+        dtype=run._bound.dtype,
+        data_plate=run._bound.asked_plate,
+        start=others or None,
+        missing=missing,
+        compile=compile,
+        progress_bar=progress_bar,
+    )
+
+
+def _length(call: Call) -> int | None:
+    return len(call.leaves[0]) if call.leaves else None
+
+
+def _split(
+    call: Call,
+    rows: int | None,
+    validation: object,
+    seed: int,
+    chosen: Program,
+    missing: Missing,
+    batches: Batches | None,
+) -> tuple[Call, Call | None]:
+    """Training and held-out data; the latter are read as data are."""
+    if isinstance(validation, int | float | np.number):
+        if batches is not None:
+            raise DataError(f"validation = {validation} of batches, which are never held whole; pass other data.")
+    elif validation is not None:
+        validation = read(validation, chosen, missing)
+    return split(call, rows, validation, seed)
 
 
 def _program(model: Program | str | Callable[..., Any], guide: Callable[..., Any] | None) -> Program:
@@ -183,7 +320,7 @@ def _program(model: Program | str | Callable[..., Any], guide: Callable[..., Any
 def _guided(chosen: Program, how: Recipe, messages: list[str]) -> Program:
     """The program with the recipe's family of guides in place of its own guide."""
     if how.guide is not None:
-        if chosen.guide is not None:
+        if chosen.guide is not None and not isinstance(chosen.guide, GuideFamily):
             messages.append(f"guide: {type(how.guide).__name__}, in place of the program's own")
         return replace(chosen, guide=how.guide)
     if chosen.guide is None:
@@ -271,7 +408,7 @@ def _refuse_parameters_of_rows(bound: Any, call: Call, size: int) -> None:
     """
     if not any(max(np.shape(v), default=0) >= size for v in bound.initial.values() if np.ndim(v)):
         return
-    of_rows = bound.row_parameters(call.map(lambda a: np.resize(np.asarray(a), (2 * size, *np.shape(a)[1:]))))
+    of_rows = bound.batch_parameters(call.map(lambda a: np.resize(np.asarray(a), (2 * size, *np.shape(a)[1:]))))
     if of_rows:
         raise LegalityError(
             f"Parameters {of_rows} hold values for the rows of one batch, and every mini-batch has other rows, which "
@@ -328,7 +465,65 @@ def _start(trainer: Any, state: State | None, backend: str, seed: int, steps: in
         )
     if state.step > steps:
         raise DataError(f"The state is at step {state.step} already and steps = {steps}; ask for more.")
-    return trainer.unpack(state.arrays), state.step
+    return trainer.unpack(without_early_stopping(state.arrays)), state.step
+
+
+def _initials(
+    library: Any,
+    bound: Any,
+    example: Call,
+    seeds: Sequence[int],
+    start: Fit | Mapping[str, Any] | None,
+    state: State | None,
+    messages: list[str],
+) -> list[Mapping[str, Any]]:
+    """Unconstrained initial parameters of every restart."""
+    initials = [bound.initial]
+    for seed in seeds[1:]:
+        options = {"dtype": bound.dtype, "data_plate": bound.asked_plate, "total": bound.total}
+        other = library.Bound(bound.program, example, seed=seed, **options)
+        initials.append(other.initial)
+    if start is None:
+        return initials
+    if state is not None:
+        raise DataError("Both state and start were given; a state brings its parameters, so leave start out.")
+    return [starting_values(initial, start, bound, messages) for initial in initials]
+
+
+def _about_restarts(how: Recipe, trainer: Any, tree: Any, seeds: Sequence[int], state: State | None) -> list[str]:
+    if how.restarts > 1 and state is not None:
+        return [f"restarts: the state goes on with its own, {state.restart}, alone"]
+    if len(seeds) > 1:
+        first, second = trainer.pack(tree, 0), trainer.pack(tree, 1)
+        if all(np.array_equal(first[n], second[n]) for n in first):
+            return [
+                "restarts: the initial parameters do not depend on the seed, so restarts differ in noise and order of "
+                "rows alone"
+            ]
+    return []
+
+
+def _runs(how: Recipe, held_out: Call | None, seeds: Sequence[int], state: State | None) -> list[Run]:
+    if how.patience is None:
+        return [Run(None) for _ in seeds]
+    if held_out is None:
+        raise RecipeError(
+            f"Recipe {how.name!r} has patience = {how.patience}, which goes by validation; pass validation=0.1 or data."
+        )
+    runs = [Run(EarlyStopping(how.patience, how.min_delta)) for _ in seeds]
+    if state is not None and runs[0].early is not None:
+        runs[0].early.unpack(state.arrays)
+    return runs
+
+
+def _constrained(library: Any, bound: Any, params: Mapping[str, Any]) -> dict[str, Any]:
+    return {n: library.to_numpy(v) for n, v in bound.constrain(params).items()}
+
+
+def _state(
+    name: str, seed: int, step: int, trainer: Any, arrays: Mapping[str, np.ndarray], run: int, state: State | None
+) -> State:
+    return State(name, seed, step, trainer.mode, arrays, run if state is None else state.restart)
 
 
 def _epochs(rows: int, size: int, seed: int, first: int) -> Iterator[np.ndarray]:
@@ -354,20 +549,21 @@ def _values(number: float | Schedule, first: int, steps: int) -> np.ndarray:
 
 
 def _stop(
-    losses: np.ndarray,
+    run: Run,
     first: int,
     bound: Any,
-    trainer: Any,
-    tree: Any,
+    params: Mapping[str, Any],
     plan: Any,
     held: Call,
     index: np.ndarray | None,
     key: Any,
 ) -> None:
     """Raises with the step of the first non-finite loss and the sites that are not finite there or later."""
-    i = int(np.flatnonzero(~np.isfinite(losses))[0])
+    assert run.diverged is not None
+    i = run.diverged - first
+    loss = run.records["loss"][-1][i]
     batch = held if index is None else held.map(lambda a: a[index[i]])
-    table = bound.evaluate(trainer.params(tree), batch, key, plan)
+    table = bound.evaluate(params, batch, key, plan)
     guilty = [
         f"{name} ({label})"
         for name, row in table.items()
@@ -375,6 +571,6 @@ def _stop(
         if row[label] is not None and not np.isfinite(np.asarray(row[label])).all()
     ]
     raise PplLvmError(
-        f"The loss at step {first + i} is {losses[i]}. Densities that are not finite at the parameters it left behind: "
+        f"The loss at step {run.diverged} is {loss}. Densities that are not finite at the parameters it left behind: "
         f"{guilty or 'none'}. Lower the learning rate, or bound the scales of these sites."
     )

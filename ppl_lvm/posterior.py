@@ -36,12 +36,15 @@ class State:
     step: int
     mode: str
     arrays: Mapping[str, np.ndarray]
+    restart: int = 0
+    """Which of several restarts from this seed it is."""
 
     def save(self, path: str | Path) -> None:
         """Writes a safetensors file (no pickle)."""
         from safetensors.numpy import save_file
 
         described = {"backend": self.backend, "seed": str(self.seed), "step": str(self.step), "mode": self.mode}
+        described["restart"] = str(self.restart)
         save_file({n: np.array(a, order="C") for n, a in self.arrays.items()}, str(path), metadata=described)
 
     @staticmethod
@@ -57,9 +60,8 @@ class State:
             with safe_open(str(path), framework="numpy") as file:
                 described = file.metadata() or {}
                 arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
-            return State(
-                described["backend"], int(described["seed"]), int(described["step"]), described["mode"], arrays
-            )
+            seed, step, restart = (int(described[name]) for name in ("seed", "step", "restart"))
+            return State(described["backend"], seed, step, described["mode"], arrays, restart)
         except (SafetensorError, KeyError, ValueError) as error:
             raise DataError(f"{path} is not a saved state of a fit ({error}); pass a file of State.save.") from error
 
@@ -457,7 +459,7 @@ class Fit:
         if self._bound.row_params and ROWS not in call.kwargs:
             raise DataError(
                 f"Parameters {sorted(self._bound.row_params)} have an entry for every row of the fit, so they say "
-                f"nothing of other rows; call run.refit(data) first, which fits them with all others frozen."
+                f"nothing of other rows; call refit(run, data) first, which fits them with all others frozen."
             )
         return call
 

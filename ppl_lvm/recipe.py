@@ -1,13 +1,22 @@
 """Recipes, how to fit: a TOML file or keywords become a frozen, validated `Recipe`."""
 
+import copy
 import inspect
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self, TypeGuard, TypeVar, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, InstanceOf, ValidationError, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    InstanceOf,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from ppl_lvm import lookup
 from ppl_lvm.algorithm import (
@@ -16,6 +25,8 @@ from ppl_lvm.algorithm import (
     GuideFamily,
     NonNegative,
     Objective,
+    OptionalNonNegative,
+    OptionalPositive,
     Schedule,
     best_pattern,
     specificity,
@@ -30,10 +41,25 @@ Checked = TypeVar("Checked", bound=BaseModel)
 
 
 class Optimizer(Algorithm):
-    """How parameters follow the gradient; `learning_rate` may be a schedule."""
+    """How parameters follow the gradient; every number may be a schedule.
+
+    Args:
+        name: "adam", "adamw" (decoupled weight decay) or "sgd" (no momentum).
+        learning_rate: the step's length.
+        clip: gradients of this optimiser's parameters are scaled to a global norm of at most this; None: as they are.
+        weight_decay: for adamw, `p <- p - learning_rate (adam + weight_decay p)`; None there means 0.01.
+    """
 
     name: Literal["adam", "sgd", "adamw"] = "adam"
     learning_rate: NonNegative = 1e-3
+    clip: OptionalPositive = None
+    weight_decay: OptionalNonNegative = None
+
+    @model_validator(mode="after")
+    def _decay_is_of_adamw(self) -> Self:
+        if self.weight_decay is not None and self.name != "adamw":
+            raise ValueError(f"weight_decay is an option of adamw, and the optimiser is {self.name}")
+        return self
 
 
 class Recipe(BaseModel):
@@ -47,7 +73,18 @@ class Recipe(BaseModel):
             with the most specific pattern first: names before patterns with wildcards, then by length.
         steps: optimiser steps.
         batch_size: rows per step; None takes all rows in every step.
-        optimizer: the optimiser and its options.
+        optimizer: the optimiser and its options; or a table of them by pattern of parameter names, each complete in
+            itself: a name, a pattern ("encoder.*"), the group "model" or "guide", or "*" for the rest; the most
+            specific wins, in this order. A parameter that model and guide share is the model's; those of estimators
+            and of the objective itself ("estimator.<site>.<name>", "objective.<name>") go with the guide.
+        freeze: patterns of parameters that stay as they are, names and groups as for `optimizer`.
+        check_every: steps between two looks at validation, and between two calls of callbacks.
+        patience: early stopping after this many checks without improvement, with the best parameters kept; needs
+            validation data. None trains to the end and keeps the last.
+        min_delta: what a check must be better by to count as an improvement, in nats per row.
+        restarts: runs from different seeds, the best of which is kept.
+        stages: recipes that are run one after the other, each from the parameters of the last; in a table, the
+            keys that a stage replaces: `stages = [{ steps = 100, freeze = ["guide"] }, { objective = "iwae" }]`.
 
     Equality is by value. `recipe(r.to_dict()) == r`.
     """
@@ -60,19 +97,35 @@ class Recipe(BaseModel):
     estimator: dict[str, InstanceOf[Estimator] | None] = {"*": None}
     steps: int = Field(default=1000, ge=1)
     batch_size: int | None = Field(default=None, ge=1)
-    optimizer: InstanceOf[Optimizer] = Optimizer()
+    optimizer: InstanceOf[Optimizer] | dict[str, InstanceOf[Optimizer]] = Optimizer()
+    freeze: tuple[str, ...] = ()
+    check_every: int = Field(default=100, ge=1)
+    patience: int | None = Field(default=None, ge=1)
+    min_delta: float = Field(default=0.0, ge=0.0, allow_inf_nan=False)
+    restarts: int = Field(default=1, ge=1)
+    stages: tuple[InstanceOf["Recipe"], ...] = ()
 
-    @field_validator("estimator", mode="after")
+    @field_validator("estimator", "optimizer", mode="after")
     @classmethod
-    def _most_specific_first(cls, chosen: dict[str, Estimator | None]) -> dict[str, Estimator | None]:
+    def _most_specific_first(cls, chosen: Any) -> Any:
         # One order for equal recipes, and the first match is the best one however the table was written.
+        if isinstance(chosen, Optimizer):
+            return chosen
         return {pattern: chosen[pattern] for pattern in sorted(chosen, key=specificity)}
 
+    @field_validator("freeze", mode="before")
+    @classmethod
+    def _patterns(cls, given: object) -> object:
+        return (given,) if isinstance(given, str) else tuple(given) if isinstance(given, list) else given
+
     def __hash__(self) -> int:
-        return hash(
-            (self.name, self.objective, self.guide, self.steps, self.batch_size, self.optimizer)
-            + tuple(self.estimator.items())
-        )
+        values = {name: getattr(self, name) for name in type(self).model_fields}
+        return hash(tuple(tuple(v.items()) if isinstance(v, dict) else v for v in values.values()))
+
+    @property
+    def optimizers(self) -> dict[str, Optimizer]:
+        """Every optimiser by its pattern; a single one has "*"."""
+        return {"*": self.optimizer} if isinstance(self.optimizer, Optimizer) else self.optimizer
 
     def estimator_for(self, site: str) -> Estimator | None:
         """The estimator of the most specific pattern that matches a site; None if the engine is to choose.
@@ -86,15 +139,22 @@ class Recipe(BaseModel):
 
     def to_dict(self) -> dict[str, Any]:
         """The recipe as plain values, ready for JSON or TOML; `recipe` reads it back."""
-        return {
+        plain = {p: o.model_dump(mode="json", exclude_none=True) for p, o in self.optimizers.items()}
+        table: dict[str, Any] = {
             "name": self.name,
             "objective": to_dict(self.objective),
             "guide": None if self.guide is None else to_dict(self.guide),
             "estimator": {p: "auto" if e is None else to_dict(e) for p, e in self.estimator.items()},
             "steps": self.steps,
             "batch_size": self.batch_size,
-            "optimizer": self.optimizer.model_dump(mode="json"),
+            "optimizer": plain["*"] if isinstance(self.optimizer, Optimizer) else plain,
         }
+        rest = ("freeze", "check_every", "patience", "min_delta", "restarts")
+        changed = [name for name in rest if getattr(self, name) != type(self).model_fields[name].default]
+        table |= {name: getattr(self, name) for name in changed}
+        if self.freeze:
+            table["freeze"] = list(self.freeze)
+        return table | ({"stages": [stage.to_dict() for stage in self.stages]} if self.stages else {})
 
 
 def recipes() -> dict[str, Path]:
@@ -103,14 +163,14 @@ def recipes() -> dict[str, Path]:
 
 
 def recipe(
-    asked: "str | Path | Mapping[str, Any] | Recipe | Objective | type[Objective]",
+    asked: "str | Path | Mapping[str, Any] | Recipe | Objective | type[Objective] | Sequence[Any]",
     **overrides: Any,
 ) -> Recipe:
     """The recipe of this name, file or mapping, with some options replaced.
 
     Args:
         asked: a name of `recipes()`, a path to a TOML file, a mapping laid out like one, a Recipe, or an
-            objective, to be run with everything else at its default.
+            objective, to be run with everything else at its default; or a list of these, run as stages.
         **overrides: a field of the recipe (`steps=10`), an option that one section has (`draws=50`,
             `learning_rate=1e-2`), or a dotted one (`**{"estimator.y.temperature": 0.5}`).
 
@@ -125,6 +185,11 @@ def recipe(
         >>> r.objective.draws, r.optimizer.learning_rate, r.steps
         (5, 0.01, 3000)
     """
+    if isinstance(asked, list | tuple):
+        return _of_stages(asked, overrides)
+    if isinstance(asked, Recipe) and asked.stages and "stages" not in overrides:
+        base = recipe(asked.model_copy(update={"stages": ()}), **overrides)
+        return base.model_copy(update={"stages": tuple(recipe(stage, **overrides) for stage in asked.stages)})
     if isinstance(asked, Recipe):
         draft = _Draft.of(asked)
     elif isinstance(asked, Mapping):
@@ -140,11 +205,27 @@ def recipe(
             f"A recipe was asked for by {asked!r}, of type {type(asked).__name__}; give a name, a path to a "
             "TOML file, a mapping, a Recipe or an objective."
         )
-    draft.folder = Path.cwd()  # files named in overrides are the caller's, not the recipe's
-    # Whole sections first: `objective="renyi", alpha=0.5` must not depend on the order of the keywords.
-    for key in sorted(overrides, key=lambda key: key not in _SECTIONS and not key.endswith(".name")):
-        draft.override(key, overrides[key])
-    return draft.build()
+    tables = overrides.pop("stages", draft.stages)
+    if not isinstance(tables, Sequence) or isinstance(tables, str):
+        raise draft.wrong("stages", tables, "should be a list of tables, each with the keys that a stage replaces")
+    folder = draft.folder
+    stages = [draft.stage(i, table, folder) for i, table in enumerate(tables)]
+    for each in (draft, *stages):
+        each.folder = Path.cwd()  # files named in overrides are the caller's, not the recipe's
+        each.apply(overrides)
+    return draft.build(tuple(stage.build(()) for stage in stages))
+
+
+def _of_stages(asked: Sequence[Any], overrides: Mapping[str, Any]) -> Recipe:
+    """Recipes one after the other; the whole is otherwise as the last, whose objective the parameters end with."""
+    if not asked:
+        raise RecipeError("A recipe was asked for by an empty list; give the stages in their order.")
+    stages = tuple(recipe(each, **overrides) for each in asked)
+    nested = [stage.name for stage in stages if stage.stages]
+    if nested:
+        raise RecipeError(f"Recipe {nested[0]!r} has stages of its own and cannot be one; list its stages instead.")
+    name = ", ".join(stage.name for stage in stages)
+    return stages[0] if len(stages) == 1 else stages[-1].model_copy(update={"name": name, "stages": stages})
 
 
 def _locate(asked: str | Path) -> Path:
@@ -182,7 +263,7 @@ class _Choice:
 
 
 _SECTIONS = ("objective", "guide", "estimator", "optimizer")
-_FIELDS = tuple(name for name in Recipe.model_fields if name not in _SECTIONS)
+_FIELDS = tuple(name for name in Recipe.model_fields if name not in (*_SECTIONS, "stages"))
 
 
 @dataclass
@@ -192,8 +273,10 @@ class _Draft:
     fields: dict[str, Any]
     objective: _Choice
     estimator: dict[str, _Choice | None]
-    optimizer: _Choice
+    optimizer: dict[str, _Choice]
+    """By pattern of parameter names; a single one has none, ""."""
     folder: Path
+    stages: Sequence[Any] = ()
     guide: _Choice | None = None
 
     @classmethod
@@ -201,7 +284,9 @@ class _Draft:
         chosen = {p: None if e is None else _Choice.of(e) for p, e in given.estimator.items()}
         fields = {name: getattr(given, name) for name in _FIELDS}
         guide = None if given.guide is None else _Choice.of(given.guide)
-        return cls(fields, _Choice.of(given.objective), chosen, _Choice.of(given.optimizer), Path.cwd(), guide)
+        single = isinstance(given.optimizer, Optimizer)
+        optimizer = {"" if single else p: _Choice.of(o) for p, o in given.optimizers.items()}
+        return cls(fields, _Choice.of(given.objective), chosen, optimizer, Path.cwd(), guide=guide)
 
     @classmethod
     def read(cls, table: Mapping[str, Any], name: str, folder: Path) -> Self:
@@ -217,11 +302,33 @@ class _Draft:
                 f'Recipe {fields["name"]!r} names no objective; add for example objective = "elbo". '
                 f"Objectives: {', '.join(objectives())}."
             )
-        draft = cls(fields, _Choice(Objective), {"*": None}, _Choice(Optimizer), folder)
+        draft = cls(
+            fields, _Choice(Objective), {"*": None}, {"": _Choice(Optimizer)}, folder, table.get("stages", ())
+        )
         for section in _SECTIONS:
             if section in table:
                 draft.replace(section, table[section])
         return draft
+
+    def stage(self, number: int, table: object, folder: Path) -> Self:
+        """A draft of one stage: this one with the keys of a table replaced."""
+        where = f"stages[{number}]"
+        if isinstance(table, Recipe):
+            return type(self).of(table)
+        if not isinstance(table, Mapping):
+            raise self.wrong(where, table, "should be a table with the keys that the stage replaces")
+        if "stages" in table:
+            raise self.wrong(where, dict(table), "has stages of its own; list them all in one place")
+        drafted = copy.deepcopy(self)
+        drafted.fields["name"] = f"{self.fields['name']}, {where}"
+        drafted.folder = folder
+        drafted.apply(table)
+        return drafted
+
+    def apply(self, overrides: Mapping[str, Any]) -> None:
+        # Whole sections first: `objective="renyi", alpha=0.5` must not depend on the order of the keywords.
+        for key in sorted(overrides, key=lambda key: key not in _SECTIONS and not key.endswith(".name")):
+            self.override(key, overrides[key])
 
     def replace(self, section: str, given: object) -> None:
         if section == "objective":
@@ -229,17 +336,27 @@ class _Draft:
         elif section == "guide":
             self.guide = None if given in (None, "own") else self.choose("guide", given, "guide")
         elif section == "optimizer":
-            self.optimizer = self.choose_optimizer(given)
+            self.optimizer = self.choose_optimizers(given)
         else:
             self.estimator = self.choose_estimators(given)
 
-    def choose_optimizer(self, given: object) -> _Choice:
+    def choose_optimizers(self, given: object) -> dict[str, _Choice]:
+        if (
+            isinstance(given, Mapping)
+            and given
+            and all(isinstance(value, Mapping | Optimizer) for value in given.values())
+            and not any(key in Optimizer.model_fields for key in given)
+        ):
+            return {str(p): self.choose_optimizer(value, f"optimizer.{p}") for p, value in given.items()}
+        return {"": self.choose_optimizer(given, "optimizer")}
+
+    def choose_optimizer(self, given: object, where: str) -> _Choice:
         if isinstance(given, Optimizer):
             return _Choice.of(given)
         options = {"name": given} if isinstance(given, str) else given
         if not isinstance(options, Mapping):
-            raise self.wrong("optimizer", given, 'should be a name such as "adam", or a table with a name')
-        self.check_options(Optimizer, options, "optimizer")
+            raise self.wrong(where, given, 'should be a name such as "adam", or a table with a name')
+        self.check_options(Optimizer, options, where)
         return _Choice(Optimizer, dict(options))
 
     def choose_estimators(self, given: object) -> dict[str, _Choice | None]:
@@ -279,7 +396,8 @@ class _Draft:
         """Everything that has options, by its place in the recipe."""
         chosen = {f"estimator.{p}": choice for p, choice in self.estimator.items() if choice is not None}
         guide = {} if self.guide is None else {"guide": self.guide}
-        return {"objective": self.objective, "optimizer": self.optimizer, **guide, **chosen}
+        optimizers = {f"optimizer.{p}" if p else "optimizer": choice for p, choice in self.optimizer.items()}
+        return {"objective": self.objective, **optimizers, **guide, **chosen}
 
     def override(self, key: str, value: object) -> None:
         if key in _FIELDS:
@@ -322,10 +440,30 @@ class _Draft:
                 self.replace(section, value)
             else:
                 self.estimator[rest] = self.choose_estimator(value, f"estimator.{rest}")
-        elif rest == "name" and section in ("objective", "guide"):
+        elif section == "optimizer":
+            self.override_optimizer(rest, value)
+        elif rest == "name":
             self.replace(section, value)
         else:
             self.set_option(self.choices().get(section), rest, value, section)
+
+    def override_optimizer(self, rest: str, value: object) -> None:
+        # As for estimators: the pattern is what stands before the last dot, or everything.
+        pattern, _, option = rest.rpartition(".")
+        if pattern in self.optimizer and option in Optimizer.model_fields:
+            self.optimizer[pattern].options[option] = value
+        elif isinstance(value, Mapping | Optimizer) and not _is_schedule(value):
+            rest_of = {p or "*": choice for p, choice in self.optimizer.items()}
+            self.optimizer = rest_of | {rest: self.choose_optimizer(value, f"optimizer.{rest}")}
+        else:
+            of = f"optimizer.{pattern}" if pattern in self.optimizer and pattern else "optimizer"
+            if "" not in self.optimizer and of == "optimizer":
+                options = [f"optimizer.{p}.{o}" for p in self.optimizer for o in Optimizer.model_fields]
+                raise RecipeError(
+                    f"Recipe {self.fields['name']!r} has no option {f'optimizer.{rest}'!r}. "
+                    f"{lookup.valid(f'optimizer.{rest}', options, 'Options')}"
+                )
+            self.check_options(Optimizer, {rest if of == "optimizer" else option: value}, of)
 
     def set_option(self, choice: _Choice | None, option: str, value: object, where: str) -> None:
         if choice is None and where == "guide":
@@ -350,10 +488,14 @@ class _Draft:
                     f"{lookup.valid(str(option), kind.model_fields, 'Options')}"
                 )
 
-    def build(self) -> Recipe:
+    def build(self, stages: tuple[Recipe, ...]) -> Recipe:
+        optimizers = {
+            p: self.instance(choice, f"optimizer.{p}." if p else "optimizer.") for p, choice in self.optimizer.items()
+        }
         sections: dict[str, Any] = {
+            "stages": stages,
             "objective": self.instance(self.objective, "objective."),
-            "optimizer": self.instance(self.optimizer, "optimizer."),
+            "optimizer": optimizers.get("", optimizers),
             "guide": None if self.guide is None else self.instance(self.guide, "guide."),
             "estimator": {
                 p: None if choice is None else self.instance(choice, f"estimator.{p}.")

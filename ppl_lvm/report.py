@@ -322,7 +322,8 @@ def _fill(folder: Path, run: Run, dataset: Dataset, metrics: Metrics, posterior_
     tree.attrs |= {name: attribute(value) for name, value in plain(about).items()}
     tree.to_netcdf(folder / "posterior.nc", engine="h5netcdf")
     (folder / "metrics.json").write_text(json.dumps(plain(about), indent=2, allow_nan=False) + "\n")
-    _write_csv(folder / "history.csv", run.history)
+    of_steps = {name: values for name, values in run.history.items() if len(values) == len(run.history["step"])}
+    _write_csv(folder / "history.csv", of_steps)
     held_out = {"row": np.arange(len(dataset.test)), "log_likelihood": metrics.row_log_likelihood}
     _write_csv(folder / "held_out.csv", held_out)
     pictures.latent(folder / "latent.png", posterior, dataset)

@@ -41,9 +41,13 @@ ARROWS = {
     "predict": {"backends", "errors", "fitted"},
     "posterior": {"backends", "data", "errors", "fitted", "legality", "lookup", "predict", "program", "to_arviz"},
     "progress": set[str](),
+    "parameters": {"algorithm", "backends", "errors", "lookup"},
+    "monitor": {"backends"},
+    "validation": {"algorithm", "backends", "errors"},
+    "stages": {"errors", "posterior", "recipe"},
     "fit": {
-        *("algorithm", "backend_of", "backends", "data", "draws", "errors", "legality", "lookup", "ops", "posterior"),
-        *("program", "progress", "recipe", "to_arviz"),
+        *("algorithm", "backend_of", "backends", "data", "draws", "errors", "legality", "lookup", "monitor", "ops"),
+        *("parameters", "posterior", "program", "progress", "recipe", "stages", "to_arviz", "validation"),
     },
     "facades": {
         *("algorithm", "backends", "catalogue", "draws", "errors", "estimators", "legality", "lookup", "ops"),

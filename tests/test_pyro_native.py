@@ -16,6 +16,7 @@ from pyro.distributions.transforms import affine_autoregressive, iterated
 from pyro.infer import Trace_ELBO, autoguide
 from pyro.infer.autoguide import AutoDelta, AutoGuideList, AutoMultivariateNormal, AutoNormal
 from pyro.nn import PyroModule, PyroParam, PyroSample
+from pyro.nn.module import to_pyro_module_
 from torch import Tensor, nn
 from torch.distributions import constraints
 
@@ -148,7 +149,7 @@ class DMM(nn.Module):
         z = self.z_0.expand(len(x), 2)
         with pyro.plate("sequences", len(x)):
             for t in range(x.shape[1]):
-                with poutine.mask(mask=lengths > t):
+                with poutine.mask(mask=lengths > t):  # type: ignore[call-overload]
                     code = self.transition(z)
                     z = pyro.sample(f"z_{t}", dist.Normal(code[..., :2], (0.1 * code[..., 2:]).exp()).to_event(1))
                     emitted = dist.Bernoulli(logits=self.emission(z)).to_event(1)
@@ -160,7 +161,7 @@ class DMM(nn.Module):
         h, z = h.flip(1), self.z_q_0.expand(len(x), 2)
         with pyro.plate("sequences", len(x)):
             for t in range(x.shape[1]):
-                with poutine.mask(mask=lengths > t):
+                with poutine.mask(mask=lengths > t):  # type: ignore[call-overload]
                     before = torch.cat([z, h[:, t].expand(*z.shape[:-1], 4)], -1)
                     code = self.combine(before)
                     z = pyro.sample(f"z_{t}", dist.Normal(code[..., :2], (0.1 * code[..., 2:]).exp()).to_event(1))
@@ -208,7 +209,7 @@ def topics() -> Example:
 class Regression(PyroModule):
     def __init__(self) -> None:
         super().__init__()
-        self.linear = PyroModule[nn.Linear](2, 1)
+        self.linear: Any = PyroModule[nn.Linear](2, 1)  # type: ignore[arg-type, call-arg]
         self.linear.weight = PyroSample(dist.Normal(0.0, 1.0).expand([1, 2]).to_event(2))
         self.linear.bias = PyroSample(dist.Normal(0.0, 10.0).expand([1]).to_event(1))
         self.spread = PyroParam(torch.tensor(0.7), constraint=constraints.positive)
@@ -219,7 +220,7 @@ class Regression(PyroModule):
         sigma = pyro.sample("sigma", dist.LogNormal(0.0, 1.0))
         mean = self.linear(x).squeeze(-1) + group + 0.1 * self.offsets(x).squeeze(-1)
         with pyro.plate("data", x.shape[0]):
-            pyro.sample("y", dist.Normal(mean, sigma * self.spread), obs=y)
+            pyro.sample("y", dist.Normal(mean, sigma * self.spread), obs=y)  # type: ignore[arg-type]
         return mean
 
 
@@ -236,6 +237,23 @@ def guide_list() -> Example:
     guide.append(AutoMultivariateNormal(poutine.block(model, hide=["sigma"])))
     x = RNG.normal(size=(9, 2))
     return Example(model, guide, (x, x @ [1.0, -2.0] + 0.3))
+
+
+def converted() -> Example:
+    """A network of torch made Bayesian in place."""
+    net = nn.Sequential(nn.Linear(2, 2), nn.Tanh(), nn.Linear(2, 1))
+    to_pyro_module_(net)
+    for module in net.modules():
+        for name, value in list(module.named_parameters(recurse=False)):
+            setattr(module, name, PyroSample(dist.Normal(0.0, 1.0).expand(value.shape).to_event(value.dim())))
+
+    def model(x: Tensor, y: Tensor) -> None:
+        mean = net(x).squeeze(-1)
+        with pyro.plate("data", len(x)):
+            pyro.sample("y", dist.Normal(mean, 0.5), obs=y)
+
+    x = RNG.normal(size=(7, 2))
+    return Example(model, AutoNormal(model), (x, x.sum(1)))
 
 
 # A Gaussian process: the rows depend on each other, so the program is one row.
@@ -299,7 +317,7 @@ def subsampled_automatically() -> Example:
 
 def loop_model(x: Tensor) -> None:
     mu = pyro.sample("mu", dist.Normal(0.0, 2.0))
-    for i in pyro.plate("rows", len(x)):
+    for i in map(int, pyro.plate("rows", len(x))):
         z = pyro.sample(f"z_{i}", dist.Normal(mu, 1.0))
         with poutine.scale(scale=1.5):
             pyro.sample(f"x_{i}", dist.Normal(z, 0.5), obs=x[i])
@@ -308,7 +326,7 @@ def loop_model(x: Tensor) -> None:
 def loop_guide(x: Tensor) -> None:
     slope = pyro.param("slope", torch.tensor(0.3))
     pyro.sample("mu", dist.Normal(pyro.param("loc", torch.tensor(0.1)), 1.0))
-    for i in pyro.plate("rows", len(x)):
+    for i in map(int, pyro.plate("rows", len(x))):
         pyro.sample(f"z_{i}", dist.Normal(slope * x[i], 0.8))
 
 
@@ -320,7 +338,7 @@ EXAMPLES = {
     f.__name__: f
     for f in (
         *(vae, semi_supervised, mixture_map, mixture_normal, deep_markov, topics, regression, guide_list),
-        *(gaussian_process, crossed, subsampled, subsampled_automatically, loop),
+        *(converted, gaussian_process, crossed, subsampled, subsampled_automatically, loop),
     )
 }
 
@@ -477,7 +495,7 @@ def per_row_guide(x: Tensor) -> None:
 @pytest.mark.parametrize("make", [AutoNormal, AutoMultivariateNormal, AutoDelta, lambda _: per_row_guide])
 def test_parameters_of_rows_are_refused_in_mini_batches(make: Callable[..., Any]) -> None:
     guide = make(local_model)
-    with pytest.raises(LegalityError, match=r"belong to the rows of one batch.*batch_size=None"):
+    with pytest.raises(LegalityError, match=r"for the rows of one batch.*batch_size=None"):
         fitted(Example(local_model, guide, LOCAL_ROWS), steps=1, batch_size=4)
     run = fitted(Example(local_model, guide, LOCAL_ROWS), steps=1)
     with pytest.raises(ProgramError, match="rows"):
@@ -527,7 +545,7 @@ def test_two_modules_with_a_parameter_of_one_name_are_refused() -> None:
         fitted(Example(local_model, guide, LOCAL_ROWS), steps=1)
 
 
-def networks(*layers: nn.Module) -> tuple[nn.Module, Callable[..., Any]]:
+def networks(*layers: nn.Module) -> tuple[Any, Callable[..., Any]]:
     """An encoder with these layers in its middle, and the guide that calls it."""
     net = nn.Sequential(nn.Linear(1, 3), *layers, nn.Linear(3, 2))
 
@@ -590,7 +608,7 @@ def test_a_frozen_replay_meets_the_same_dropout(mode: str) -> None:
     for estimator in ("pathwise", "dreg"):
         run = fitted(example, steps=3, learning_rate=0.0, estimator={"z": estimator}, compile=mode)
         losses.append(run.history["loss"])
-    np.testing.assert_allclose(*losses, rtol=1e-12)
+    np.testing.assert_allclose(losses[0], losses[1], rtol=1e-12)
 
 
 def test_after_errors_everything_is_as_before() -> None:
@@ -635,7 +653,7 @@ def test_obs_mask_is_refused_with_the_way_out() -> None:
     def model(x: Tensor, there: Tensor) -> None:
         with pyro.plate("rows", len(x)):
             z = pyro.sample("z", dist.Normal(0.0, 1.0))
-            pyro.sample("x", dist.Normal(z, 1.0), obs=x, obs_mask=there)
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x, obs_mask=there)  # type: ignore[arg-type]
 
     def guide(x: Tensor, there: Tensor) -> None:
         with pyro.plate("rows", len(x)):
@@ -643,3 +661,75 @@ def test_obs_mask_is_refused_with_the_way_out() -> None:
 
     with pytest.raises(ProgramError, match=r"'x_unobserved'.*poutine.mask"):
         fitted(Example(model, guide, (LOCAL_ROWS, LOCAL_ROWS > 0)), steps=1)
+
+
+def test_sites_that_change_from_run_to_run_are_refused() -> None:
+    def looping(x: Tensor, guide: bool) -> None:
+        mu = pyro.sample("mu", dist.Normal(pyro.param("m", torch.tensor(0.0)), 1.0))
+        for i in pyro.plate("rows", len(x), subsample_size=2):
+            if not guide:
+                pyro.sample(f"x_{int(i)}", dist.Normal(mu, 0.5), obs=x[int(i)])
+
+    example = Example(partial(looping, guide=False), partial(looping, guide=True), LOCAL_ROWS)
+    with pytest.raises(ProgramError, match=r"Site 'x_\d' was .*met.*with statement"):
+        fitted(example, steps=5)
+
+
+def test_weights_of_rows_that_are_one_in_the_first_batch_count_in_the_others() -> None:
+    """Losses of the two mini-batches of an epoch, nothing being random, have the whole batch's as their mean."""
+
+    def weighted(x: Tensor, w: Tensor) -> None:
+        with pyro.plate("rows", len(x)), poutine.scale(scale=w):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def guide(x: Tensor, w: Tensor) -> None:
+        slope = pyro.param("slope", torch.tensor(0.3))
+        with pyro.plate("rows", len(x)), poutine.scale(scale=w):
+            pyro.sample("z", dist.Delta(slope * x))
+
+    weights = np.array([1.0, 1.0, 3.0, 5.0])
+    example = Example(weighted, guide, (np.array([0.5, -1.0, 2.0, 0.1]), weights))
+    pieces = fitted(example, steps=2, batch_size=2, learning_rate=0.0)
+    x, z = torch.tensor(example.data[0]), 0.3 * torch.tensor(example.data[0])
+    log_p = dist.Normal(0.0, 1.0).log_prob(z) + dist.Normal(z, 1.0).log_prob(x)
+    expected = -(torch.tensor(weights) * log_p).mean()
+    assert pieces.history["loss"].mean() == pytest.approx(expected.item(), rel=1e-12)
+    with pytest.raises(LegalityError, match="scaled"):
+        fitted(example, steps=1, batch_size=2, recipe="iwae")
+
+
+@pytest.mark.filterwarnings("ignore:.*was not registered in the param store because requires_grad=False")
+def test_frozen_layers_stay_and_a_second_fit_sees_other_modes() -> None:
+    """Neither a frozen weight nor a mode is kept from an earlier fit's graph; a weight as long as a batch is fine."""
+    torch.set_default_dtype(torch.float32)
+    net, guide = networks(nn.Linear(3, 4), nn.Dropout(0.5), nn.Linear(4, 3))
+    for parameter in net[1].parameters():
+        parameter.requires_grad_(False)
+    example = Example(local_model, guide, LOCAL_ROWS)
+    options: dict[str, Any] = {"steps": 3, "batch_size": 4, "compile": "graph"}
+    first = fitted(example, **options)
+    assert first.state.mode == "graph"
+    assert not any(name.startswith("net$$$1.") for name in first.params)
+    with torch.no_grad():
+        net[1].weight.mul_(3.0)
+    losses = [first.history["loss"], fitted(example, **options).history["loss"]]
+    net.eval()
+    losses += [fitted(example, **options).history["loss"], fitted(example, **options).history["loss"]]
+    eager = fitted(example, **options | {"compile": "eager"}).history["loss"]
+    assert not np.allclose(losses[0], losses[1])
+    assert not np.allclose(losses[1], losses[2])
+    np.testing.assert_array_equal(losses[2], losses[3])
+    np.testing.assert_allclose(losses[2], eager, rtol=1e-10)
+
+
+def test_a_module_that_is_built_in_the_program_is_refused() -> None:
+    def guide(x: Tensor) -> None:
+        net = nn.Linear(1, 1)
+        pyro.module("net", net)
+        pyro.sample("mu", dist.Normal(net(x[:1]).sum(), 1.0))
+        with pyro.plate("rows", len(x)):
+            pyro.sample("z", dist.Normal(x, 1.0))
+
+    with pytest.raises(ProgramError, match="build modules outside of model and guide"):
+        fitted(Example(local_model, guide, LOCAL_ROWS), steps=1)

@@ -141,7 +141,8 @@ def test_numbers_may_be_schedules() -> None:
     }
     assert annealed == recipe("elbo", beta=Schedule(schedule="linear", start=0.0, end=1.0, steps=100))
     assert recipe(json.loads(json.dumps(annealed.to_dict()))) == annealed
-    assert recipe("elbo", learning_rate=table | {"schedule": "cosine"}).optimizer.numbers()
+    (optimizer,) = recipe("elbo", learning_rate=table | {"schedule": "cosine"}).optimizers.values()
+    assert optimizer.numbers()
 
 
 def test_algorithms_of_a_users_file(own: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -188,7 +189,7 @@ def test_unknown_names_list_the_valid_ones_and_suggest_one() -> None:
     unknown = message("elbo", estimator={"y": "pathwis"})
     assert unknown.startswith("estimator.y of recipe 'elbo' asks for an unknown estimator 'pathwis'")
     assert "Did you mean 'pathwise'?" in unknown
-    assert "has no option 'drwas'. Did you mean 'draws'? Options: batch_size, draws" in message(
+    assert "has no option 'drwas'. Did you mean 'draws'? Options: batch_size, check_every, clip, draws" in message(
         "iwae", drwas=3
     )
     assert "objective, 'elbo', has no option 'draw'. Did you mean 'draws'?" in message(
@@ -196,7 +197,7 @@ def test_unknown_names_list_the_valid_ones_and_suggest_one() -> None:
     )
     unknown = message({"objective": "elbo", "stps": 3})
     assert "unknown key 'stps'. Did you mean 'steps'? Keys: batch_size" in unknown
-    assert "optimizer has no option 'lr'. Options: learning_rate, name" in message(
+    assert "optimizer has no option 'lr'. Options: clip, learning_rate, name, weight_decay." in message(
         "elbo", optimizer={"lr": 1}
     )
 
@@ -236,6 +237,62 @@ def test_wrong_values_name_the_key_the_value_and_what_is_expected() -> None:
         assert "'elbo'" in found
         assert "pydantic" not in found
         assert "\n" not in found
+
+
+def test_optimisers_by_pattern() -> None:
+    table = {"*": {"learning_rate": 0.1}, "model": {"name": "sgd"}, "encoder.*": {"clip": 3.0}}
+    found = recipe("elbo", optimizer=table)
+    assert list(found.optimizers) == ["model", "encoder.*", "*"]
+    assert found == recipe("elbo", optimizer=dict(reversed(table.items())))
+    assert hash(found) == hash(recipe(json.loads(json.dumps(found.to_dict()))))
+    assert recipe(found.to_dict()) == found
+    changed = recipe(found, **{"optimizer.encoder.*.learning_rate": 0.5, "optimizer.guide": {"name": "sgd"}})
+    assert changed.optimizers["encoder.*"] == Optimizer(learning_rate=0.5, clip=3.0)
+    assert changed.optimizers["guide"] == Optimizer(name="sgd")
+    one = recipe("elbo", **{"optimizer.guide": {"name": "sgd"}})
+    assert one.optimizers == {"*": Optimizer(), "guide": Optimizer(name="sgd")}
+    assert "optimizer.model.learning_rate, optimizer.encoder.*.learning_rate" in message(found, learning_rate=1.0)
+    assert "Did you mean 'optimizer.*.clip'" in message(found, **{"optimizer.clp": 1.0})
+    assert "optimizer.model has no option 'lr'. Options: clip" in message(found, **{"optimizer.model.lr": 1.0})
+    assert "weight_decay is an option of adamw, and the optimiser is sgd" in message(
+        "elbo", optimizer={"name": "sgd", "weight_decay": 0.1}
+    )
+    assert "optimizer.clip is 0.0, but it should be greater than 0" in message("elbo", clip=0.0)
+
+
+def test_stages_replace_keys_of_their_recipe() -> None:
+    table = {
+        "objective": {"name": "elbo", "draws": 2},
+        "steps": 10,
+        "stages": [{"freeze": "guide"}, {"objective": "iwae", "draws": 7, "steps": 20}],
+    }
+    found = recipe(table)
+    first, second = found.stages
+    assert (first.freeze, first.steps, first.objective.draws) == (("guide",), 10, 2)
+    assert (second.freeze, second.steps, second.objective.draws) == ((), 20, 7)
+    assert recipe(json.loads(json.dumps(found.to_dict()))) == found
+    assert [stage.steps for stage in recipe(table, steps=3).stages] == [3, 3]
+    assert recipe(found, steps=3) == recipe(table, steps=3)
+    listed = recipe(["elbo", "iwae"], learning_rate=0.5)
+    assert [type(stage.objective).__name__ for stage in listed.stages] == ["elbo", "iwae"]
+    assert all(stage.optimizers["*"].learning_rate == 0.5 for stage in listed.stages)
+    assert recipe(["elbo"]) == recipe("elbo")
+    assert "stages[0] is 3, but it should be a table" in message({"objective": "elbo", "stages": [3]})
+    assert "stages is 'iwae', but it should be a list" in message({"objective": "elbo", "stages": "iwae"})
+    assert "has no option 'stps'. Did you mean 'steps'" in message({"objective": "elbo", "stages": [{"stps": 3}]})
+    assert "has stages of its own" in message({"objective": "elbo", "stages": [{"stages": []}]})
+    assert "has stages of its own and cannot be one" in message([found, "elbo"])
+    assert "empty list" in message([])
+
+
+def test_keys_of_the_loop() -> None:
+    found = recipe("elbo", freeze="guide", patience=3, min_delta=0.1, check_every=5, restarts=2)
+    assert found.freeze == ("guide",)
+    assert recipe(json.loads(json.dumps(found.to_dict()))) == found
+    assert {"freeze", "patience", "restarts"}.isdisjoint(recipe("elbo").to_dict())
+    assert "patience is 0, but it should be greater than or equal to 1" in message("elbo", patience=0)
+    assert "freeze is 3, but it should be a valid tuple" in message("elbo", freeze=3)
+    assert "has no option 'patince'. Did you mean 'patience'" in message("elbo", patince=3)
 
 
 def test_what_cannot_be_placed_asks_for_more() -> None:

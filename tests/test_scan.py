@@ -205,8 +205,8 @@ def test_masked_steps_do_not_count(backend: Backend) -> None:
 def test_missing_steps_have_no_density(backend: Backend) -> None:
     holes = X.copy()
     holes[0, 1] = holes[2, 3] = holes[2, 0] = np.nan
-    options: dict[str, Any] = {"data": holes, "recipe": "elbo", "backend": backend, "dtype": "float64", "steps": 1, "missing": "mask"}
-    run = fit(Program("chain", model, guide, portable=True, arguments=("x",)), **options)
+    options: dict[str, Any] = {"recipe": "elbo", "backend": backend, "dtype": "float64", "steps": 1, "missing": "mask"}
+    run = fit(Program("chain", model, guide, portable=True, arguments=("x",)), data=holes, **options)
     found = run.posterior(4)
     likelihood = norm.logpdf(X, found.values["z"], np.exp(-0.2))
     expected = np.where(np.isnan(holes), 0.0, likelihood).sum(-1)

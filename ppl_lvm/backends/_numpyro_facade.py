@@ -25,9 +25,7 @@ class _Bound(NumPyroBound):
         self, model: Callable[..., Any], guide: Callable[..., Any], call: Call, data_plate: str | None
     ) -> None:
         dtype = "float64" if jax.config.jax_enable_x64 else "float32"  # type: ignore[attr-defined]
-        # SVI calls under jit; the probe looks at values, which must not be traced.
-        with jax.ensure_compile_time_eval():
-            super().__init__(Program.from_callables(model, guide), call, seed=0, dtype=dtype, data_plate=data_plate)
+        super().__init__(Program.from_callables(model, guide), call, seed=0, dtype=dtype, data_plate=data_plate)
 
     def batch(self, call: Call) -> Call:
         return call
@@ -101,9 +99,11 @@ class NumPyroLoss:
         what = tuple((jnp.shape(a), str(a.dtype)) if _is_array(a) else a for a in leaves)
         key = (model, guide, structure, what, bool(jax.config.jax_enable_x64))  # type: ignore[attr-defined]
         if key not in self._bounds:
-            known = [jnp.zeros(a.shape, a.dtype) if isinstance(a, jax.core.Tracer) else a for a in leaves]
-            args, kwargs = jax.tree.unflatten(structure, known)
-            bound = _Bound(model, guide, Call(args, kwargs), self.data_plate)
+            # SVI calls under jit; the probe looks at values, which must not be traced.
+            with jax.ensure_compile_time_eval():
+                known = [jnp.zeros(a.shape, a.dtype) if isinstance(a, jax.core.Tracer) else a for a in leaves]
+                args, kwargs = jax.tree.unflatten(structure, known)
+                bound = _Bound(model, guide, Call(args, kwargs), self.data_plate)
             self._bounds[key] = bound, self._planner(bound.structure)
         return self._bounds[key]
 

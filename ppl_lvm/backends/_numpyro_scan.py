@@ -13,6 +13,7 @@ from functools import wraps
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpyro
 from numpyro.contrib.control_flow.cond import cond_wrapper
 from numpyro.primitives import Messenger
@@ -35,9 +36,9 @@ class Scan:
 class _Body(Messenger):
     """Innermost, around the body: refuses what the scan would hide, and draws observed sites anew where asked."""
 
-    def __init__(self, anew: Callable[[Message, Array], Any] | None) -> None:
+    def __init__(self, anew: Callable[[Message, Array], Any] | None, plates: dict[str, Message]) -> None:
         super().__init__()
-        self._anew = anew
+        self._anew, self._plates = anew, plates
 
     def process_message(self, msg: Message) -> None:
         kind = msg["type"]
@@ -52,6 +53,9 @@ class _Body(Messenger):
                 f"Plate {msg['name']!r} is subsampled inside the body of a scan, which would take other rows at every "
                 f"time; subsample the data before the scan, or size the plate by them and let batch_size choose."
             )
+        if kind == "plate":
+            # What the scan hands over has an axis of time even where it is the plate's size.
+            self._plates[msg["name"]] = {"type": "plate", "name": msg["name"], "args": msg["args"]}
         if kind == "sample" and msg["is_observed"] and self._anew is not None:
             msg["value"] = self._anew(msg, numpyro.prng_key())
 
@@ -66,12 +70,13 @@ def enter(
     """Prepares the message of a scan or cond: its noise, the values it replays, and the record of what it held."""
     run, (first, *rest) = msg["fn"], msg["args"]
     msg["kwargs"]["rng_key"] = key
+    plates: dict[str, Message] = {}
     anew = None if observed is None else lambda site, own: site["fn"].sample(own)
 
     def inside(body: Callable[..., Any]) -> Callable[..., Any]:
         @wraps(body)
         def wrapped(*args: Any) -> Any:
-            with _Body(anew):
+            with _Body(anew, plates):
                 return body(*args)
 
         return wrapped
@@ -96,8 +101,8 @@ def enter(
                 f"Latent site {latent[0]!r} is sampled inside cond, which cannot be replayed in the model; sample it "
                 f"outside, from parameters chosen by jnp.where."
             )
-        plates = {n: s for n, s in trace.items() if s["type"] == "plate"}
-        scans.append(Scan(latent, tuple(n for n in sites if n not in latent), plates))
+        known = {n: {**plate, "value": jnp.arange(plate["args"][0])} for n, plate in plates.items()}
+        scans.append(Scan(latent, tuple(n for n in sites if n not in latent), known))
         return out
 
     msg["fn"] = watched

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import contextlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -12,7 +14,21 @@ import optax
 
 from ppl_lvm.algorithm import Algorithm, Objective
 from ppl_lvm.backends._numpyro_state import is_key
-from ppl_lvm.backends.base import Call, Plan, Steps, check_state, initial_extras, static_key, with_numbers
+from ppl_lvm.backends.base import (
+    RECORDS,
+    Call,
+    Descent,
+    Numbers,
+    Plan,
+    Steps,
+    check_state,
+    initial_extras,
+    losses,
+    merged,
+    own_name,
+    static_key,
+    with_numbers,
+)
 from ppl_lvm.backends.numpyro import NumPyroBound, owned, precision
 from ppl_lvm.errors import BackendError
 
@@ -22,9 +38,11 @@ STEPS = Steps()
 
 _TRANSFORMS: dict[str, Callable[[], optax.GradientTransformation]] = {
     "adam": optax.scale_by_adam,
-    "adamw": lambda: optax.chain(optax.scale_by_adam(), optax.add_decayed_weights(0.01)),
+    "adamw": optax.scale_by_adam,
     "sgd": optax.identity,
 }
+WEIGHT_DECAY = {"adamw": 0.01}
+"""Where a recipe leaves it open; the learning rate and the decay are applied below, as inputs of the step."""
 
 
 def key_of(seed: int) -> jax.Array:
@@ -37,18 +55,44 @@ def to_numpy(x: Any) -> Any:
     return jax.tree.map(lambda a: np.asarray(jax.random.key_data(a) if is_key(a) else a), x)
 
 
+def on(device: str) -> contextlib.AbstractContextManager[Any]:
+    """What is made inside this block is on a device: "cpu", "gpu", "cuda:0".
+
+    Raises:
+        BackendError: there is no such device.
+    """
+    kind, _, number = device.partition(":")
+    try:
+        found = jax.devices(kind)
+    except RuntimeError:
+        found = []
+    if not (number or "0").isdecimal() or int(number or 0) >= len(found):
+        there = dict.fromkeys(f"{d.platform}:{i}" for i, d in enumerate(jax.devices())) | {"cpu": None}
+        raise BackendError(f"device={device!r} was asked for; JAX has {', '.join(there)} here.")
+    return jax.default_device(found[int(number or 0)])
+
+
+def off_device(params: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Parameters of a fit as further calls find them; JAX moves them to where it computes."""
+    return params
+
+
 class Trainer:
-    """See `backends.base.Trainer`. Modes: "compiled" (a jitted loop) and "eager" (one operation at a time)."""
+    """See `backends.base.Trainer`. Modes: "compiled" (a jitted loop) and "eager" (one operation at a time).
+
+    Several runs are one loop under `vmap`: trees, keys and orders of rows have a leading axis, the data have none.
+    """
 
     def __init__(
         self,
         bound: NumPyroBound,
         plan: Plan,
         objective: Objective,
-        optimizer: Algorithm,
+        descent: Descent,
         example: Call,
         *,
-        seed: int,
+        seeds: Sequence[int],
+        initials: Sequence[Mapping[str, Any]],
         rows: int | None,
         steps: int,
         mode: str,
@@ -59,25 +103,29 @@ class Trainer:
         self.mode = "eager" if mode == "eager" else "compiled"
         self.notes = [] if mode != "auto" else ["compile: one jitted loop"]
         self._bound, self._plan, self._objective, self._example = bound, plan, objective, example
-        self._rows, self._key = rows, jax.random.key(seed)
-        name: str = optimizer.name  # type: ignore[attr-defined]
-        self._transform = _TRANSFORMS[name]()
+        self._initials, self._rows = initials, rows
+        keys = [jax.random.key(seed) for seed in seeds]
+        self._key = keys[0] if len(keys) == 1 else jnp.stack(keys)
+        self._descent = descent
+        self._transforms = {place: _TRANSFORMS[_name(o)]() for place, o in descent.used.items()}
         shapes = tuple((np.shape(a), np.asarray(a).dtype.str) for a in example.leaves)
         names = (len(example.args), tuple(example.kwargs))
-        key = (
+        self._cached = (
             *(bound.program, bound.dtype, bound.structure.data_plate, static_key(objective, plan)),
-            *(plan.K, plan.M, name, shapes, names, rows is None, bound.constants),
+            *(plan.K, plan.M, descent.static_key(), shapes, names, rows is None, bound.constants),
         )
         body = self._body(bound, plan, objective)
         if self.mode == "compiled":
-            self._chunk = STEPS.get(key, lambda: jax.jit(_chunk(body)))
+            self._chunk = STEPS.get(self._cached, lambda: jax.jit(_chunk(body)))
         else:
             self._chunk = _one_by_one(body)
 
     def _body(self, bound: NumPyroBound, plan: Plan, objective: Objective) -> Callable[..., Any]:
-        transform = self._transform
+        descend = _descend(self._descent, self._transforms)
 
-        def body(tree: Tree, batch: Call, numbers: Mapping[str, Any], key: Any, rows: Any) -> tuple[Tree, Any]:
+        def body(
+            tree: Tree, batch: Call, numbers: Mapping[str, Any], key: Any, rows: Any
+        ) -> tuple[Tree, dict[str, Any]]:
             here, planned = with_numbers(objective, plan, numbers)
             step = bound.gradients(
                 tree["params"],
@@ -90,30 +138,40 @@ class Trainer:
                 own=tree["own"],
                 mutable=tree["mutable"],
             )
-            trained = {"params": tree["params"], "own": tree["own"]}
-            updates, optimizer = transform.update(
-                {"params": step.params, "own": step.own}, tree["optimizer"], trained
+            values, optimizer, norm = descend(
+                merged(tree["params"], tree["own"]), merged(step.params, step.own), tree["optimizer"], numbers
             )
-            rate = numbers["optimizer.learning_rate"]
-            trained = jax.tree.map(lambda p, u: (p - rate * u).astype(p.dtype), trained, updates)
             total = bound.structure.plate_size or (bound.structure.rows if rows is None else rows)
-            kept = {"states": step.states, "mutable": step.mutable, "optimizer": optimizer}
-            return {**trained, **kept}, step.loss / total
+            tree = {
+                "params": {n: values[n] for n in tree["params"]},
+                "own": {s: {n: values[own_name(s, n)] for n in ps} for s, ps in tree["own"].items()},
+                "states": step.states,
+                "mutable": step.mutable,
+                "optimizer": optimizer,
+            }
+            return tree, {"loss": step.loss / total, "gradient_norm": norm}
 
         return body
 
     def initial(self) -> Tree:
+        trees = [self._initial(values) for values in self._initials]
+        with precision(self._bound.dtype):
+            return trees[0] if len(trees) == 1 else jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
+
+    def _initial(self, values: Mapping[str, Any]) -> Tree:
         with precision(self._bound.dtype):
             states, own = initial_extras(self._objective, self._plan, self._example)
-            trained = {
-                "params": self._bound.initial,
-                "own": jax.tree.map(jnp.asarray, own, is_leaf=lambda x: isinstance(x, list)),
-            }
+            arrays = jax.tree.map(jnp.asarray, own, is_leaf=lambda x: isinstance(x, list))
+            every = merged(values, arrays)
             return {
-                **trained,
+                "params": dict(values),
+                "own": arrays,
                 "states": {s: jnp.asarray(v, float) for s, v in states.items()},
                 "mutable": self._bound.states,
-                "optimizer": self._transform.init(trained),
+                "optimizer": {
+                    place: transform.init({n: every[n] for n in self._descent.names(place)})
+                    for place, transform in self._transforms.items()
+                },
             }
 
     def run(
@@ -124,31 +182,71 @@ class Trainer:
         numbers: Mapping[str, np.ndarray],
         start: int,
         n: int,
-    ) -> tuple[Tree, jax.Array]:
+    ) -> tuple[Tree, dict[str, jax.Array]]:
         with precision(self._bound.dtype):
             scalars = {name: jnp.asarray(v, float) for name, v in numbers.items()}
             rows = None if self._rows is None else jnp.asarray(self._rows, float)
-            where = None if index is None else owned(index)
-            tree, losses = self._chunk(
+            where = None
+            if index is not None:
+                where = owned(index if self._several else index[0])
+            tree, records = self._chunk(
                 tree, data.args, dict(data.kwargs), where, scalars, start, n, self._key, rows
             )
-            return tree, losses[:n]
+            return tree, {name: (v if self._several else v[:, None])[:n].T for name, v in records.items()}
 
-    def params(self, tree: Tree) -> Mapping[str, Any]:
-        return {**tree["params"], **tree["mutable"]}
+    def loss(
+        self, tree: Tree, bound: NumPyroBound, batch: Call, key: Any, numbers: Numbers, rows: int | None
+    ) -> jax.Array:
+        plan, objective = self._plan, self._objective
 
-    def pack(self, tree: Tree) -> dict[str, np.ndarray]:
-        leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
-        return {jax.tree_util.keystr(path): to_numpy(leaf) for path, leaf in leaves}
+        def one(tree: Tree, args: Any, kwargs: Any, key: Any, numbers: Numbers, rows: Any) -> jax.Array:
+            here, planned = with_numbers(objective, plan, numbers)
+            options = {"states": tree["states"], "own": tree["own"]}
+            params = {**tree["params"], **tree["mutable"]}
+            draws = bound.draws(params, Call(args, kwargs), key, planned, total_rows=rows, **options)
+            loss, *_ = losses(replace(draws, allowed=here.verbs), here, planned)
+            return loss / (bound.structure.rows if rows is None else rows)
+
+        def all_runs(tree: Tree, *inputs: Any) -> jax.Array:
+            several = jax.vmap(one, in_axes=(0, *[None] * len(inputs)))
+            return several(tree, *inputs) if self._several else one(tree, *inputs)[None]
+
+        shapes = tuple((a.shape, str(a.dtype)) for a in batch.leaves)
+        with precision(self._bound.dtype):
+            f = all_runs
+            if self.mode == "compiled":
+                what = (*self._cached, "loss", shapes, rows is None, self._several)
+                f = STEPS.get(what, lambda: jax.jit(all_runs))
+            scalars = {name: jnp.asarray(v, float) for name, v in numbers.items()}
+            total = None if rows is None else jnp.asarray(rows, float)
+            needed = {name: tree[name] for name in ("params", "own", "states", "mutable")}
+            return f(needed, batch.args, dict(batch.kwargs), key, scalars, total)
+
+    @property
+    def _several(self) -> bool:
+        return self._key.ndim > 0
+
+    def params(self, tree: Tree, run: int = 0) -> Mapping[str, Any]:
+        return self._of_run({**tree["params"], **tree["mutable"]}, run)
+
+    def _of_run(self, tree: Any, run: int) -> Any:
+        return jax.tree.map(lambda a: a[run], tree) if self._several else tree
+
+    def pack(self, tree: Tree, run: int = 0) -> dict[str, np.ndarray]:
+        return _packed(self._of_run(tree, run))
 
     def unpack(self, arrays: Mapping[str, np.ndarray]) -> Tree:
-        template = self.initial()
+        template = self._initial(self._initials[0])
         leaves, structure = jax.tree_util.tree_flatten_with_path(template)
         names = [jax.tree_util.keystr(path) for path, _ in leaves]
-        check_state(arrays, self.pack(template))
+        check_state(arrays, _packed(template))
         with precision(self._bound.dtype):
             held = [_like(leaf, arrays[n]) for n, (_, leaf) in zip(names, leaves, strict=True)]
             return jax.tree_util.tree_unflatten(structure, held)
+
+    def params_of(self, arrays: Mapping[str, np.ndarray]) -> Mapping[str, Any]:
+        tree = self.unpack(arrays)
+        return {**tree["params"], **tree["mutable"]}
 
 
 def _like(leaf: jax.Array, array: np.ndarray) -> jax.Array:
@@ -156,12 +254,55 @@ def _like(leaf: jax.Array, array: np.ndarray) -> jax.Array:
     return jax.random.wrap_key_data(owned(array), impl=jax.random.key_impl(leaf)) if is_key(leaf) else owned(array)
 
 
+def _packed(tree: Tree) -> dict[str, np.ndarray]:
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return {jax.tree_util.keystr(path): to_numpy(leaf) for path, leaf in leaves}
+
+
+def _name(optimizer: Algorithm) -> str:
+    return optimizer.name  # type: ignore[attr-defined]
+
+
+def _descend(
+    descent: Descent, transforms: Mapping[str, optax.GradientTransformation]
+) -> Callable[..., tuple[dict[str, Any], dict[str, Any], Any]]:
+    """`(values, gradients, optimizers' states, numbers) -> (values, states, norm)`, all by parameter's name."""
+
+    def descend(
+        values: dict[str, Any], gradients: Mapping[str, Any], states: Mapping[str, Any], numbers: Mapping[str, Any]
+    ) -> tuple[dict[str, Any], dict[str, Any], Any]:
+        values, states_, squares = dict(values), {}, []
+        for place, optimizer in descent.used.items():
+            names = descent.names(place)
+            gradient = {n: gradients[n] for n in names}
+            squares.append(sum(jnp.sum(g**2) for g in jax.tree.leaves(gradient)))
+            norm = jnp.sqrt(squares[-1])
+            if f"{place}.clip" in numbers:
+                factor = jnp.minimum(1.0, numbers[f"{place}.clip"] / norm)
+                gradient = jax.tree.map(lambda g, c=factor: g * c, gradient)
+            now = {n: values[n] for n in names}
+            update, states_[place] = transforms[place].update(gradient, states[place], now)
+            rate = numbers[f"{place}.learning_rate"]
+            decay = numbers.get(f"{place}.weight_decay", WEIGHT_DECAY.get(_name(optimizer), 0.0))
+            values |= jax.tree.map(
+                lambda p, u, rate=rate, decay=decay: (p - rate * (u + decay * p)).astype(p.dtype), now, update
+            )
+        return values, states_, jnp.sqrt(sum(squares))
+
+    return descend
+
+
 def _step(body: Callable[..., Any], i: Any, tree: Tree, inputs: tuple[Any, ...]) -> tuple[Tree, Any]:
     args, kwargs, index, numbers, start, key, rows = inputs
-    batch = Call(args, kwargs)
-    if index is not None:
-        batch = batch.map(lambda a: jnp.take(a, index[i], axis=0))
-    return body(tree, batch, {n: v[i] for n, v in numbers.items()}, jax.random.fold_in(key, start + i), rows)
+    now = {n: v[i] for n, v in numbers.items()}
+
+    def one(tree: Tree, index: Any, key: Any) -> tuple[Tree, Any]:
+        batch = Call(args, kwargs)
+        if index is not None:
+            batch = batch.map(lambda a: jnp.take(a, index[i], axis=0))
+        return body(tree, batch, now, jax.random.fold_in(key, start + i), rows)
+
+    return (jax.vmap(one) if key.ndim else one)(tree, index, key)
 
 
 def _length(numbers: Mapping[str, Any]) -> int:
@@ -178,11 +319,12 @@ def _chunk(body: Callable[..., Any]) -> Callable[..., Any]:
         inputs = (args, kwargs, index, numbers, start, key, rows)
 
         def one(i: Any, carry: tuple[Tree, Any]) -> tuple[Tree, Any]:
-            tree, losses = carry
-            tree, loss = _step(body, i, tree, inputs)
-            return tree, losses.at[i].set(loss)
+            tree, records = carry
+            tree, record = _step(body, i, tree, inputs)
+            return tree, {name: v.at[i].set(record[name]) for name, v in records.items()}
 
-        return jax.lax.fori_loop(0, n, one, (tree, jnp.zeros(_length(numbers))))
+        empty = jnp.zeros((_length(numbers), *key.shape))
+        return jax.lax.fori_loop(0, n, one, (tree, dict.fromkeys(RECORDS, empty)))
 
     return chunk
 
@@ -191,10 +333,10 @@ def _one_by_one(body: Callable[..., Any]) -> Callable[..., Any]:
     def chunk(
         tree: Tree, args: Any, kwargs: Any, index: Any, numbers: Any, start: Any, n: Any, key: Any, rows: Any
     ) -> tuple[Tree, Any]:
-        losses = []
+        records = []
         for i in range(n):
-            tree, loss = _step(body, i, tree, (args, kwargs, index, numbers, start, key, rows))
-            losses.append(loss)
-        return tree, jnp.stack(losses)
+            tree, record = _step(body, i, tree, (args, kwargs, index, numbers, start, key, rows))
+            records.append(record)
+        return tree, {name: jnp.stack([r[name] for r in records]) for name in RECORDS}
 
     return chunk

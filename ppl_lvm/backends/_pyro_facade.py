@@ -12,8 +12,8 @@ from pyro import poutine
 from pyro.infer import ELBO
 from torch import Tensor
 
-from ppl_lvm.algorithm import Algorithm, Objective, Schedule
-from ppl_lvm.backends.base import Call, Plan, Structure, initial_extras, losses, numbers_of, with_numbers
+from ppl_lvm.algorithm import Objective, Schedule
+from ppl_lvm.backends.base import Call, Plan, Steps, Structure, initial_extras, losses, numbers_of, with_numbers
 from ppl_lvm.backends.pyro import PyroBound
 from ppl_lvm.errors import BackendError, ProgramError
 from ppl_lvm.program import Program
@@ -21,13 +21,12 @@ from ppl_lvm.program import Program
 Own = dict[str, dict[str, Tensor]]
 
 
-class PyroLoss(ELBO):  # type: ignore[misc]
+class PyroLoss(ELBO):
     """See `ppl_lvm.pyro_loss`."""
 
     def __init__(
         self,
         objective: Objective,
-        optimizer: Algorithm,
         planned: Callable[[Structure], Plan],
         *,
         total_rows: int | None,
@@ -36,9 +35,9 @@ class PyroLoss(ELBO):  # type: ignore[misc]
         super().__init__()
         self.steps = 0
         """Gradient steps so far, at which scheduled numbers are read."""
-        self._objective, self._optimizer, self._planned = objective, optimizer, planned
+        self._objective, self._planned = objective, planned
         self._total_rows, self._data_plate = total_rows, data_plate
-        self._bounds: dict[Hashable, tuple[PyroBound, Plan]] = {}
+        self._bounds = Steps()
         self._states: dict[str, Tensor] | None = None
 
     def _get_trace(self, model: Any, guide: Any, args: Any, kwargs: Any) -> Any:
@@ -50,9 +49,8 @@ class PyroLoss(ELBO):  # type: ignore[misc]
         states, own = self._extras(plan, batch)
         objective, plan = self._now(plan)
         with torch.no_grad():
-            draws = bound.draws(
-                self._leaves(bound), batch, None, plan, total_rows=self._total_rows, states=states, own=own
-            )
+            params = {n: leaf.detach() for n, leaf in self._leaves(bound).items()}
+            draws = bound.draws(params, batch, None, plan, total_rows=self._total_rows, states=states, own=own)
             return float(losses(draws, objective, plan)[0])
 
     def loss_and_grads(self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any) -> float:
@@ -75,7 +73,7 @@ class PyroLoss(ELBO):  # type: ignore[misc]
         return float(found.loss)
 
     def _now(self, plan: Plan) -> tuple[Objective, Plan]:
-        numbers = numbers_of(self._objective, plan, self._optimizer)
+        numbers = numbers_of(self._objective, plan, {})
         values = {n: v.at(self.steps) if isinstance(v, Schedule) else v for n, v in numbers.items()}
         return with_numbers(self._objective, plan, values)
 
@@ -83,14 +81,14 @@ class PyroLoss(ELBO):  # type: ignore[misc]
         self, model: Callable[..., Any], guide: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[PyroBound, Plan, Call]:
         call = Call(args, kwargs)
-        store = pyro.get_param_store()
         key = (model, guide, len(args), tuple(kwargs), *(_form(a) for a in (*args, *kwargs.values())))
-        if key not in self._bounds or any(n not in store for n in self._bounds[key][0].initial):
+
+        def bind() -> tuple[PyroBound, Plan]:
             # One run as it is, so that the store has its parameters and autoguides are set up.
             with torch.no_grad(), poutine.block():
                 trace = poutine.trace(guide).get_trace(*args, **kwargs)
                 poutine.replay(model, trace=trace)(*args, **kwargs)
-            wide = any(p.dtype == torch.float64 for _, p in store.named_parameters())
+            wide = any(p.dtype == torch.float64 for _, p in pyro.get_param_store().named_parameters())
             bound = PyroBound(
                 Program.from_callables(model, guide),
                 call,
@@ -98,8 +96,11 @@ class PyroLoss(ELBO):  # type: ignore[misc]
                 dtype="float64" if wide else "float32",
                 data_plate=self._data_plate,
             )
-            self._bounds[key] = bound, self._planned(bound.structure)
-        bound, plan = self._bounds[key]
+            return bound, self._planned(bound.structure)
+
+        bound, plan = self._bounds.get(key, bind)
+        if any(n not in pyro.get_param_store() for n in bound.initial):  # cleared since
+            bound, plan = self._bounds.renew(key, bind)
         return bound, plan, bound.batch(call)
 
     def _leaves(self, bound: PyroBound) -> dict[str, Tensor]:
@@ -111,7 +112,7 @@ class PyroLoss(ELBO):  # type: ignore[misc]
                 f"Parameters {missing} are not in Pyro's parameter store, where SVI looks for them; use "
                 f"pyro.settings.set(module_local_params=False)."
             )
-        for name, parameter in bound.module_parameters.items():
+        for name, parameter in bound.modules.parameters.items():
             if stored[name] is not parameter:
                 raise ProgramError(
                     f"Pyro's parameter store has another tensor under {name!r} than the module itself, which would "
@@ -134,10 +135,10 @@ class PyroLoss(ELBO):  # type: ignore[misc]
 
 
 def _form(a: Any) -> Hashable:
-    """What tells a program's structure on this argument: shapes, settings; no float, which may be annealed."""
+    """What a program's structure may depend on in this argument: shapes, and settings themselves."""
     if isinstance(a, Tensor | np.ndarray):
         return tuple(a.shape), str(a.dtype)
-    return a if isinstance(a, bool | int | str | None) else type(a)
+    return a if isinstance(a, Hashable) else repr(a)
 
 
 def _named(site: str, name: str) -> str:

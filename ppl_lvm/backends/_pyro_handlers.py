@@ -51,10 +51,25 @@ def sealed(dtype: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def seeded(key: int) -> Iterator[None]:
-    """torch's CPU generator seeded inside this block, restored afterwards."""
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(key)
+    """The generators that the engine draws from, seeded inside this block, restored afterwards."""
+    with kept_generators():
+        seed_generators(key)
         yield
+
+
+def kept_generators() -> contextlib.AbstractContextManager[None]:
+    """The CPU's generator, and that of the device which is the default now, as they were after this block."""
+    device = torch.get_default_device()
+    return torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
+
+
+def seed_generators(key: int) -> None:
+    """Those of `kept_generators`; torch.manual_seed would reach every device."""
+    torch.default_generator.manual_seed(key)
+    device = torch.get_default_device()
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            torch.cuda.manual_seed(key)
 
 
 class Namespace:
@@ -185,6 +200,12 @@ class Handler(Messenger):
             elif offer is None and msg["fn"] == _stored and name not in pyro.get_param_store():
                 raise ProgramError(f"Parameter {name!r} is read before it is given an initial value.")
             return
+        value: Any
+        if isinstance(offer, torch.nn.Parameter):
+            raise ProgramError(
+                f"Parameter {name!r} is of a module that the program did not have, or had frozen, when it was first "
+                f"run; build modules outside of model and guide, and freeze and unfreeze layers between fits."
+            )
         if "$$$" in name:
             value = offer
         elif name in self.params:

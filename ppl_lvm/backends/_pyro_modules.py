@@ -8,8 +8,8 @@ fit meets another.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,6 +28,15 @@ class Holder(torch.nn.Module):
         return f()
 
 
+class Buffer(NamedTuple):
+    """A module's buffer, and its values before the probe."""
+
+    module: torch.nn.Module
+    name: str
+    tensor: Tensor
+    kept: Tensor
+
+
 class Modules:
     """The modules that a program calls; `cast` brings a tensor to the fit's precision."""
 
@@ -40,15 +49,15 @@ class Modules:
         self._held: dict[int, str] = {}
         self._all: list[torch.nn.Module] = []
         self._paths: dict[str, list[str]] = {}
-        self._buffers: dict[str, Tensor] = {}
+        self._fixed: dict[str, Tensor] = {}
+        """Buffers, and parameters that need no gradient, in the fit's precision."""
 
     @contextlib.contextmanager
     def noticed(self) -> Iterator[None]:
         """Notices the modules that are called inside, and takes back what the calls change."""
         before: dict[int, State] = {}
         data: list[tuple[Tensor, Tensor]] = []
-        buffers: list[tuple[torch.nn.Module, str, Tensor, Tensor]] = []
-
+        buffers: list[Buffer] = []
         named_parameters = torch.nn.Module.named_parameters
 
         def asked(root: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -61,21 +70,20 @@ class Modules:
                     continue
                 before[id(module)] = _state(module)
                 self._all.append(module)
-                # Until its parameters are known and can be swapped, a module of another precision is cast.
+                # Until its tensors are known and can be swapped, a module of another precision is cast.
                 for parameter in [p for p in module._parameters.values() if p is not None]:
                     if self._cast(parameter.data).dtype != parameter.dtype:
                         data.append((parameter, parameter.data))
                         parameter.data = self._cast(parameter.data)
-                for name, buffer in module.named_buffers(recurse=False):
-                    buffers.append((module, name, buffer, buffer.detach().clone()))
-                    if self._cast(buffer).dtype != buffer.dtype:
-                        module._buffers[name] = self._buffers[f"{self._key(module)}.{name}"] = self._cast(buffer)
+                for name, buffer in [(n, b) for n, b in module._buffers.items() if b is not None]:
+                    buffers.append(Buffer(module, name, buffer, buffer.detach().clone()))
+                    module._buffers[name] = self._cast(buffer)
 
         with self._in_place():
             hook = register_module_forward_pre_hook(notice)
             # pyro.module asks a module for its parameters, and that is all there is to be noticed of one which is
             # never called itself.
-            torch.nn.Module.named_parameters = asked  # type: ignore[method-assign]
+            torch.nn.Module.named_parameters = asked  # type: ignore[method-assign, assignment]
             try:
                 yield
                 self._refuse_changed(buffers)
@@ -84,20 +92,21 @@ class Modules:
                 torch.nn.Module.named_parameters = named_parameters  # type: ignore[method-assign]
                 for tensor, kept in data:
                     tensor.data = kept
-                for module, name, buffer, kept in buffers:
-                    buffer.data = kept
-                    module._buffers[name] = buffer
+                for b in buffers:
+                    b.module._buffers[b.name] = b.tensor
+                    if not torch.equal(b.tensor, b.kept):
+                        b.tensor.data = b.kept
                 for module in self._all:
                     if id(module) in before and _changed(module, before[id(module)]):
                         self.setup.append((module, dict(module.__dict__)))
                         module.__dict__.clear()
                         module.__dict__.update(before[id(module)])
 
-    def _refuse_changed(self, buffers: list[tuple[torch.nn.Module, str, Tensor, Tensor]]) -> None:
+    def _refuse_changed(self, buffers: list[Buffer]) -> None:
         kinds = {
-            f"{type(module).__name__}.{name}"
-            for module, name, _, kept in buffers
-            if not torch.equal(module._buffers[name], self._cast(kept))  # type: ignore[arg-type]
+            f"{type(b.module).__name__}.{b.name}"
+            for b in buffers
+            if not torch.equal(b.module._buffers[b.name], self._cast(b.kept))  # type: ignore[arg-type]
         }
         if kinds:
             raise BackendError(
@@ -128,6 +137,11 @@ class Modules:
                 self.parameters[name] = parameter
                 found = owners[id(parameter)].items()
                 self._paths[name] = [f"{self._key(module)}.{leaf}" for (_, leaf), module in found]
+        for module in self._all:
+            tensors = {**module._buffers, **module._parameters}
+            for leaf, tensor in tensors.items():
+                if tensor is not None and id(tensor) not in own and not leaf.endswith("_unconstrained"):
+                    self._fixed[f"{self._key(module)}.{leaf}"] = tensor.detach()
         return {name: own[id(p)] for name, p in offered.items() if own[id(p)] != name}
 
     def keep(self) -> None:
@@ -163,10 +177,20 @@ class Modules:
             for path, v in ((path, params[n]) for n, paths in self._paths.items() for path in paths)
         }
         with self._in_place(), self._mode(evaluating):
-            if not swapped and not self._buffers:
+            if not swapped and not self._fixed:
                 return f()
-            every = {**self._buffers, **swapped}
+            every = {**self._fixed, **swapped}
             return torch.func.functional_call(self._holder, every, (f,), tie_weights=False)
+
+    @property
+    def form(self) -> Hashable:
+        """What a traced step has taken from the modules besides parameters: set-up, modes, fixed tensors."""
+        fixed = tuple((t.data_ptr(), t._version) for t in self._fixed.values())
+        return id(self.setup) if self.setup else None, tuple(m.training for m in self._all), fixed
+
+    def owns(self, tensor: Tensor) -> bool:
+        """Whether this is one of the modules' fixed tensors."""
+        return any(tensor.data_ptr() == t.data_ptr() for t in self._fixed.values())
 
     @contextlib.contextmanager
     def _in_place(self) -> Iterator[None]:

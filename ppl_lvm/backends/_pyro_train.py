@@ -7,9 +7,11 @@ random numbers at one seed.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -18,9 +20,22 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
-from ppl_lvm.algorithm import Algorithm, Objective
-from ppl_lvm.backends.base import Call, Plan, Steps, check_state, initial_extras, static_key, with_numbers
-from ppl_lvm.backends.pyro import PyroBound, sealed
+from ppl_lvm.algorithm import Objective
+from ppl_lvm.backends._pyro_handlers import kept_generators, sealed, seed_generators
+from ppl_lvm.backends.base import (
+    Call,
+    Descent,
+    Numbers,
+    Plan,
+    Steps,
+    check_state,
+    initial_extras,
+    losses,
+    merged,
+    static_key,
+    with_numbers,
+)
+from ppl_lvm.backends.pyro import PyroBound
 from ppl_lvm.errors import BackendError
 
 Bound = PyroBound
@@ -49,18 +64,38 @@ def to_numpy(x: Any) -> np.ndarray:
     return x.detach().cpu().numpy() if isinstance(x, Tensor) else np.asarray(x)
 
 
+def on(device: str) -> contextlib.AbstractContextManager[Any]:
+    """What is made inside this block is on a device: "cpu", "gpu", "cuda:0".
+
+    Raises:
+        BackendError: there is no such device.
+    """
+    there = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+    name = device.replace("gpu", "cuda")
+    name = "cuda:0" if name == "cuda" else name
+    if name not in there:
+        raise BackendError(f"device={device!r} was asked for; PyTorch has {', '.join(there)} here.")
+    return torch.device(name)
+
+
+def off_device(params: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """Parameters of a fit as further calls find them, which are not inside its `on`."""
+    return {n: p.cpu() for n, p in params.items()}
+
+
 class Trainer:
-    """See `backends.base.Trainer`."""
+    """See `backends.base.Trainer`. Several runs are one after the other; a tree is a list of theirs."""
 
     def __init__(
         self,
         bound: PyroBound,
         plan: Plan,
         objective: Objective,
-        optimizer: Algorithm,
+        descent: Descent,
         example: Call,
         *,
-        seed: int,
+        seeds: Sequence[int],
+        initials: Sequence[Mapping[str, Tensor]],
         rows: int | None,
         steps: int,
         mode: str,
@@ -75,20 +110,21 @@ class Trainer:
         if bound.broadcasts(plan, example) != (True, True):
             self.notes.append("draws: run one by one, as the program does not broadcast over them")
         self._bound, self._plan, self._objective = bound, plan, objective
-        self._optimizer_name: str = optimizer.name  # type: ignore[attr-defined]
-        self._example, self._seed, self._rows, self._steps = example, seed, rows, steps
+        self._descent, self._initials = descent, initials
+        self._example, self._seeds, self._rows, self._steps = example, seeds, rows, steps
         shapes = tuple((tuple(a.shape), str(a.dtype)) for a in example.leaves)
         names = (len(example.args), tuple(example.kwargs))
         self._key: tuple[Hashable, ...] = (
             *(bound.program, bound.dtype, bound.structure.data_plate, static_key(objective, plan)),
-            *(plan.K, plan.M, shapes, names, rows is None, bound.own_setup),
+            *(plan.K, plan.M, descent.static_key(), shapes, names, rows is None, bound.modules.form),
+            str(torch.get_default_device()),
         )
         self._step: Callable[..., list[Tensor]] | None = None
 
-    # One step as a function of tensors alone: loss, gradients, gradients of own parameters, next states.
+    # One step as a function of tensors alone: loss, norm, gradients of the trained parameters, next states.
 
     def _flat(self, structure: pytree.TreeSpec) -> Callable[..., list[Tensor]]:
-        bound, plan, objective = self._bound, self._plan, self._objective
+        bound, plan, objective, descent = self._bound, self._plan, self._objective, self._descent
 
         def step(*leaves: Tensor) -> list[Tensor]:
             given = pytree.tree_unflatten(list(leaves), structure)
@@ -106,8 +142,9 @@ class Trainer:
                 states=given["states"],
                 own=given["own"],
             )
+            gradients, norm = _clipped(descent, merged(result.params, result.own), given["numbers"])
             total = bound.structure.plate_size or (bound.structure.rows if rows is None else rows)
-            return [result.loss / total, *pytree.tree_leaves((result.params, result.own, result.states))]
+            return [result.loss / total, norm, *gradients, *pytree.tree_leaves(result.states)]
 
         return step
 
@@ -165,28 +202,53 @@ class Trainer:
             return
         for node in graph.graph.nodes:
             value = getattr(graph, node.target, None) if node.op == "get_attr" else None
-            if isinstance(value, Tensor) and value.dim() > 1 and value.shape[0] in (rows, self._rows):
+            if not isinstance(value, Tensor) or self._bound.modules.owns(value):
+                continue
+            if value.dim() > 1 and value.shape[0] in (rows, self._rows):
                 raise BackendError(
                     f"The program holds a tensor of shape {tuple(value.shape)} of its own, which mini-batches cannot "
                     f"reach; pass it as data."
                 )
 
-    def initial(self) -> Tree:
+    def initial(self) -> list[Tree]:
+        return [self._initial(values) for values in self._initials]
+
+    def _initial(self, values: Mapping[str, Tensor]) -> Tree:
         dtype = getattr(torch, self._bound.dtype)
         states, own = initial_extras(self._objective, self._plan, self._example)
-        params = {n: p.detach().clone() for n, p in self._bound.initial.items()}
+        params = {n: p.detach().to(torch.get_default_device()).clone() for n, p in values.items()}
         own_params = {s: {n: torch.tensor(v, dtype=dtype) for n, v in ps.items()} for s, ps in own.items()}
-        return self._with_optimizer(
+        return self._with_optimizers(
             params, own_params, {s: torch.tensor(v, dtype=dtype) for s, v in states.items()}
         )
 
-    def _with_optimizer(self, params: dict[str, Tensor], own: dict[str, Any], states: dict[str, Tensor]) -> Tree:
-        tree: Tree = {"params": params, "own": own, "states": states}
-        if not params:
-            raise BackendError("The program has no parameters, so there is nothing to fit.")
-        return tree | {"optimizer": _OPTIMIZERS[self._optimizer_name](_trained(tree))}
+    def _with_optimizers(
+        self, params: dict[str, Tensor], own: dict[str, Any], states: dict[str, Tensor]
+    ) -> Tree:
+        every = merged(params, own)
+        optimizers = {
+            place: _OPTIMIZERS[o.name]([every[n] for n in self._descent.names(place)])  # type: ignore[attr-defined]
+            for place, o in self._descent.used.items()
+        }
+        return {"params": params, "own": own, "states": states, "optimizer": optimizers}
 
     def run(
+        self,
+        tree: list[Tree],
+        data: Call,
+        index: np.ndarray | None,
+        numbers: Mapping[str, np.ndarray],
+        start: int,
+        n: int,
+    ) -> tuple[list[Tree], dict[str, Tensor]]:
+        done = [
+            self._run(one, data, None if index is None else index[r], numbers, start, n, self._seeds[r])
+            for r, one in enumerate(tree)
+        ]
+        trees, loss, norm = zip(*done, strict=True)
+        return list(trees), {"loss": torch.stack(loss), "gradient_norm": torch.stack(norm)}
+
+    def _run(
         self,
         tree: Tree,
         data: Call,
@@ -194,15 +256,16 @@ class Trainer:
         numbers: Mapping[str, np.ndarray],
         start: int,
         n: int,
-    ) -> tuple[Tree, Tensor]:
+        seed: int,
+    ) -> tuple[Tree, Tensor, Tensor]:
         dtype = getattr(torch, self._bound.dtype)
         scalars = {name: torch.as_tensor(v, dtype=dtype) for name, v in numbers.items()}
         fixed: dict[str, Any] = {"args": list(data.args), "kwargs": dict(data.kwargs)}
         if self._rows is not None:
             fixed["rows"] = torch.tensor(float(self._rows), dtype=dtype)
         where = None if index is None else torch.as_tensor(index)
-        losses = []
-        with sealed(self._bound.dtype), torch.random.fork_rng(devices=[]), torch.no_grad():
+        found, norms = [], []
+        with sealed(self._bound.dtype), kept_generators(), torch.no_grad():
             for i in range(n):
                 inputs = fixed | {key: tree[key] for key in ("params", "own", "states")}
                 inputs["numbers"] = {name: v[i] for name, v in scalars.items()}
@@ -216,52 +279,98 @@ class Trainer:
                         key, lambda: self._prepare(leaves, structure, rows)  # noqa: B023 - called at once
                     )
                     self.notes.extend(notes)
-                torch.default_generator.manual_seed(_step_seed(self._seed, start + i))
-                loss, *rest = self._step(*leaves)
-                losses.append(loss)
-                tree = self._update(tree, rest, float(numbers["optimizer.learning_rate"][i]))
-        return tree, torch.stack(losses)
+                seed_generators(_step_seed(seed, start + i))
+                loss, norm, *rest = self._step(*leaves)
+                found.append(loss)
+                norms.append(norm)
+                tree = self._update(tree, rest, {name: float(v[i]) for name, v in numbers.items()})
+        return tree, torch.stack(found), torch.stack(norms)
 
-    def _update(self, tree: Tree, out: list[Tensor], rate: float) -> Tree:
-        trained = _trained(tree)
-        for parameter, gradient in zip(trained, out, strict=False):
-            parameter.grad = gradient
-        for group in tree["optimizer"].param_groups:
-            group["lr"] = rate
-        tree["optimizer"].step()
-        return {**tree, "states": dict(zip(tree["states"], out[len(trained) :], strict=True))}
+    def _update(self, tree: Tree, out: list[Tensor], numbers: Mapping[str, float]) -> Tree:
+        rest = iter(out)
+        for place, optimizer in tree["optimizer"].items():
+            for group in optimizer.param_groups:
+                group["lr"] = numbers[f"{place}.learning_rate"]
+                if f"{place}.weight_decay" in numbers:
+                    group["weight_decay"] = numbers[f"{place}.weight_decay"]
+                for parameter in group["params"]:
+                    parameter.grad = next(rest)
+            optimizer.step()
+        return {**tree, "states": dict(zip(tree["states"], rest, strict=True))}
 
-    def params(self, tree: Tree) -> Mapping[str, Tensor]:
-        return tree["params"]
+    def loss(
+        self, tree: list[Tree], bound: PyroBound, batch: Call, key: int, numbers: Numbers, rows: int | None
+    ) -> Tensor:
+        here, planned = with_numbers(self._objective, self._plan, numbers)
+        found = []
+        with sealed(self._bound.dtype), bound.evaluation():
+            for one in tree:
+                options = {"states": one["states"], "own": one["own"]}
+                draws = bound.draws(one["params"], batch, key, planned, total_rows=rows, **options)
+                loss, *_ = losses(replace(draws, allowed=here.verbs), here, planned)
+                found.append(loss / (bound.structure.rows if rows is None else rows))
+        return torch.stack(found)
 
-    def pack(self, tree: Tree) -> dict[str, np.ndarray]:
-        arrays = {f"params/{n}": p for n, p in tree["params"].items()}
-        arrays |= {f"own/{s}/{n}": p for s, ps in tree["own"].items() for n, p in ps.items()}
-        arrays |= {f"states/{s}": v for s, v in tree["states"].items()}
-        for i, state in tree["optimizer"].state_dict()["state"].items():
-            arrays |= {f"optimizer/{i}/{n}": v for n, v in state.items() if isinstance(v, Tensor)}
-        return {n: v.detach().cpu().numpy().copy() for n, v in arrays.items()}
+    def params(self, tree: list[Tree], run: int = 0) -> Mapping[str, Tensor]:
+        # Copies, as the optimiser works in place.
+        return {n: p.detach().clone() for n, p in tree[run]["params"].items()}
 
-    def unpack(self, arrays: Mapping[str, np.ndarray]) -> Tree:
-        tree = self.initial()
-        check_state({n: a for n, a in arrays.items() if not n.startswith("optimizer/")}, self.pack(tree))
-        held = {n: torch.from_numpy(np.array(v)) for n, v in arrays.items()}
+    def pack(self, tree: list[Tree], run: int = 0) -> dict[str, np.ndarray]:
+        return _packed(tree[run])
+
+    def unpack(self, arrays: Mapping[str, np.ndarray]) -> list[Tree]:
+        tree = self._initial(self._initials[0])
+        check_state({n: a for n, a in arrays.items() if not n.startswith("optimizer/")}, _packed(tree))
+        device = torch.get_default_device()
+        held = {n: torch.from_numpy(np.array(v)).to(device) for n, v in arrays.items()}
         params = {n: held[f"params/{n}"] for n in tree["params"]}
         own = {s: {n: held[f"own/{s}/{n}"] for n in ps} for s, ps in tree["own"].items()}
         states = {s: held[f"states/{s}"] for s in tree["states"]}
-        tree = self._with_optimizer(params, own, states)
-        moments: dict[int, dict[str, Tensor]] = {}
-        for name, value in held.items():
-            if name.startswith("optimizer/"):
-                _, i, label = name.split("/")
-                moments.setdefault(int(i), {})[label] = value
-        state = tree["optimizer"].state_dict()
-        tree["optimizer"].load_state_dict({"state": moments, "param_groups": state["param_groups"]})
-        return tree
+        tree = self._with_optimizers(params, own, states)
+        for place, optimizer in tree["optimizer"].items():
+            moments: dict[int, dict[str, Tensor]] = {}
+            for i, name in enumerate(self._descent.names(place)):
+                prefix = f"optimizer/{place}/{name}/"
+                moments[i] = {n.removeprefix(prefix): v for n, v in held.items() if n.startswith(prefix)}
+            optimizer.load_state_dict(
+                {
+                    "state": {i: state for i, state in moments.items() if state},
+                    "param_groups": optimizer.state_dict()["param_groups"],
+                }
+            )
+        return [tree]
+
+    def params_of(self, arrays: Mapping[str, np.ndarray]) -> Mapping[str, Tensor]:
+        return self.unpack(arrays)[0]["params"]
 
 
-def _trained(tree: Tree) -> list[Tensor]:
-    return [*tree["params"].values(), *(p for ps in tree["own"].values() for p in ps.values())]
+def _clipped(
+    descent: Descent, gradients: Mapping[str, Tensor], numbers: Mapping[str, Tensor]
+) -> tuple[list[Tensor], Tensor]:
+    """Gradients of the trained parameters, in the optimisers' order, and their norm before clipping."""
+    found: list[Tensor] = []
+    norms = []
+    for place in descent.used:
+        mine = [gradients[n] for n in descent.names(place)]
+        norm = torch.stack([torch.linalg.vector_norm(g) for g in mine]).norm()
+        norms.append(norm)
+        if f"{place}.clip" in numbers:
+            factor = (numbers[f"{place}.clip"] / norm).clamp(max=1.0)
+            mine = [g * factor for g in mine]
+        found += mine
+    return found, torch.stack(norms).norm()
+
+
+def _packed(tree: Tree) -> dict[str, np.ndarray]:
+    arrays = {f"params/{n}": p for n, p in tree["params"].items()}
+    arrays |= {f"own/{s}/{n}": p for s, ps in tree["own"].items() for n, p in ps.items()}
+    arrays |= {f"states/{s}": v for s, v in tree["states"].items()}
+    known = {id(p): n for n, p in merged(tree["params"], tree["own"]).items()}
+    for place, optimizer in tree["optimizer"].items():
+        for parameter, state in optimizer.state.items():
+            prefix = f"optimizer/{place}/{known[id(parameter)]}"
+            arrays |= {f"{prefix}/{n}": v for n, v in state.items() if isinstance(v, Tensor)}
+    return {n: v.detach().cpu().numpy().copy() for n, v in arrays.items()}
 
 
 def _step_seed(seed: int, step: int) -> int:

@@ -34,7 +34,7 @@ _ACTIVATIONS: dict[str, Apply] = {
 def build(spec: nets.Network, seed: int, dtype: torch.dtype | str) -> tuple[dict[str, Tensor], Bind]:
     """Initial parameters of `spec`, and `bind(params) -> apply(x)`, a pure function on [..., inputs].
 
-    The parameters are leaves on the CPU without `requires_grad`; names and layouts equal those of the JAX
+    The parameters are leaves on the default device without `requires_grad`; names and layouts equal those of the JAX
     backend (`layers.0.weight` [out, in], `layers.0.bias` [out]). The global random state is left as it was.
 
     Raises:
@@ -51,7 +51,9 @@ def build(spec: nets.Network, seed: int, dtype: torch.dtype | str) -> tuple[dict
     # Only the CPU generator is forked, so only it may be seeded: torch.manual_seed would reach every device.
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
-        return _build(spec, found)
+        params, bind = _build(spec, found)
+    # Drawn on the CPU, so that a seed gives the same values on every device.
+    return {name: value.to(torch.get_default_device()) for name, value in params.items()}, bind
 
 
 @singledispatch

@@ -18,7 +18,7 @@ import numpy as np
 from ppl_lvm import ops
 from ppl_lvm.algorithm import Algorithm, Estimator, GuideFamily, Objective, Schedule, SiteDistribution
 from ppl_lvm.draws import Draws, Plate
-from ppl_lvm.errors import BackendError, ProgramError
+from ppl_lvm.errors import BackendError, DataError, ProgramError
 from ppl_lvm.latents import Discrete, Latent, PlateOf, Sketch
 from ppl_lvm.ops import Array
 
@@ -172,7 +172,7 @@ class Bound(Protocol):
         """The same program on data of another shape."""
         ...
 
-    def row_parameters(self, call: Call) -> list[str]:
+    def batch_parameters(self, call: Call) -> list[str]:
         """Parameters that hold values of the batch's own rows; `call` has another number of rows."""
         ...
 
@@ -287,13 +287,16 @@ def as_float(kinds: Mapping[str, str] | None, name: str, kind: str) -> bool:
     return kinds[name] == "f" if name in kinds else kind in "iu"
 
 
-def given_rows(call: Callable[..., Any], ppl: Any) -> Callable[..., Any]:
-    """`call`, which gets the row indices if it asks for them: by an argument, or through its namespace `ppl`."""
+def given_rows(call: Callable[..., Any], ppl: Any, asked: bool = False) -> Callable[..., Any]:
+    """`call`, which gets the row indices if it asks for them: by an argument, or through its namespace `ppl`.
+
+    `asked`: the program's model or guide has the argument.
+    """
     try:
         named = ROWS in inspect.signature(call).parameters
     except (TypeError, ValueError):  # a callable of C code
         named = False
-    if ppl is None and not named:
+    if ppl is None and not asked:
         return call
 
     def run(*args: Any, rows: Any = None, **kwargs: Any) -> Any:
@@ -585,9 +588,33 @@ Numbers = Mapping[str, Any]
 """Every number that a schedule may move, by dotted name; the compiled step takes them as inputs."""
 
 
-def numbers_of(objective: Objective, plan: Plan, optimizer: Algorithm) -> dict[str, float | Schedule]:
+@dataclass(frozen=True)
+class Descent:
+    """Optimisers by their place in the recipe, and the place of every trained parameter's."""
+
+    optimizers: Mapping[str, Algorithm]
+    """ "optimizer" or "optimizer.<pattern>" -> name and options."""
+    of: Mapping[str, str]
+    """Parameter -> place; those that stay as they are have none."""
+
+    def names(self, place: str) -> list[str]:
+        """The parameters of one optimiser, sorted."""
+        return sorted(name for name, found in self.of.items() if found == place)
+
+    @property
+    def used(self) -> dict[str, Algorithm]:
+        """The optimisers that have parameters."""
+        return {place: o for place, o in self.optimizers.items() if place in self.of.values()}
+
+    def static_key(self) -> Hashable:
+        return tuple(sorted(self.of.items())), tuple((p, _static(o)) for p, o in self.optimizers.items())
+
+
+def numbers_of(
+    objective: Objective, plan: Plan, optimizers: Mapping[str, Algorithm]
+) -> dict[str, float | Schedule]:
     """The numbers of a recipe: "objective.beta", "estimator.z.temperature", "optimizer.learning_rate"."""
-    owners = {"objective": objective, "optimizer": optimizer}
+    owners = {"objective": objective, **optimizers}
     owners |= {f"estimator.{site}": e for site, e in plan.estimators.items()}
     return {f"{owner}.{name}": v for owner, a in owners.items() for name, v in a.numbers().items()}
 
@@ -604,11 +631,11 @@ def with_numbers(objective: Objective, plan: Plan, numbers: Numbers) -> tuple[Ob
 
 def static_key(objective: Objective, plan: Plan) -> Hashable:
     """What a compiled step depends on besides shapes: everything of objective and estimators but their numbers."""
+    return _static(objective), plan.requests, tuple((s, _static(e)) for s, e in plan.estimators.items())
 
-    def static(algorithm: Algorithm) -> Hashable:
-        return type(algorithm), algorithm.with_numbers(dict.fromkeys(algorithm.numbers(), 0.0))
 
-    return static(objective), plan.requests, tuple((s, static(e)) for s, e in plan.estimators.items())
+def _static(algorithm: Algorithm) -> Hashable:
+    return type(algorithm), algorithm.with_numbers(dict.fromkeys(algorithm.numbers(), 0.0))
 
 
 class Steps:
@@ -628,9 +655,20 @@ class Steps:
                 self._kept.popitem(last=False)
         return self._kept[key]
 
+    def renew(self, key: Hashable, build: Callable[[], Any]) -> Any:
+        self._kept.pop(key, None)
+        return self.get(key, build)
+
+
+RECORDS = ("loss", "gradient_norm")
+"""What a step records: the loss per row, and the norm of all trained gradients before clipping."""
+
 
 class Trainer(Protocol):
-    """Optimiser steps in chunks. A tree holds all state: parameters, optimiser, estimators' state and parameters."""
+    """Optimiser steps in chunks, of R runs at once that differ in seed, initial parameters and order of rows.
+
+    A tree holds all state of all runs: parameters, optimisers, estimators' state and parameters.
+    """
 
     mode: str
     notes: list[str]
@@ -639,14 +677,27 @@ class Trainer(Protocol):
 
     def run(
         self, tree: Any, data: Call, index: np.ndarray | None, numbers: Mapping[str, np.ndarray], start: int, n: int
-    ) -> tuple[Any, Any]:
-        """Steps `start .. start + n - 1`; `index [C, B]` and `numbers [C]` may be longer. Losses `[n]`, per row."""
+    ) -> tuple[Any, Mapping[str, Any]]:
+        """Steps `start .. start + n - 1`; `index [R, C, B]` and `numbers [C]` may be longer.
 
-    def params(self, tree: Any) -> Mapping[str, Any]: ...
+        Gives RECORDS, each `[R, n]`.
+        """
 
-    def pack(self, tree: Any) -> dict[str, np.ndarray]: ...
+    def loss(
+        self, tree: Any, bound: Any, batch: Call, key: Any, numbers: Numbers, rows: int | None
+    ) -> Any:
+        """The objective's loss per row, `[R]`, on a batch of `bound`, without gradients; `rows` is N."""
 
-    def unpack(self, arrays: Mapping[str, np.ndarray]) -> Any: ...
+    def params(self, tree: Any, run: int = 0) -> Mapping[str, Any]: ...
+
+    def pack(self, tree: Any, run: int = 0) -> dict[str, np.ndarray]:
+        """All state of one run as arrays that nothing else changes."""
+
+    def unpack(self, arrays: Mapping[str, np.ndarray]) -> Any:
+        """A tree of one run."""
+
+    def params_of(self, arrays: Mapping[str, np.ndarray]) -> Mapping[str, Any]:
+        """The parameters among what `pack` gave."""
 
 
 def check_state(found: Mapping[str, np.ndarray], needed: Mapping[str, np.ndarray]) -> None:
@@ -661,6 +712,38 @@ def check_state(found: Mapping[str, np.ndarray], needed: Mapping[str, np.ndarray
             f"The state does not fit: missing, unknown or of another shape are {wrong[:5]}; continue with the same "
             f"program, recipe and backend."
         )
+
+
+def check_value(name: str, found: Any, needed: Sequence[int], inside: Callable[[], bool]) -> None:
+    """Refuses a starting value that its parameter cannot have."""
+    if np.shape(found) != tuple(needed):
+        raise DataError(f"start: {name!r} has shape {tuple(np.shape(found))}, and the parameter {tuple(needed)}.")
+    if not inside():
+        raise DataError(
+            f"start: {name!r} is outside the support of its parameter, or at its edge; values span "
+            f"{float(found.min()):g} to {float(found.max()):g}."
+        )
+
+
+def own_name(owner: str, name: str) -> str:
+    """What a parameter of an estimator or of the objective is called: "estimator.z.weight", "objective.log_z"."""
+    return f"objective.{name}" if owner == "objective" else f"estimator.{owner}.{name}"
+
+
+def merged(params: Mapping[str, Any], own: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Parameters of the program and of the algorithms under one name each."""
+    return {**params, **{own_name(s, n): p for s, ps in own.items() for n, p in ps.items()}}
+
+
+def parameter_groups(
+    structure: Structure, objective: Objective, plan: Plan, batch: Call
+) -> dict[str, frozenset[str]]:
+    """Where every parameter is used, those of the algorithms themselves nowhere."""
+    own = merged({}, initial_extras(objective, plan, batch)[1])
+    both = sorted(set(own) & set(structure.groups))
+    if both:
+        raise ProgramError(f"Parameters {both} are called like those of the objective or of an estimator; rename them.")
+    return {**structure.groups, **dict.fromkeys(own, frozenset[str]())}
 
 
 def initial_extras(

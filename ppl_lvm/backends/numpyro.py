@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from numpyro.distributions.transforms import biject_to
+from numpyro.infer.autoguide import AutoGuide
 from numpyro.ops.provenance import eval_provenance
 
 from ppl_lvm.algorithm import GuideFamily, Objective, Variant
@@ -51,6 +52,7 @@ from ppl_lvm.backends.base import (
     as_float,
     check_scale,
     check_sites,
+    check_value,
     example_kinds,
     find_data_plate,
     given_rows,
@@ -63,7 +65,7 @@ from ppl_lvm.backends.base import (
 )
 from ppl_lvm.backends.forward import Anatomy, Forward
 from ppl_lvm.draws import Draws, Plate, Site
-from ppl_lvm.errors import BackendError, ProgramError
+from ppl_lvm.errors import BackendError, DataError, ProgramError
 from ppl_lvm.latents import Latent, PlateOf
 
 if TYPE_CHECKING:
@@ -96,6 +98,7 @@ class NumPyroBound:
         self._kinds = example_kinds(program)
         guide = program.guide
         assert guide is not None
+        asked = program.takes_rows
         family = guide if isinstance(guide, GuideFamily) else None
         self._missing = JaxMissing(program)
         self.joint_dims = self._missing.joint_dims
@@ -106,14 +109,14 @@ class NumPyroBound:
             self._ppl = ppl
             if ppl is not None and size is not None:
                 batch = self.batch(example.with_rows(size))
-            self._model = given_rows(partial(program.model, ppl) if program.portable else program.model, ppl)
+            self._model = given_rows(partial(program.model, ppl) if program.portable else program.model, ppl, asked)
             if family is not None:
                 latents = self._latents(batch, key, data_plate)
                 self._guide = given_rows(written(family, ppl, latents, program.arguments), ppl)
             elif program.portable:
                 self._guide = given_rows(partial(guide, ppl), ppl)
             else:
-                self._guide = given_rows(self._own(guide), None)
+                self._guide = given_rows(self._own(guide), None, asked)
             self._probe(batch, key, data_plate)
         self.row_params = row_params(program, ppl, self.initial, self.total)
 
@@ -180,7 +183,8 @@ class NumPyroBound:
             if s["type"] == "sample" and (s["is_observed"] or self._missing.fills(n))
         }
         found = {**model_handler.found, **guide_handler.found}
-        self._transforms = {n: biject_to(c) for n, (_, c) in found.items()}
+        self._constraints = {n: c for n, (_, c) in found.items()}
+        self._transforms = {n: biject_to(c) for n, c in self._constraints.items()}
         self.initial = {n: self._unconstrain(n, v) for n, (v, _) in found.items()}
         first = {**model_handler.initial_states, **guide_handler.initial_states}
         self.states = {n: self._cast(v) for n, v in first.items()}
@@ -201,12 +205,20 @@ class NumPyroBound:
         """A first run, with a word on what cannot be found out later."""
         try:
             trace = self._trace(program, handler, batch)
-            jax.block_until_ready([s["value"] for s in trace.values() if s["type"] == "sample"])
-        except jax.errors.UnexpectedTracerError as error:
+        except KeyError as error:
+            if isinstance(program, AutoGuide):
+                raise ProgramError(
+                    f"Autoguide {type(program).__name__} cannot be set up: {error} is a plate that the model opens "
+                    f"only inside a scan, which NumPyro's autoguides do not know; open it once outside, or write "
+                    f"a guide."
+                ) from error
+            raise
+        inside = [n for n, s in trace.items() if s["type"] == "sample" and isinstance(s["value"], jax.core.Tracer)]
+        if inside:
             raise ProgramError(
-                "The program samples inside a loop of JAX (lax.scan, while_loop, fori_loop, cond, vmap), out of which "
-                "its sites cannot be handed; use numpyro.contrib.control_flow.scan, or a Python loop."
-            ) from error
+                f"Site {inside[0]!r} is sampled inside a loop or transformation of JAX (lax.scan, while_loop, cond, "
+                f"vmap), which does not hand it out; use numpyro.contrib.control_flow.scan, or a Python loop."
+            )
         return trace
 
     def _check_scans(self, structure: Structure, guide: dict[str, Message], model: dict[str, Message]) -> None:
@@ -245,7 +257,7 @@ class NumPyroBound:
                 left |= handler.states
         return changed(self.states, left)
 
-    def row_parameters(self, call: Call) -> list[str]:
+    def batch_parameters(self, call: Call) -> list[str]:
         """Parameters that hold values of the batch's own rows: those whose shape follows the number of rows.
 
         `call` has another number of rows than this batch.
@@ -433,6 +445,24 @@ class NumPyroBound:
     def _unconstrain(self, name: str, value: Any) -> Any:
         value = self._cast(value)
         return value if is_tree(value) else self._transforms[name]._inverse(value)
+
+    def unconstrain(self, name: str, value: Any) -> Any:
+        """The unconstrained value of a parameter's constrained one; DataError where it can have no such value."""
+        with precision(self.dtype):
+            known = self.constrain({name: self.initial[name]})[name]
+            layout = jax.tree.structure(known)
+            if str(jax.tree.structure(value)) != str(layout):
+                raise DataError(f"start: {name!r} is not laid out as its parameter, which is {layout}.")
+            value = jax.tree.map(lambda a, k: owned(a, k.dtype), value, known)
+
+            def inside() -> bool:
+                within = is_tree(value) or bool(jnp.all(self._constraints[name](value)))
+                inverse = jax.tree.leaves(self._unconstrain(name, value))
+                return within and all(bool(jnp.isfinite(a).all()) for a in inverse)
+
+            for found, needed in zip(jax.tree.leaves(value), jax.tree.leaves(known), strict=True):
+                check_value(name, found, needed.shape, inside)
+            return self._unconstrain(name, value)
 
     def constrain(self, params: Params) -> dict[str, Any]:
         """Constrained values of unconstrained parameters; states and networks as they are."""

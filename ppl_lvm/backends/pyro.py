@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import warnings
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -51,6 +51,7 @@ from ppl_lvm.backends.base import (
     as_float,
     check_scale,
     check_sites,
+    check_value,
     example_kinds,
     find_data_plate,
     given_rows,
@@ -92,12 +93,13 @@ class PyroBound:
         self.total = size if total is None else total
         guide = program.guide
         assert guide is not None
+        asked = program.takes_rows
         family = guide if isinstance(guide, GuideFamily) else None
         self._ppl = ppl = Namespace(seed, dtype, self.total) if program.portable or family is not None else None
-        self._model = given_rows(partial(program.model, ppl) if program.portable else program.model, ppl)
+        self._model = given_rows(partial(program.model, ppl) if program.portable else program.model, ppl, asked)
         self._guide: Callable[..., Any] = guide
         if family is None:
-            self._guide = given_rows(partial(guide, ppl) if program.portable else guide, ppl)
+            self._guide = given_rows(partial(guide, ppl) if program.portable else guide, ppl, asked)
         if ppl is not None and size is not None:
             example = example.with_rows(size)
         self._kinds = example_kinds(program)
@@ -124,14 +126,8 @@ class PyroBound:
                 store._param_to_name[leaf] = name
 
     @property
-    def module_parameters(self) -> Mapping[str, torch.nn.Parameter]:
-        """The parameters that modules own, as they own them."""
-        return self._modules.parameters
-
-    @property
-    def own_setup(self) -> Hashable:
-        """What tells this bound from others of the same program: modules that were set up in its probe."""
-        return id(self._modules.setup) if self._modules.setup else None
+    def modules(self) -> Modules:
+        return self._modules
 
     def on(self, example: Call) -> PyroBound:
         """The same program on data of another shape, with what its modules set up here."""
@@ -152,6 +148,7 @@ class PyroBound:
             if isinstance(a, bool | int | float | str):  # settings that a training loop passes along
                 return a
             a = a if isinstance(a, Tensor) else torch.as_tensor(np.asarray(a))
+            a = a.to(torch.get_default_device())
             kind = "f" if a.is_floating_point() else "b" if a.dtype == torch.bool else "i"
             return a.to(getattr(torch, self.dtype)) if as_float(self._kinds, name, kind) else a
 
@@ -233,6 +230,7 @@ class PyroBound:
         )
 
     def _cast(self, value: Tensor) -> Tensor:
+        value = value.to(torch.get_default_device())
         return value.to(getattr(torch, self.dtype)) if value.is_floating_point() else value
 
     def _latents(self, batch: Call, asked: str | None) -> list[Latent]:
@@ -292,10 +290,8 @@ class PyroBound:
             if name in auxiliary:
                 role = "auxiliary"
             of_model = model.get(name, site)
-            scales = [
-                torch.as_tensor(self._user_scale(s, data_plate), dtype=torch.get_default_dtype())
-                for s in (site, of_model)
-            ]
+            given = [self._user_scale(s, data_plate) for s in (site, of_model)]
+            scales = [torch.as_tensor(scale, dtype=torch.get_default_dtype()) for scale in given]
             for scale in scales:
                 check_scale(name, scale.shape, frames[data_plate].dim if data_plate and local(site) else None)
             infos[name] = SiteInfo(
@@ -310,7 +306,8 @@ class PyroBound:
                 ),
                 local_in_model=local(of_model),
                 closed_kl=role == "latent" and torch.equal(*scales) and has_kl(site, of_model),
-                user_scaled=any(float((scale - 1.0).abs().max()) > 1e-9 for scale in scales),
+                # A tensor's values are those of this batch, and others in the next one.
+                user_scaled=any(isinstance(scale, Tensor) or abs(scale - 1.0) > 1e-9 for scale in given),
                 fixed=site["is_observed"] and role == "auxiliary",
                 point=is_point(site["fn"]),
             )
@@ -359,6 +356,23 @@ class PyroBound:
         }
         return replace(structure, sites=sites)
 
+    def unconstrain(self, name: str, value: Any) -> Tensor:
+        """The unconstrained value of a parameter's constrained one; DataError where it can have no such value."""
+        with sealed(self.dtype):
+            known = self._transforms[name](self.initial[name])
+            value = torch.as_tensor(np.array(value)).to(known)
+
+            def inverse() -> Tensor:
+                return self._transforms[name].inv(value).detach().clone()
+
+            check_value(
+                name,
+                value,
+                known.shape,
+                lambda: bool(self._constraints[name].check(value).all() and inverse().isfinite().all()),
+            )
+            return inverse()
+
     def constrain(self, params: Params) -> dict[str, Tensor]:
         """Constrained values of unconstrained parameters."""
         return {n: self._transforms[n](v) for n, v in params.items()}
@@ -374,7 +388,7 @@ class PyroBound:
 
     # One run.
 
-    def row_parameters(self, call: Call) -> list[str]:
+    def batch_parameters(self, call: Call) -> list[str]:
         """Parameters whose shape follows the number of rows; `call` has another one than this batch."""
         try:
             other = type(self)(self.program, call, seed=0, dtype=self.dtype, data_plate=self.asked_plate)
@@ -511,7 +525,7 @@ class PyroBound:
         variants: dict[str, Variant] = {}
 
         def latent(msg: Message) -> None:
-            info = structure.sites[msg["name"]]
+            info = self._known(msg["name"])
             fn = msg["fn"]
             lead = ((M, K) if M > 1 else (K,) if K > 1 else ()) if info.local else (M, 1) if M > 1 else ()
             if lead:
@@ -551,10 +565,12 @@ class PyroBound:
         drawn = {name: s["value"] for name, s in guide.items()}
 
         def replayed(msg: Message) -> None:
-            msg["value"] = of_step(drawn[msg["name"]], msg)
+            msg["value"] = of_step(drawn[self._known(msg["name"]).name], msg)
 
         model_handler = Handler(constrained, replayed, handler.subsamples)
         model = self._trace(self._model, model_handler, batch, params)
+        for name in {*guide, *model} ^ set(structure.sites):
+            self._known(name, missing=name in structure.sites)
         subsamples.update(model_handler.subsamples)
         frozen: dict[str, Message] = {}
         if isinstance(dropout, Dropout):
@@ -569,6 +585,17 @@ class PyroBound:
             )
             for info in structure.sites.values()
         }
+
+    def _known(self, name: str, missing: bool = False) -> SiteInfo:
+        """The site's facts from the first run, which every run must agree with."""
+        if missing or name not in self.structure.sites:
+            raise ProgramError(
+                f"Site {name!r} was {'met' if missing else 'not met'} when the program was first run, and is "
+                f"{'not in' if missing else 'in'} this run; a program must have the same sites in every run. A loop "
+                f"over a plate that subsamples, for one, names other sites each time; use the plate in a with "
+                f"statement."
+            )
+        return self.structure.sites[name]
 
     def _site(
         self,
@@ -604,10 +631,17 @@ class PyroBound:
         if "kl" in plan.requests and in_guide is not None and in_model is not None:
             extra["kl"] = self._rows(self._full(kl(in_guide, in_model), info), info)
         scales: dict[str, Any] = {}
-        if info.user_scaled:
-            for label, message in (("user_scale", in_model), ("guide_scale", in_guide)):
-                if message is not None:
-                    scales[label] = self._scale(self._user_scale(message, self.structure.data_plate), info)
+        for label, message in (("user_scale", in_model), ("guide_scale", in_guide)):
+            if message is None:
+                continue
+            scale = self._user_scale(message, self.structure.data_plate)
+            if info.user_scaled:
+                scales[label] = self._scale(scale, info)
+            elif not isinstance(scale, Tensor) and abs(scale - 1.0) > 1e-9:
+                raise ProgramError(
+                    f"Site {name!r} is scaled by {scale} in this run and was not in the first one; begin with another "
+                    f"scale than one, or give the weight to the objective (beta)."
+                )
         optional = (
             *("log_p", "log_q", "log_q_frozen", "log_q_drawn", "weight", "credit", "through"),
             *("log_p_full", "log_q_full"),
