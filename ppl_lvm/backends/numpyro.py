@@ -308,7 +308,7 @@ class NumPyroBound:
                 continue
             fn, frames = site["fn"], site["cond_indep_stack"]
             plates = tuple(PlateOf(f.name, f.dim, sizes[f.name][0], f.size) for f in frames)
-            transform = biject_to(fn.support)
+            transform = None if fn.support.is_discrete else biject_to(fn.support)
 
             def unconstrained(site: str = name, transform: Any = transform) -> list[np.ndarray]:
                 return [np.asarray(transform._inverse(r[site]["value"])) for r in runs]

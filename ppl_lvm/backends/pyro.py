@@ -248,7 +248,7 @@ class PyroBound:
                 continue
             fn, frames = site["fn"], [f for f in site["cond_indep_stack"] if f.vectorized]
             plates = tuple(PlateOf(f.name, f.dim, f.full_size or f.size, f.size) for f in frames)
-            transform = biject_to(fn.support)
+            transform = None if fn.support.is_discrete else biject_to(fn.support)
 
             def unconstrained(site: str = name, transform: Any = transform) -> list[np.ndarray]:
                 return [transform.inv(r[site]["value"]).numpy() for r in runs]
