@@ -60,8 +60,8 @@ test-all: lint types  ## the same with the slow tests
 docs: export OMP_NUM_THREADS := 1
 docs: export MKL_NUM_THREADS := 1
 docs: export JAX_PLATFORMS ?= cpu
-docs: venv  ## build the documentation to build/docs/html; tutorials run where they changed
-	$(BIN)/python -m sphinx -W --keep-going -q -b html docs build/docs/html
+docs: venv  ## build the documentation to build/docs/html; its tutorials run (not with SPHINX="-D nb_execution_mode=off")
+	$(BIN)/python -m sphinx -E -W --keep-going -q $(SPHINX) -b html docs build/docs/html
 	@echo "Wrote build/docs/html/index.html"
 
 wheel-check: venv  ## build the wheel, install it alone with NumPyro only, fit from there

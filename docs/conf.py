@@ -38,9 +38,8 @@ maximum_signature_line_length = 88
 myst_enable_extensions = ["deflist"]
 myst_heading_anchors = 3
 
-# Tutorials run in every build whose sources changed; an error in one ends the build.
-nb_execution_mode = "cache"
-nb_execution_cache_path = str(ROOT / "build" / "docs" / "executed")
+# Tutorials run in every build, as what they show depends on the package too; an error in one ends the build.
+nb_execution_mode = "force"
 nb_execution_raise_on_error = True
 nb_execution_in_temp = True
 nb_execution_timeout = 180
