@@ -36,10 +36,11 @@ def describe(kind: str, name: str) -> str:
 
 
 def _first_lines(paths: Mapping[str, Path]) -> dict[str, str]:
-    return {name: _docstring(path).partition("\n")[0] for name, path in paths.items()}
+    return {name: docstring(path).partition("\n")[0] for name, path in paths.items()}
 
 
-def _docstring(path: Path) -> str:
+def docstring(path: Path) -> str:
+    """What a Python file says about itself."""
     # Parsed, not imported: a program may be slow to import, or written for a backend that is not installed.
     return ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
 
@@ -68,7 +69,7 @@ def _backends() -> dict[str, str]:
 
 def _show_program(name: str) -> str:
     shown = program(name)
-    text = [] if shown.path is None else [_docstring(Path(shown.path)), ""]
+    text = [] if shown.path is None else [docstring(Path(shown.path)), ""]
     text += [f"data: {', '.join(shown.arguments)}", f"recipe: {shown.recipe}"]
     text += [f"runs on: {'both backends' if shown.portable else 'the backend it is written for'}"]
     return "\n".join([*text, *_options("--option", dict(shown.options))])
