@@ -137,6 +137,11 @@ class Fit:
             self._example = self._data.map(lambda a: np.asarray(a)[:0])
         self._fitted = Fitted(self.program, self.backend, self._bound, self._trained, self._example)
 
+    @property
+    def row_params(self) -> frozenset[str]:
+        """Parameters that have an entry for every row of the fit; `refit` trains them for other rows."""
+        return frozenset(self._bound.row_params)
+
     def without_data(self) -> Fit:
         """The same fit without its training rows: every method then needs `data`, or a number of rows."""
         self._need("without_data")

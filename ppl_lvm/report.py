@@ -5,7 +5,7 @@ import json
 import math
 import secrets
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -21,11 +21,15 @@ if TYPE_CHECKING:
     from xarray import DataTree
 
 FORMAT = "ppl_lvm run 1"
+PARAMETERS = "parameters.safetensors"
 FILES = (
     "metrics.json",
     "posterior.nc",
+    PARAMETERS,
     "history.csv",
+    "validation.csv",
     "held_out.csv",
+    "history.png",
     "reconstructions.png",
     "samples.png",
     "latent.png",
@@ -45,6 +49,8 @@ class Program(Protocol):
 class Recipe(Protocol):
     @property
     def name(self) -> str: ...
+    @property
+    def guide(self) -> object: ...
     def to_dict(self) -> dict[str, Any]: ...
 
 
@@ -72,8 +78,14 @@ class Run(Protocol):
     def seconds(self) -> float: ...
     @property
     def lacks(self) -> Mapping[str, str]: ...
+    @property
+    def messages(self) -> Sequence[str]: ...
+    @property
+    def params(self) -> Mapping[str, np.ndarray]: ...
+    @property
+    def row_params(self) -> Collection[str]: ...
 
-    def log_likelihood(self, data: np.ndarray, draws: int = ..., seed: int = ...) -> LogLikelihood: ...
+    def log_likelihood(self, data: np.ndarray | None, draws: int = ..., seed: int = ...) -> LogLikelihood: ...
     def posterior(self, draws: int, data: np.ndarray | None = ..., seed: int = ...) -> PosteriorDraws: ...
     def to_arviz(
         self, draws: int, data: np.ndarray | None = ..., seed: int = ..., *, predictive: int | None = ...
@@ -106,18 +118,24 @@ class Metrics:
     active_units: Mapping[str, int] | None
     seconds: float
     lacks: Mapping[str, str] = field(default_factory=dict)
+    guide: str | None = None
+    """The family that wrote the guide; None: the program's own."""
 
 
 def measure(run: Run, dataset: Dataset, *, draws: int = 5000, seed: int = 0) -> Metrics:
     """Held-out log-likelihood per row, `log (1/K) sum_k w_k` with K = `draws`, and active units over those rows.
 
-    `seed` is that of the fit; the importance draws use it too.
+    Active units are not counted for sequences that differ in length: those of steps that were padded have no data.
+    `seed` is that of the fit; the importance draws use it too. A fit with parameters of rows (`refit` to the held-out
+    rows) is asked for its own.
 
     Source: Burda, Grosse, Salakhutdinov (2015), arXiv:1509.00519, section 5 and appendix C.
     """
-    held_out = None if "log_likelihood" in run.lacks else run.log_likelihood(dataset.test, draws=draws, seed=seed)
+    rows = _rows(run, dataset)
+    held_out = None if "log_likelihood" in run.lacks else run.log_likelihood(rows, draws=draws, seed=seed)
     # As many draws of the same rows as `write` takes, so that nothing is compiled for them alone.
-    active = None if "new_rows" in run.lacks else run.active_units(draws=POSTERIOR_DRAWS, data=dataset.test)
+    known = not dataset.ragged and "new_rows" not in run.lacks
+    active = run.active_units(draws=POSTERIOR_DRAWS, data=rows) if known else {} if dataset.ragged else None
     return Metrics(
         program=run.program.name,
         backend=run.backend,
@@ -131,6 +149,7 @@ def measure(run: Run, dataset: Dataset, *, draws: int = 5000, seed: int = 0) -> 
         active_units=None if active is None else {site: int(units) for site, units in active.items()},
         seconds=float(run.seconds),
         lacks={name: run.lacks[name] for name in ("log_likelihood", "new_rows") if name in run.lacks},
+        guide=None if run.recipe.guide is None else type(run.recipe.guide).__name__,
     )
 
 
@@ -276,9 +295,11 @@ def write(
     """Write a run folder and return its path; an earlier run of that name is replaced once all is written.
 
     posterior.nc holds `posterior_draws` draws for the held-out rows (ArviZ DataTree), metrics.json the
-    figures with the recipe and versions, held_out.csv the log-likelihood of each held-out row, history.csv
-    the losses. Pictures: latent.png for a program with latents per row; reconstructions.png and samples.png
-    for data with an `image_shape`. `metrics` saves measuring again.
+    figures with the recipe, the fit's messages and versions, held_out.csv the log-likelihood of each held-out row,
+    history.csv the losses, validation.csv those of validation rows, parameters.safetensors the parameters, which
+    `starting` reads back. Pictures: history.png; latent.png for a program with latents per row; reconstructions.png
+    and samples.png for data with an `image_shape`. What was left out is in metrics.json, `left_out`, with the reason.
+    `metrics` saves measuring again.
 
     Raises:
         PplLvmError: `out` exists and is no run folder.
@@ -303,6 +324,30 @@ def write(
     return out
 
 
+def starting(folder: Path) -> dict[str, np.ndarray]:
+    """The parameters in a run folder, by name, for `fit(..., start=)`.
+
+    Raises:
+        DataError: the folder holds none.
+    """
+    from safetensors import SafetensorError
+    from safetensors.numpy import load_file
+
+    path = Path(folder) / PARAMETERS
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise DataError(
+            f"{str(path)!r} cannot be read ({error}); give a run folder, as `ppl-lvm fit` writes it."
+        ) from error
+
+
+def left_out(folder: Path) -> list[str]:
+    """What a run folder lacks, with the reason: a line for each."""
+    about = json.loads((Path(folder) / "metrics.json").read_text())
+    return [f"{name}: left out, as {why}" for name, why in about["left_out"].items()]
+
+
 def plain(value: object) -> Any:
     """A value as JSON can say it: tuples and arrays become lists, numbers that are not finite null.
 
@@ -321,20 +366,40 @@ def plain(value: object) -> Any:
     return value if value is None or isinstance(value, str | int | float) else str(value)
 
 
+def _rows(run: Run, dataset: Dataset) -> np.ndarray | None:
+    """The held-out rows; None where a fit has parameters of rows, which are then those of the held-out rows."""
+    return None if run.row_params else dataset.test
+
+
 def _only(units: Mapping[str, int]) -> str:
     return str(next(iter(units.values()), "-"))
 
 
 def _fill(folder: Path, run: Run, dataset: Dataset, metrics: Metrics, posterior_draws: int) -> None:
+    from safetensors.numpy import save_file
+
     from ppl_lvm import pictures
 
     # A method has a posterior for the rows that it was fitted to and may have none for others: those are shown then.
-    own = "new_rows" in run.lacks
-    if own:
+    if "new_rows" in run.lacks:
         dataset = replace(dataset, test=dataset.train, test_labels=dataset.train_labels)
-    posterior = run.posterior(posterior_draws, data=dataset.test, seed=metrics.seed)
-    tree = run.to_arviz(posterior_draws, dataset.test, metrics.seed, predictive=0)
-    figures = {name: value for name, value in vars(metrics).items() if name != "row_log_likelihood"}
+    held_out = _rows(run, dataset)
+    posterior = run.posterior(posterior_draws, data=held_out, seed=metrics.seed)
+    tree = run.to_arviz(posterior_draws, held_out, metrics.seed, predictive=0)
+    figures = {field: value for field, value in vars(metrics).items() if field != "row_log_likelihood"}
+    pictures.losses(folder / "history.png", run.history)
+    left_out = {"latent.png": pictures.latent(folder / "latent.png", posterior, dataset)}
+    if dataset.image_shape is None:
+        left_out |= dict.fromkeys(("reconstructions.png", "samples.png"), "the rows of the data are no images")
+    else:
+        few = held_out if held_out is None or "new_rows" in run.lacks else held_out[:SHOWN]
+        predicted = run.predictive(PREDICTIVE_DRAWS, data=few, seed=metrics.seed)
+        predicted = {site: value[:, :SHOWN] for site, value in predicted.items()}
+        prior = run.prior_predictive(64, seed=metrics.seed)
+        left_out |= {
+            "reconstructions.png": pictures.reconstructions(folder / "reconstructions.png", predicted, dataset),
+            "samples.png": pictures.samples(folder / "samples.png", prior, dataset),
+        }
     about = {
         "format": FORMAT,
         **figures,
@@ -342,6 +407,8 @@ def _fill(folder: Path, run: Run, dataset: Dataset, metrics: Metrics, posterior_
         "program_options": dict(run.program.options),
         "program_hash": run.program.source_hash,
         "resolved_recipe": run.recipe.to_dict(),
+        "messages": list(run.messages),
+        "left_out": {name: why for name, why in left_out.items() if why is not None},
         "versions": versions(),
     }
     tree.attrs |= {name: attribute(value) for name, value in plain(about).items()}
@@ -350,16 +417,15 @@ def _fill(folder: Path, run: Run, dataset: Dataset, metrics: Metrics, posterior_
     steps = max((len(values) for values in run.history.values()), default=0)
     of_steps = {name: values for name, values in run.history.items() if len(values) == steps}
     _write_csv(folder / "history.csv", of_steps)
+    if "validation" in run.history:
+        of_checks = {"step": run.history["validation_step"], "loss": run.history["validation"]}
+        _write_csv(folder / "validation.csv", of_checks)
+    # Parameters of rows are those of the held-out rows here, and say nothing of others.
+    kept = {name: np.array(value, order="C") for name, value in run.params.items() if name not in run.row_params}
+    save_file(kept, folder / PARAMETERS)
     if metrics.row_log_likelihood is not None:
-        held_out = {"row": np.arange(len(dataset.test)), "log_likelihood": metrics.row_log_likelihood}
-        _write_csv(folder / "held_out.csv", held_out)
-    pictures.latent(folder / "latent.png", posterior, dataset)
-    if dataset.image_shape is not None:
-        asked = dataset.test if own else dataset.test[:SHOWN]
-        predicted = run.predictive(PREDICTIVE_DRAWS, data=asked, seed=metrics.seed)
-        predicted = {site: value[:, :SHOWN] for site, value in predicted.items()}
-        pictures.reconstructions(folder / "reconstructions.png", predicted, dataset)
-        pictures.samples(folder / "samples.png", run.prior_predictive(64, seed=metrics.seed), dataset)
+        of_rows = {"row": np.arange(len(metrics.row_log_likelihood)), "log_likelihood": metrics.row_log_likelihood}
+        _write_csv(folder / "held_out.csv", of_rows)
 
 
 def _write_csv(path: Path, columns: Mapping[str, np.ndarray]) -> None:

@@ -60,9 +60,12 @@ ARROWS = {
         *("algorithm", "datasets", "errors", "fit", "pictures", "posterior", "program", "recipe", "to_arviz"),
     },
     "listing": {"catalogue", "datasets", "errors", "lookup", "program", "recipe"},
+    "jobs": {"errors"},
+    "cells": {"datasets", "errors", "fit", "program", "recipe", "report"},
+    "comparison": {"report"},
     "cli": {
-        *("algorithm", "catalogue", "datasets", "errors", "fit", "listing", "lookup", "posterior", "program"),
-        *("recipe", "report", "to_arviz"),
+        *("algorithm", "catalogue", "cells", "comparison", "datasets", "errors", "fit", "jobs", "listing", "lookup"),
+        *("posterior", "program", "recipe", "report", "to_arviz"),
     },
     "": {
         *("algorithm", "catalogue", "draws", "errors", "facades", "fit", "nets", "posterior"),

@@ -7,12 +7,12 @@ from typing import Any
 import numpy as np
 import pytest
 from harness import BACKENDS, Engine, assert_equal
-from scipy.stats import norm
+from scipy.stats import multivariate_normal, norm
 from toys import Array, Backend, Ppl
 
 from ppl_lvm import fit
 from ppl_lvm.algorithm import Estimator, Objective
-from ppl_lvm.errors import LegalityError, ProgramError
+from ppl_lvm.errors import DataError, LegalityError, ProgramError
 from ppl_lvm.estimators.dreg import dreg
 from ppl_lvm.estimators.enumerate import enumerate as enumerated
 from ppl_lvm.estimators.pathwise import pathwise
@@ -275,3 +275,23 @@ def test_what_a_scan_cannot_be_is_refused(backend: Backend) -> None:
     ):
         with pytest.raises(ProgramError, match=message):
             engine(backend, wrong, guide)
+
+
+def test_sequences_of_other_lengths_than_the_fits_are_asked_for() -> None:
+    """Steps that are padded add nothing, so a row has one log-likelihood however far it is padded."""
+    rng = np.random.default_rng(2)
+    sequences = [rng.normal(size=t) for t in (4, 2, 3)]
+    exact = []
+    for x in sequences:
+        spread = np.linalg.inv(np.eye(len(x)) - A * np.eye(len(x), k=-1))  # z = spread @ e, e ~ Normal(0, I)
+        noise = np.exp(-0.4) * np.eye(len(x))
+        exact.append(multivariate_normal(np.zeros(len(x)), spread @ spread.T + noise).logpdf(x))
+    program = Program("chain", model, guide, portable=True, arguments=("x",))
+    how = {"steps": 1, "learning_rate": 0.0, "dtype": "float64", "compile": "eager"}
+    run = fit(program, data=sequences[1:], recipe="elbo", backend="pyro", **how)
+    one = run.log_likelihood(sequences, draws=20_000)
+    two = run.log_likelihood([*sequences[1:], rng.normal(size=6)], draws=20_000)
+    np.testing.assert_allclose(one.values, exact, atol=0.05)
+    np.testing.assert_allclose(two.values[:2], exact[1:], atol=0.05)
+    with pytest.raises(DataError, match=r"Rows of 'x' have shape \(4,\)"):
+        run.log_likelihood(np.zeros((2, 4)))
