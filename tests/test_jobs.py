@@ -42,7 +42,8 @@ def test_every_piece_has_its_result_or_its_failure() -> None:
 
 
 def test_one_job_stays_in_this_process_and_in_order() -> None:
-    found = list(each(work, [1, "refuse", 2], 1))
+    pieces: list[int | str] = [1, "refuse", 2]
+    found = list(each(work, pieces, 1))
     assert [number for number, _ in found] == [0, 1, 2] and found[1][1] == Failed("no rows")
     assert found[2][1] == (2, {name: os.environ.get(name) for name in ONE_THREAD})
 
@@ -53,7 +54,8 @@ def test_processes_are_stopped_when_nobody_waits_any_more(tmp_path: Path) -> Non
 
     with pytest.raises(KeyboardInterrupt):
         list(each(interrupt, [1], 1))
-    results = each(work_or_sleep, [1, str(tmp_path / "begun")], 2)
+    pieces: list[int | str] = [1, str(tmp_path / "begun")]
+    results = each(work_or_sleep, pieces, 2)
     next(results)
     results.close()
     assert not multiprocessing.active_children()

@@ -287,7 +287,7 @@ def test_sequences_of_other_lengths_than_the_fits_are_asked_for() -> None:
         noise = np.exp(-0.4) * np.eye(len(x))
         exact.append(multivariate_normal(np.zeros(len(x)), spread @ spread.T + noise).logpdf(x))
     program = Program("chain", model, guide, portable=True, arguments=("x",))
-    how = {"steps": 1, "learning_rate": 0.0, "dtype": "float64", "compile": "eager"}
+    how: dict[str, Any] = {"steps": 1, "learning_rate": 0.0, "dtype": "float64", "compile": "eager"}
     run = fit(program, data=sequences[1:], recipe="elbo", backend="pyro", **how)
     one = run.log_likelihood(sequences, draws=20_000)
     two = run.log_likelihood([*sequences[1:], rng.normal(size=6)], draws=20_000)

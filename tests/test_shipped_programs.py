@@ -17,8 +17,8 @@ from ppl_lvm.backends.base import Call, Plan
 from ppl_lvm.backends.numpyro import NumPyroBound, precision
 from ppl_lvm.backends.pyro import PyroBound
 from ppl_lvm.catalogue import resolve
+from ppl_lvm.objectives.elbo import elbo
 from ppl_lvm.program import program, programs
-from ppl_lvm.recipe import recipe
 
 Arrays = dict[str, np.ndarray]
 BACKENDS = ["pyro", "numpyro"]
@@ -40,7 +40,7 @@ class Fitted:
 
     def __init__(self, name: str, backend: str, data: np.ndarray | Arrays, **options: Any) -> None:
         self.jax = backend == "numpyro"
-        self.estimator = resolve("estimator", ESTIMATORS.get(name, "pathwise"), Path(), "the test")()
+        self.estimator: Any = resolve("estimator", ESTIMATORS.get(name, "pathwise"), Path(), "the test")()
         kind: Callable[..., Any] = NumPyroBound if self.jax else PyroBound
         self.bound = kind(program(name, **options), Call.of(data), seed=0, dtype="float64")
         self.batch = self.bound.batch(Call.of(data))
@@ -54,7 +54,7 @@ class Fitted:
         return {k: np.asarray(v.detach() if isinstance(v, torch.Tensor) else v) for k, v in found.items()}
 
     def table(self, M: int, K: int) -> Arrays:
-        plan = self.plan(recipe("elbo", draws=K, outer=M).objective)
+        plan = self.plan(elbo(draws=K, outer=M))
 
         def table(params: Any, key: Any) -> dict[str, Any]:
             draws = self.bound.draws(params, self.batch, key, plan)
@@ -65,9 +65,9 @@ class Fitted:
         return self.run(table)
 
     def gradients(self) -> Arrays:
-        elbo = recipe("elbo", draws=2).objective
-        plan = self.plan(elbo)
-        return self.run(lambda params, key: self.bound.gradients(params, self.batch, key, plan, elbo).params)
+        objective = elbo(draws=2)
+        plan = self.plan(objective)
+        return self.run(lambda params, key: self.bound.gradients(params, self.batch, key, plan, objective).params)
 
     def set(self, values: Arrays) -> None:
         assert self.params.keys() == values.keys()

@@ -5,8 +5,8 @@
     y_j | theta_j ~ Normal(theta_j, sigma_j)
 
 Eight numbers are the whole data, so the program is one row: mu, tau and eta are drawn together by the full-rank guide,
-whose u = (mu, log tau, eta) has the posterior's correlations. Means and the spread of mu and theta are those of NUTS; log tau has a long tail towards
-tau = 0 that a Gaussian has not, so its spread comes out too small.
+whose u = (mu, log tau, eta) has the posterior's correlations. Means and the spread of mu and theta are those of NUTS;
+log tau has a long tail towards tau = 0 that a Gaussian has not, so its spread comes out too small.
 
 Source: Rubin (1981), Estimation in Parallel Randomized Experiments, Journal of Educational Statistics 6(4); the prior
 and the data as in Gelman, Carlin, Stern, Dunson, Vehtari, Rubin (2013), Bayesian Data Analysis, section 5.5.
