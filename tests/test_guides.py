@@ -474,7 +474,7 @@ def linear_rows_model(ppl: Ppl, x: Array) -> None:
 
 
 @pytest.mark.parametrize("backend", ["pyro", pytest.param("numpyro", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("family", ["multivariate_normal", "low_rank", "flow"])
+@pytest.mark.parametrize("family", ["multivariate_normal", "low_rank", pytest.param("flow", marks=pytest.mark.slow)])
 def test_bounds_per_row(backend: Backend, family: str) -> None:
     """IWAE-5 of three rows: the mean of 200 runs against quadrature over the noise of the engine's own weights.
 

@@ -5,11 +5,12 @@
     y_j | theta_j ~ Normal(theta_j, sigma_j)
 
 Eight numbers are the whole data, so the program is one row: mu, tau and eta are drawn together by the full-rank guide,
-whose u = (mu, log tau, eta) has the posterior's correlations. Means and the spread of mu and theta are those of NUTS;
-log tau has a long tail towards tau = 0 that a Gaussian has not, so its spread comes out too small.
+whose u = (mu, log tau, eta) has the posterior's correlations. Means, and the spread of mu and theta, are close to those
+of Markov chains; log tau has a long tail towards tau = 0 that a Gaussian has not, so its spread comes out too small.
 
-Source: Rubin (1981), Estimation in Parallel Randomized Experiments, Journal of Educational Statistics 6(4); the prior
-and the data as in Gelman, Carlin, Stern, Dunson, Vehtari, Rubin (2013), Bayesian Data Analysis, section 5.5.
+Source: Rubin (1981), Estimation in Parallel Randomized Experiments, Journal of Educational Statistics 6(4) (data);
+Gelman (2006), Prior Distributions for Variance Parameters in Hierarchical Models, Bayesian Analysis 1(3) (half-Cauchy
+priors of tau).
 
 Args:
     y: estimated effects [schools], points of the test.
