@@ -1,11 +1,13 @@
 """How the documentation is built: `make docs`."""
 
+import os
 import sys
 import tomllib
 from pathlib import Path
 from typing import Any
 
 from sphinx.application import Sphinx
+from sphinx.errors import ExtensionError
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
@@ -38,6 +40,10 @@ maximum_signature_line_length = 88
 myst_enable_extensions = ["deflist"]
 myst_heading_anchors = 3
 
+# Of the kernels: pictures are part of the page whatever the shell says, and tqdm's missing widget is no news.
+os.environ["MPLBACKEND"] = "module://matplotlib_inline.backend_inline"
+os.environ["PYTHONWARNINGS"] = "ignore:IProgress not found"
+
 # Tutorials run in every build, as what they show depends on the package too; an error in one ends the build.
 nb_execution_mode = "force"
 nb_execution_raise_on_error = True
@@ -49,6 +55,7 @@ nb_merge_streams = True
 
 def setup(app: Sphinx) -> None:
     app.connect("source-read", _fill)
+    app.connect("build-finished", _check_pictures)
     # Around napoleon, at 500, which takes what stands before a colon for the type of an attribute.
     written: dict[str, list[str]] = {}
 
@@ -65,3 +72,15 @@ def setup(app: Sphinx) -> None:
 
 def _fill(app: Sphinx, page: str, source: list[str]) -> None:
     source[0] = filled(source[0])
+
+
+def _check_pictures(app: Sphinx, failed: Exception | None) -> None:
+    """A picture that was drawn and is not on its page would be missed by no one else."""
+    if failed or app.config.nb_execution_mode == "off" or app.builder.name != "html":
+        return
+    for tutorial in sorted((ROOT / "tutorials").glob("*.md")):
+        page = Path(app.outdir) / "tutorials" / f"{tutorial.stem}.html"
+        found = page.read_text(encoding="utf-8").count("/_images/")
+        wanted = tutorial.read_text(encoding="utf-8").count("plt.show()")
+        if found < wanted:
+            raise ExtensionError(f"{page} has {found} pictures, and {tutorial} draws {wanted}.")
