@@ -49,7 +49,7 @@ def test_one_job_stays_in_this_process_and_in_order() -> None:
 
 
 def test_processes_are_stopped_when_nobody_waits_any_more(tmp_path: Path) -> None:
-    def interrupt(piece: object) -> None:
+    def interrupt(piece: int | str) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):

@@ -460,7 +460,7 @@ def native_steered(library: str, steered: bool) -> tuple[Callable[..., None], Ca
 @on_both
 def test_dreg_in_native_programs_with_points(backend: Backend) -> None:
     data = torch.tensor(X) if backend == "pyro" else X
-    run = {"recipe": "iwae", "draws": 2, "estimator": "dreg", "steps": 1, "batch_size": None}
+    run: dict[str, Any] = {"recipe": "iwae", "draws": 2, "estimator": "dreg", "steps": 1, "batch_size": None}
     with pytest.raises(LegalityError, match=r"Site 'u' .*'z' of the same row is a point that looks at parameters"):
         fit(*native_steered(backend, True), data, **run)
     assert np.isfinite(fit(*native_steered(backend, False), data, **run).history["loss"]).all()
