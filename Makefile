@@ -15,7 +15,7 @@ CHECK := build/wheel-check
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-all lint types wheel-check clean
+.PHONY: help venv demo test test-all lint types docs wheel-check clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' Makefile
@@ -27,7 +27,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	  { echo "ppl_lvm needs Python 3.11 or later; $(PYTHON) is older or missing. Try: make PYTHON=python3.11 ..." >&2; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/$(INSTALL) $(TORCH)
-	$(BIN)/$(INSTALL) -e '.[all,dev]'
+	$(BIN)/$(INSTALL) -e '.[all,dev,docs]'
 	$(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true
 	touch $@
 
@@ -56,6 +56,13 @@ test: lint types  ## lint, types and the fast tests
 
 test-all: lint types  ## the same with the slow tests
 	$(PYTEST)
+
+docs: export OMP_NUM_THREADS := 1
+docs: export MKL_NUM_THREADS := 1
+docs: export JAX_PLATFORMS ?= cpu
+docs: venv  ## build the documentation to build/docs/html; its tutorials run (not with SPHINX="-D nb_execution_mode=off")
+	$(BIN)/python -m sphinx -E -W --keep-going -q $(SPHINX) -b html docs build/docs/html
+	@echo "Wrote build/docs/html/index.html"
 
 wheel-check: venv  ## build the wheel, install it alone with NumPyro only, fit from there
 	rm -rf $(CHECK)

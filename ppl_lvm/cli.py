@@ -34,6 +34,7 @@ class Kind(StrEnum):
     recipes = "recipes"
     objectives = "objectives"
     estimators = "estimators"
+    methods = "methods"
     guides = "guides"
     datasets = "datasets"
     backends = "backends"
@@ -46,6 +47,7 @@ class Thing(StrEnum):
     recipe = "recipe"
     objective = "objective"
     estimator = "estimator"
+    method = "method"
     guide = "guide"
     dataset = "dataset"
 
@@ -341,7 +343,7 @@ def show(
     kind: Annotated[Thing, typer.Argument(help="What it is.")],
     name: Annotated[str, typer.Argument(help="Its name, or its path where it is a file of yours.")],
 ) -> None:
-    """Show one program, recipe, objective, estimator, guide or data set: what it is and its options."""
+    """Show one program, recipe, objective, estimator, guide, method or data set: what it is and its options."""
     from ppl_lvm import listing
 
     typer.echo(listing.describe(kind.value, name))

@@ -64,7 +64,9 @@ def log_likelihood(line: Line) -> Figure | None:
     Over seeds the rows stay the same, so its standard error is that of training and says nothing of other rows.
     """
     fits = list(line.measured.values())
-    return Figure.of([fit.log_likelihood for fit in fits], fits[0].standard_error if fits else math.nan)
+    values = [fit.log_likelihood for fit in fits if fit.log_likelihood is not None]
+    of_one = fits[0].standard_error if fits else None
+    return Figure.of(values, math.nan if of_one is None else of_one)
 
 
 def paired(first: Line, second: Line) -> Figure | None:
@@ -148,6 +150,11 @@ def table(lines: Sequence[Line]) -> Table:
         over = "seeds, or held-out rows where there is one seed" if seeds > 1 else "held-out rows"
         apart = f" Differences are from {first.label}, paired by row." if len(lines) > 1 else ""
         notes.append(f"Standard errors are over {over}.{apart}")
+    notes += [
+        f"{line.label}: no {name.replace('_', ' ')}: {why}"
+        for line in lines
+        for name, why in {k: v for fit in line.fits for k, v in fit.lacks.items()}.items()
+    ]
     notes += [f"failed: {line.label}, seed {seed}: {error}" for line in lines for seed, error in line.errors.items()]
     result.caption, result.caption_justify = Text("\n".join(notes)), "left"
     return result

@@ -196,6 +196,12 @@ class Fitted:
         globals_ = any(not i.local for i in bound.structure.drawn())
         return Plan.of_values(bound.structure, *((1, draws) if globals_ else (draws, 1)))
 
+    def as_table(self, values: Mapping[str, np.ndarray]) -> dict[str, np.ndarray] | None:
+        """Values `[draws, ...]` of sites as a table of `plan` has them; None where there are none."""
+        outer = bool(self.globals)
+        sites = self.structure.sites
+        return {n: v if not sites[n].local else v[:, None] if outer else v[None] for n, v in values.items()} or None
+
     def key(self, *path: int) -> Any:
         return backends.load(self.backend).key_of(int(np.random.SeedSequence(path).generate_state(1)[0]))
 

@@ -6,7 +6,7 @@ import math
 import secrets
 import shutil
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -77,6 +77,8 @@ class Run(Protocol):
     @property
     def seconds(self) -> float: ...
     @property
+    def lacks(self) -> Mapping[str, str]: ...
+    @property
     def messages(self) -> Sequence[str]: ...
     @property
     def params(self) -> Mapping[str, np.ndarray]: ...
@@ -99,7 +101,10 @@ class Run(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class Metrics:
-    """Held-out figures of one fit; log-likelihoods are in nats per row, estimated from `draws` draws each."""
+    """Held-out figures of one fit; log-likelihoods are in nats per row, estimated from `draws` draws each.
+
+    A fit by a method may lack some; they are None then, and `lacks` says why.
+    """
 
     program: str
     backend: str
@@ -107,11 +112,12 @@ class Metrics:
     data: str
     seed: int
     draws: int
-    log_likelihood: float
-    standard_error: float
-    row_log_likelihood: np.ndarray
-    active_units: Mapping[str, int]
+    log_likelihood: float | None
+    standard_error: float | None
+    row_log_likelihood: np.ndarray | None
+    active_units: Mapping[str, int] | None
     seconds: float
+    lacks: Mapping[str, str] = field(default_factory=dict)
     guide: str | None = None
     """The family that wrote the guide; None: the program's own."""
 
@@ -125,9 +131,11 @@ def measure(run: Run, dataset: Dataset, *, draws: int = 5000, seed: int = 0) -> 
 
     Source: Burda, Grosse, Salakhutdinov (2015), arXiv:1509.00519, section 5 and appendix C.
     """
-    held_out = run.log_likelihood(_rows(run, dataset), draws=draws, seed=seed)
+    rows = _rows(run, dataset)
+    held_out = None if "log_likelihood" in run.lacks else run.log_likelihood(rows, draws=draws, seed=seed)
     # As many draws of the same rows as `write` takes, so that nothing is compiled for them alone.
-    active = {} if dataset.ragged else run.active_units(draws=POSTERIOR_DRAWS, data=_rows(run, dataset))
+    known = not dataset.ragged and "new_rows" not in run.lacks
+    active = run.active_units(draws=POSTERIOR_DRAWS, data=rows) if known else {} if dataset.ragged else None
     return Metrics(
         program=run.program.name,
         backend=run.backend,
@@ -135,11 +143,12 @@ def measure(run: Run, dataset: Dataset, *, draws: int = 5000, seed: int = 0) -> 
         data=dataset.name,
         seed=seed,
         draws=draws,
-        log_likelihood=float(held_out.mean),
-        standard_error=float(held_out.se),
-        row_log_likelihood=np.asarray(held_out.values, dtype=np.float64),
-        active_units={site: int(units) for site, units in active.items()},
+        log_likelihood=None if held_out is None else float(held_out.mean),
+        standard_error=None if held_out is None else float(held_out.se),
+        row_log_likelihood=None if held_out is None else np.asarray(held_out.values, dtype=np.float64),
+        active_units=None if active is None else {site: int(units) for site, units in active.items()},
         seconds=float(run.seconds),
+        lacks={name: run.lacks[name] for name in ("log_likelihood", "new_rows") if name in run.lacks},
         guide=None if run.recipe.guide is None else type(run.recipe.guide).__name__,
     )
 
@@ -164,6 +173,12 @@ def difference(first: Metrics, second: Metrics) -> Difference:
     Raises:
         DataError: the two were not measured on the same rows.
     """
+    if first.row_log_likelihood is None or second.row_log_likelihood is None:
+        lacking = first if first.row_log_likelihood is None else second
+        raise DataError(
+            f"A paired difference needs two held-out log-likelihoods, and {lacking.recipe!r} has none: "
+            f"{lacking.lacks.get('log_likelihood')}."
+        )
     sizes = len(first.row_log_likelihood), len(second.row_log_likelihood)
     if first.data != second.data or sizes[0] != sizes[1]:
         raise DataError(
@@ -176,17 +191,18 @@ def difference(first: Metrics, second: Metrics) -> Difference:
 
 
 def differences(rows: Iterable[Metrics]) -> list[Difference]:
-    """The difference of every fit from the first one of the same backend and seed."""
+    """The difference of every fit from the first one of the same backend and seed, of those that have the figure."""
     first: dict[tuple[str, int], Metrics] = {}
     return [
         difference(base, row)
         for row in rows
-        if (base := first.setdefault((row.backend, row.seed), row)) is not row
+        if row.row_log_likelihood is not None
+        and (base := first.setdefault((row.backend, row.seed), row)) is not row
     ]
 
 
 def table(rows: Iterable[Metrics]) -> "Table":
-    """One line per fit, for rich to print."""
+    """One line per fit, for rich to print; a dash and a note below stand for what a fit lacks."""
     from rich.table import Table
 
     rows = list(rows)
@@ -199,17 +215,24 @@ def table(rows: Iterable[Metrics]) -> "Table":
     for heading in ("seed", "nats per row", "standard error", "active units", "seconds"):
         result.add_column(heading, justify="right")
     for row in rows:
-        units = row.active_units
+        units = row.active_units or {}
         result.add_row(
             row.backend,
             row.recipe,
             str(row.seed),
-            f"{row.log_likelihood:.3f}",
-            f"{row.standard_error:.3f}",
+            _figure(row.log_likelihood),
+            _figure(row.standard_error),
             ", ".join(f"{site} {count}" for site, count in units.items()) if len(units) > 1 else _only(units),
             f"{row.seconds:.1f}",
         )
+    notes = dict.fromkeys(f"- {row.recipe}, no {name}: {why}" for row in rows for name, why in row.lacks.items())
+    if notes:
+        result.caption, result.caption_justify = "\n".join(notes), "left"
     return result
+
+
+def _figure(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
 
 
 def difference_table(rows: Iterable[Difference]) -> "Table":
@@ -357,6 +380,9 @@ def _fill(folder: Path, run: Run, dataset: Dataset, metrics: Metrics, posterior_
 
     from ppl_lvm import pictures
 
+    # A method has a posterior for the rows that it was fitted to and may have none for others: those are shown then.
+    if "new_rows" in run.lacks:
+        dataset = replace(dataset, test=dataset.train, test_labels=dataset.train_labels)
     held_out = _rows(run, dataset)
     posterior = run.posterior(posterior_draws, data=held_out, seed=metrics.seed)
     tree = run.to_arviz(posterior_draws, held_out, metrics.seed, predictive=0)
@@ -366,7 +392,7 @@ def _fill(folder: Path, run: Run, dataset: Dataset, metrics: Metrics, posterior_
     if dataset.image_shape is None:
         left_out |= dict.fromkeys(("reconstructions.png", "samples.png"), "the rows of the data are no images")
     else:
-        few = None if held_out is None else held_out[:SHOWN]
+        few = held_out if held_out is None or "new_rows" in run.lacks else held_out[:SHOWN]
         predicted = run.predictive(PREDICTIVE_DRAWS, data=few, seed=metrics.seed)
         predicted = {site: value[:, :SHOWN] for site, value in predicted.items()}
         prior = run.prior_predictive(64, seed=metrics.seed)
@@ -388,7 +414,8 @@ def _fill(folder: Path, run: Run, dataset: Dataset, metrics: Metrics, posterior_
     tree.attrs |= {name: attribute(value) for name, value in plain(about).items()}
     tree.to_netcdf(folder / "posterior.nc", engine="h5netcdf")
     (folder / "metrics.json").write_text(json.dumps(plain(about), indent=2, allow_nan=False) + "\n")
-    of_steps = {name: values for name, values in run.history.items() if len(values) == len(run.history["step"])}
+    steps = max((len(values) for values in run.history.values()), default=0)
+    of_steps = {name: values for name, values in run.history.items() if len(values) == steps}
     _write_csv(folder / "history.csv", of_steps)
     if "validation" in run.history:
         of_checks = {"step": run.history["validation_step"], "loss": run.history["validation"]}
@@ -396,8 +423,9 @@ def _fill(folder: Path, run: Run, dataset: Dataset, metrics: Metrics, posterior_
     # Parameters of rows are those of the held-out rows here, and say nothing of others.
     kept = {name: np.array(value, order="C") for name, value in run.params.items() if name not in run.row_params}
     save_file(kept, folder / PARAMETERS)
-    of_rows = {"row": np.arange(len(dataset.test)), "log_likelihood": metrics.row_log_likelihood}
-    _write_csv(folder / "held_out.csv", of_rows)
+    if metrics.row_log_likelihood is not None:
+        of_rows = {"row": np.arange(len(metrics.row_log_likelihood)), "log_likelihood": metrics.row_log_likelihood}
+        _write_csv(folder / "held_out.csv", of_rows)
 
 
 def _write_csv(path: Path, columns: Mapping[str, np.ndarray]) -> None:

@@ -14,7 +14,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from ppl_lvm import cli, report
-from ppl_lvm.catalogue import estimators, guides, objectives
+from ppl_lvm.catalogue import available, estimators, guides, objectives
 from ppl_lvm.datasets import datasets
 from ppl_lvm.errors import LegalityError
 from ppl_lvm.guides.low_rank import low_rank
@@ -37,6 +37,7 @@ class FakeRun:
     seed: int
     data: np.ndarray
     seconds: float = 1.5
+    lacks: dict[str, str] = field(default_factory=dict)
     row_params: frozenset[str] = frozenset()
     params: dict[str, np.ndarray] = field(default_factory=lambda: {"w": np.zeros(2)})
     messages: tuple[str, ...] = ("compiled nothing",)
@@ -416,6 +417,7 @@ def test_several_processes_give_what_one_gives(tmp_path: Path, monkeypatch: pyte
         ("recipes", recipes()),
         ("objectives", objectives()),
         ("estimators", estimators()),
+        ("methods", available("method")),
         ("guides", guides()),
         ("datasets", datasets()),
         ("backends", cli.BACKENDS),
@@ -485,6 +487,7 @@ def test_every_name_that_is_listed_can_be_shown() -> None:
         ("recipe", recipes()),
         ("objective", objectives()),
         ("estimator", estimators()),
+        ("method", available("method")),
         ("guide", guides()),
     ):
         for name in names:

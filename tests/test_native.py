@@ -13,7 +13,7 @@ import pyro
 import pyro.distributions as pyro_dist
 import pytest
 import torch
-from scipy.stats import multivariate_normal
+from scipy.stats import multivariate_normal, norm
 from torch.distributions import constraints
 
 from ppl_lvm import Fit, fit
@@ -293,3 +293,32 @@ def test_a_site_on_two_levels_is_refused_for_row_wise_bounds(library: str) -> No
         fit(NATIVE[library][0], guide, data(), "iwae", draws=2, steps=1, batch_size=None)
     with pytest.raises(LegalityError, match="mini-batches"):
         fit(NATIVE[library][0], guide, data(), "elbo", steps=1, batch_size=10)
+
+
+def pyro_pair(x: torch.Tensor) -> None:
+    with pyro.plate("rows", len(x)):
+        k = pyro.sample("k", pyro_dist.Categorical(torch.tensor([0.3, 0.7], dtype=x.dtype)))
+        pyro.sample("x", pyro_dist.Normal(2.0 * k, 1.0), obs=x)
+
+
+def numpyro_pair(x: Any) -> None:
+    with numpyro.plate("rows", len(x)):
+        k = numpyro.sample("k", numpyro_dist.Categorical(jnp.array([0.3, 0.7])))
+        numpyro.sample("x", numpyro_dist.Normal(2.0 * k, 1.0), obs=x)
+
+
+@on_both
+def test_a_family_gives_a_discrete_site_the_exact_posterior(library: str) -> None:
+    """Free logits of every row hold it; summed out, the bound is then the log evidence."""
+    x = np.array([-1.0, 0.5, 1.2, 3.0])
+    model = {"pyro": pyro_pair, "numpyro": numpyro_pair}[library]
+    run = fit(
+        *(model, "auto_normal", x, "elbo"),
+        estimator={"k": "enumerate"},
+        batch_size=None,
+        steps=400,
+        learning_rate=0.1,
+        dtype="float64",
+    )
+    evidence = np.log(0.3 * norm.pdf(x) + 0.7 * norm.pdf(x - 2.0))
+    assert -run.history["loss"][-1] == pytest.approx(evidence.mean(), abs=1e-6)

@@ -58,6 +58,7 @@ class FakeRun:
     recipe: Recipe = field(default_factory=lambda: recipe("iwae", draws=7))
     backend: str = "numpyro"
     seconds: float = 12.34
+    lacks: dict[str, str] = field(default_factory=dict)
     messages: tuple[str, ...] = ("estimator: z: pathwise",)
     row_params: frozenset[str] = frozenset()
     params: dict[str, np.ndarray] = field(
