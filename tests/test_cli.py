@@ -247,6 +247,14 @@ def test_fit_runs_stages_and_passes_settings_on(engine: Engine) -> None:
     np.testing.assert_array_equal(engine.fitted[1].settings["start"]["w"], np.zeros(2))
 
 
+def test_a_single_recipe_may_be_one_with_a_method_and_is_no_stage(engine: Engine) -> None:
+    from ppl_lvm.cells import Cell
+
+    _, how, _ = Cell("vae", "rows.npy", ("map",)).loaded()
+    assert how.name == "map" and not how.stages
+    assert "has a method and cannot be a stage" in refused("fit", "vae", "--recipe", "elbo", "--recipe", "map")
+
+
 def test_validation_rows_of_the_data_set(engine: Engine) -> None:
     Path("data.py").write_text(
         "from dataclasses import replace\nfrom ppl_lvm.datasets import load\n"

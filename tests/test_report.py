@@ -187,6 +187,13 @@ def test_validation_messages_and_parameters_are_kept(tmp_path: Path) -> None:
         starting(tmp_path / "nowhere")
 
 
+def test_a_fit_without_a_loss_of_every_step_has_no_picture_of_losses(tmp_path: Path) -> None:
+    run = FakeRun(history={"step": np.arange(3), "energy": np.ones(3)})
+    out = write(run, load("linear_gaussian"), tmp_path / "a", posterior_draws=2)
+    assert not (out / "history.png").exists()
+    assert "history.png: left out, as the fit has no loss of every step" in left_out(out)
+
+
 def test_a_fit_with_parameters_of_the_held_out_rows_is_asked_for_its_own(tmp_path: Path, images: Dataset) -> None:
     class OfRows(FakeRun):
         def posterior(self, draws: int, data: np.ndarray | None = None, seed: int = 0) -> Draws:
