@@ -143,7 +143,7 @@ class Recipe(BaseModel):
         table: dict[str, Any] = {
             "name": self.name,
             "objective": to_dict(self.objective),
-            "guide": None if self.guide is None else to_dict(self.guide),
+            "guide": "own" if self.guide is None else to_dict(self.guide),
             "estimator": {p: "auto" if e is None else to_dict(e) for p, e in self.estimator.items()},
             "steps": self.steps,
             "batch_size": self.batch_size,

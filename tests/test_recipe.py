@@ -64,7 +64,7 @@ def test_the_first_recipes_are_what_they_are_called() -> None:
     assert recipe("iwae").to_dict() == {
         "name": "iwae",
         "objective": {"name": "iwae", "draws": 50, "outer": 1},
-        "guide": None,
+        "guide": "own",
         "estimator": {"*": "auto"},
         "steps": 3000,
         "batch_size": 128,
