@@ -1,4 +1,4 @@
-"""What objectives and estimators share: frozen, validated options, some of which may be schedules."""
+"""What objectives, estimators and methods share: frozen, validated options, some of which may be schedules."""
 
 import math
 from collections.abc import Callable, Iterable, Mapping
@@ -296,3 +296,41 @@ class GuideFamily(Algorithm):
 
     def __call__(self, sketch: "Sketch") -> None:
         raise NotImplementedError(f"Guide family {type(self).__name__} defines no __call__(sketch).")
+
+
+class Method(Algorithm):
+    """A posterior found by an algorithm of the backend's own library, without an objective and without a guide.
+
+    A subclass holds options and documentation; the backend has an implementation under the name of the class (or of
+    one that it is derived from). All rows are used at once, and latent sites must be continuous.
+    """
+
+    learns: ClassVar[bool] = False
+    """The model's parameters are trained along with the latent sites; otherwise they must be given."""
+    lacks: ClassVar[Mapping[str, str]] = {}
+    """What of a fit it cannot give, by name, each with the reason and what serves instead."""
+
+    radius: float = Field(default=2.0, gt=0, allow_inf_nan=False)
+    """It starts from unconstrained values that are uniform on [-radius, radius]."""
+
+
+class Ascent(Method):
+    """A method that climbs the log joint density with Adam.
+
+    The learning rate stays over the first half of the steps; then it falls exponentially, to `learning_rate decay` at
+    the last, so that the search settles. It can go about `learning_rate steps / 2` far in unconstrained values.
+    """
+
+    steps: int = Field(default=2000, ge=1)
+    learning_rate: float = Field(default=0.05, gt=0, allow_inf_nan=False)
+    decay: float = Field(default=1e-4, gt=0, le=1)
+
+    def rates(self) -> np.ndarray:
+        """The learning rate of every step, `[steps]`.
+
+        Example:
+            >>> Ascent(steps=5, learning_rate=1.0, decay=0.01).rates().round(6).tolist()
+            [1.0, 1.0, 1.0, 0.1, 0.01]
+        """
+        done = np.arange(self.steps) / max(self.steps - 1, 1)
+        return self.learning_rate * self.decay ** np.maximum(2.0 * done - 1.0, 0.0)

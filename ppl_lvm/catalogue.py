@@ -1,41 +1,44 @@
-"""Names of objectives and estimators, turned into classes and back. Found by file, not registered."""
+"""Names of objectives, estimators and methods, turned into classes and back. Found by file, not registered."""
 
 import importlib
 import inspect
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
 
 from ppl_lvm import lookup
-from ppl_lvm.algorithm import Algorithm, Estimator, GuideFamily, Objective
+from ppl_lvm.algorithm import Algorithm, Estimator, GuideFamily, Method, Objective
 from ppl_lvm.errors import RecipeError
 
-Kind = Literal["objective", "estimator", "guide"]
-BASES: dict[Kind, type[Algorithm]] = {"objective": Objective, "estimator": Estimator, "guide": GuideFamily}
+Kind = Literal["objective", "estimator", "guide", "method"]
+BASES: dict[Kind, type[Algorithm]] = {
+    "objective": Objective,
+    "estimator": Estimator,
+    "guide": GuideFamily,
+    "method": Method,
+}
+"""Base class of each kind; the files of a kind are in the folder of its name in the plural."""
+
+
+def available(kind: Kind) -> dict[str, Path]:
+    """The algorithms of a kind that a recipe can name, with their files; nothing is imported."""
+    return lookup.find(lookup.PACKAGE / f"{kind}s", ".py", RecipeError)
 
 
 def objectives() -> dict[str, Path]:
     """The objectives that a recipe can name, with their files; nothing is imported."""
-    return lookup.find(lookup.PACKAGE / "objectives", ".py", RecipeError)
+    return available("objective")
 
 
 def estimators() -> dict[str, Path]:
     """The gradient estimators that a recipe can name, with their files; nothing is imported."""
-    return lookup.find(lookup.PACKAGE / "estimators", ".py", RecipeError)
+    return available("estimator")
 
 
 def guides() -> dict[str, Path]:
     """The families of guides that a recipe can name, with their files; nothing is imported."""
-    return lookup.find(lookup.PACKAGE / "guides", ".py", RecipeError)
-
-
-_FOUND: dict[Kind, Callable[[], dict[str, Path]]] = {
-    "objective": objectives,
-    "estimator": estimators,
-    "guide": guides,
-}
+    return available("guide")
 
 
 def resolve(kind: Kind, asked: str, folder: Path, asker: str) -> type[Algorithm]:
@@ -46,7 +49,7 @@ def resolve(kind: Kind, asked: str, folder: Path, asker: str) -> type[Algorithm]
     """
     source, _, name = asked.rpartition(":")
     if not source:
-        found = _FOUND[kind]()
+        found = available(kind)
         if lookup.is_path(asked, ".py"):
             raise RecipeError(
                 f"{asker} asks for the {kind} {asked!r}; add the class, as in {asked}:my_{kind}."

@@ -1,8 +1,10 @@
 """The command line: `ppl-lvm fit`, `compare`, `demo`, `list` and `show`."""
 
+import contextlib
 import importlib.util
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -16,10 +18,9 @@ from ppl_lvm.errors import BackendError, PplLvmError
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from ppl_lvm.datasets import Dataset
-    from ppl_lvm.program import Program
-    from ppl_lvm.recipe import Recipe
-    from ppl_lvm.report import Metrics
+    from ppl_lvm.cells import Cell, Outcome
+    from ppl_lvm.comparison import Line
+    from ppl_lvm.jobs import Failed
 
 BACKENDS = ("pyro", "numpyro")
 DEMO_RECIPES = ("elbo", "iwae")
@@ -33,6 +34,7 @@ class Kind(StrEnum):
     recipes = "recipes"
     objectives = "objectives"
     estimators = "estimators"
+    methods = "methods"
     guides = "guides"
     datasets = "datasets"
     backends = "backends"
@@ -45,8 +47,31 @@ class Thing(StrEnum):
     recipe = "recipe"
     objective = "objective"
     estimator = "estimator"
+    method = "method"
     guide = "guide"
     dataset = "dataset"
+
+
+class Missing(StrEnum):
+    """What becomes of missing entries."""
+
+    mask = "mask"
+
+
+class Dtype(StrEnum):
+    """Precision of a fit."""
+
+    float32 = "float32"
+    float64 = "float64"
+
+
+class Compile(StrEnum):
+    """How steps are run."""
+
+    auto = "auto"
+    compiled = "compiled"
+    eager = "eager"
+    graph = "graph"
 
 
 class Group(TyperGroup):
@@ -73,8 +98,11 @@ ProgramArgument = Annotated[
 ]
 DataOption = Annotated[
     str,
-    typer.Option("--data", help="Name of a data set, a .npy, .npz, .csv or .parquet file, or module:function."),
+    typer.Option(
+        "--data", help="Name of a data set, a .npy, .npz, .csv or .parquet file, module:function or path.py:function."
+    ),
 ]
+BackendOption = Annotated[str | None, typer.Option("--backend", help="pyro or numpyro.", show_default="the engine's")]
 ProgramOptions = Annotated[
     list[str] | None,
     typer.Option("--option", metavar="KEY=VALUE", help="Option of the program, as in latent=8; repeatable."),
@@ -87,6 +115,28 @@ RecipeOptions = Annotated[
 ]
 DrawsOption = Annotated[
     int, typer.Option("--draws", min=1, help="Importance draws per row for the held-out log-likelihood.")
+]
+ValidationOption = Annotated[
+    str | None,
+    typer.Option(
+        "--validation",
+        metavar="FRACTION|own",
+        help="Fraction of the rows to fit that the loss is followed on, or own: those the data set comes with.",
+    ),
+]
+MissingOption = Annotated[
+    Missing | None, typer.Option("--missing", help="mask: entries that are NaN are left out of the bound.")
+]
+DtypeOption = Annotated[Dtype | None, typer.Option("--dtype", help="Precision.", show_default="float32")]
+CompileOption = Annotated[
+    Compile | None, typer.Option("--compile", help="How steps are run; graph is Pyro's.", show_default="auto")
+]
+DeviceOption = Annotated[
+    str | None, typer.Option("--device", help="cpu, gpu or cuda:1.", show_default="the library's default")
+]
+PlateOption = Annotated[
+    str | None,
+    typer.Option("--data-plate", metavar="NAME", help="Plate of the rows, where the program leaves it open; or none."),
 ]
 
 
@@ -118,62 +168,123 @@ def fit(
     program: ProgramArgument,
     data: DataOption = "digits",
     recipe: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Name of a recipe, or a path ending in .toml; several are run as stages, in order.",
+            show_default="the program's own",
+        ),
+    ] = None,
+    guide: Annotated[
         str | None,
-        typer.Option(help="Name of a recipe, or a path ending in .toml.", show_default="the program's own"),
+        typer.Option(
+            metavar="FAMILY",
+            help="Family that writes the guide from the model; own: the program's.",
+            show_default="the recipe's",
+        ),
     ] = None,
-    backend: Annotated[
-        str | None, typer.Option(help="pyro or numpyro.", show_default="the engine's choice")
-    ] = None,
+    backend: BackendOption = None,
     overrides: RecipeOptions = None,
     options: ProgramOptions = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the fit.")] = 0,
     draws: DrawsOption = 5000,
+    validation: ValidationOption = None,
+    missing: MissingOption = None,
+    start: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="Run folder whose parameters the fit starts from.")
+    ] = None,
+    dtype: DtypeOption = None,
+    compile: CompileOption = None,
+    device: DeviceOption = None,
+    data_plate: PlateOption = None,
     out: Annotated[
         Path | None,
-        typer.Option(help="Run folder.", show_default="runs/, named by program, backend, recipe, seed"),
+        typer.Option(help="Run folder.", show_default="runs/, named by program, backend, recipe, guide, seed"),
     ] = None,
 ) -> None:
     """Fit a program to data, print its held-out log-likelihood, and write a run folder."""
     from ppl_lvm import report
+    from ppl_lvm.cells import Cell, fit_cell
 
-    chosen, (how,) = _choose(program, options, [recipe], overrides)
-    where = None if backend is None else _usable(backend)
-    name = "-".join([chosen.name, *([where] if where else []), how.name, str(seed)])
-    folder = out or Path("runs") / name
+    cell = Cell(
+        program,
+        data,
+        tuple(recipe or ()),
+        guide,
+        None if backend is None else _usable(backend),
+        seed,
+        _pairs(options, "--option"),
+        _pairs(overrides, "--set"),
+        _settings(validation, missing, dtype, compile, device, data_plate),
+        draws,
+        start,
+    )
+    chosen, how, _ = cell.loaded()
+    parts = [chosen.name, cell.backend, how.name, guide, str(seed)]
+    folder = out or Path("runs") / _joined(parts)
     report.check_folder(folder)
-    metrics = _fit(chosen, how, _load(data), where, seed, draws, folder)
-    _print(report.table([metrics]))
+    outcome = fit_cell(replace(cell, folder=folder))
+    _print(report.table([outcome.metrics]))
+    for message in (*outcome.messages, *report.left_out(folder)):
+        typer.echo(message, err=True)
     typer.echo(f"Wrote {folder}")
 
 
 @app.command()
 def compare(
-    program: ProgramArgument,
-    recipes: Annotated[
-        str, typer.Option(help="Recipes, separated by commas; the others are compared with the first.")
-    ] = "elbo,iwae",
+    programs: Annotated[
+        str, typer.Argument(metavar="PROGRAM[,PROGRAM...]", help="Programs, by name or path, separated by commas.")
+    ],
+    recipes: Annotated[str, typer.Option(help="Recipes, separated by commas.")] = "elbo,iwae",
     backends: Annotated[
         str | None, typer.Option(help="Backends, separated by commas.", show_default="all that are installed")
+    ] = None,
+    guides: Annotated[
+        str | None,
+        typer.Option(
+            help="Families of guides, separated by commas; own: the program's guide.", show_default="the recipes'"
+        ),
     ] = None,
     data: DataOption = "digits",
     seeds: Annotated[int, typer.Option(min=1, help="How many seeds: 0, 1, ...")] = 1,
     overrides: RecipeOptions = None,
     options: ProgramOptions = None,
     draws: DrawsOption = 5000,
+    validation: ValidationOption = None,
+    missing: MissingOption = None,
+    dtype: DtypeOption = None,
+    compile: CompileOption = None,
+    device: DeviceOption = None,
+    data_plate: PlateOption = None,
+    jobs: Annotated[int, typer.Option(min=1, help="Processes to fit in, with one thread each if more than one.")] = 1,
     out: Annotated[
-        Path | None, typer.Option(help="Folder to write run folders to.", show_default="none are written")
+        Path | None,
+        typer.Option(help="Folder for run folders and for the table, as .csv and .json.", show_default="none"),
     ] = None,
 ) -> None:
-    """Fit a program with several recipes, backends and seeds, and compare held-out data row by row."""
-    from ppl_lvm import report
+    """Fit every combination of programs, backends, recipes, guides and seeds, and compare held-out rows.
 
-    chosen, hows = _choose(program, options, _names(recipes, "--recipes"), overrides)
-    where = _installed() if backends is None else [_usable(name) for name in _names(backends, "--backends")]
-    found = _fit_all(chosen, hows, _load(data), where, range(seeds), draws, out)
-    if len(hows) > 1:
-        _print(report.difference_table(report.differences(found)))
+    A fit that fails is in the table with its error, the others go on, and the exit code is 1.
+    """
+    from ppl_lvm import comparison
+    from ppl_lvm.cells import Cell
+
+    settings = _settings(validation, missing, dtype, compile, device, data_plate)
+    changed = _pairs(options, "--option"), _pairs(overrides, "--set")
+    cells = [
+        Cell(program, data, (recipe,), guide, backend, seed, *changed, settings, draws)
+        for program in _names(programs, "PROGRAM")
+        for backend in ([_usable(name) for name in _names(backends, "--backends")] if backends else _installed())
+        for recipe in _names(recipes, "--recipes")
+        for guide in (_names(guides, "--guides") if guides else [None])
+        for seed in range(seeds)
+    ]
+    lines = _fit_all(cells, jobs, out)
+    _print(comparison.table(lines))
     if out is not None:
-        typer.echo(f"Wrote the runs to {out}")
+        comparison.write(lines, out)
+        typer.echo(f"Wrote the runs and {' and '.join(comparison.FILES)} to {out}")
+    if any(line.errors for line in lines):
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -184,13 +295,23 @@ def demo(
 ) -> None:
     """Fit a variational autoencoder to handwritten digits, with two recipes on every installed backend."""
     from ppl_lvm import report
+    from ppl_lvm.cells import Cell
 
     began = time.perf_counter()
-    chosen, hows = _choose("vae", None, DEMO_RECIPES, [f"steps={steps}"])
     where = _installed()
     for missing in sorted({*BACKENDS} - {*where}):
         typer.echo(f"The backend {missing} is not installed and left out.", err=True)
-    found = _fit_all(chosen, hows, _load("digits"), where, [0], draws, out)
+    lines = _fit_all(
+        [
+            Cell("vae", "digits", (recipe,), None, backend, 0, {}, {"steps": steps}, {}, draws)
+            for backend in where
+            for recipe in DEMO_RECIPES
+        ],
+        1,
+        out,
+    )
+    found = [fitted for line in lines for fitted in line.fits]
+    _print(report.table(found))
     for gain in report.differences(found):
         typer.echo(
             f"On {gain.backend}, {gain.second} is {gain.mean:+.2f} nats per held-out row from {gain.first} "
@@ -199,6 +320,8 @@ def demo(
     for fitted in found:
         typer.echo(f"Wrote {out / f'{fitted.backend}-{fitted.recipe}'}")
     typer.echo(f"Took {time.perf_counter() - began:.0f} seconds.")
+    if any(line.errors for line in lines):
+        raise typer.Exit(1)
 
 
 @app.command("list")
@@ -220,86 +343,103 @@ def show(
     kind: Annotated[Thing, typer.Argument(help="What it is.")],
     name: Annotated[str, typer.Argument(help="Its name, or its path where it is a file of yours.")],
 ) -> None:
-    """Show one program, recipe, objective, estimator, guide or data set: what it is and its options."""
+    """Show one program, recipe, objective, estimator, guide, method or data set: what it is and its options."""
     from ppl_lvm import listing
 
     typer.echo(listing.describe(kind.value, name))
 
 
-def _choose(
-    program: str, options: list[str] | None, recipes: Sequence[str | None], overrides: list[str] | None
-) -> "tuple[Program, list[Recipe]]":
-    from ppl_lvm.program import program as load_program
-    from ppl_lvm.recipe import recipe as load_recipe
+def _settings(
+    validation: str | None,
+    missing: Missing | None,
+    dtype: Dtype | None,
+    compile: Compile | None,
+    device: str | None,
+    data_plate: str | None,
+) -> dict[str, Any]:
+    """Arguments of `fit`, those alone that were given."""
+    from ppl_lvm.cells import OWN
 
-    chosen = load_program(program, **_pairs(options, "--option"))
-    changes = _pairs(overrides, "--set")
-    return chosen, [load_recipe(recipe or chosen.recipe, **changes) for recipe in recipes]
+    fraction: str | float | None = validation
+    if validation is not None and validation != OWN:
+        try:
+            fraction = float(validation)
+        except ValueError:
+            raise PplLvmError(
+                f"--validation takes a fraction of the rows, as in 0.1, or {OWN}; found {validation!r}."
+            ) from None
+        if not 0.0 < fraction < 1.0:
+            raise PplLvmError(f"--validation takes a fraction between 0 and 1, or {OWN}; found {validation}.")
+    words = {"missing": missing, "dtype": dtype, "compile": compile}
+    asked = {name: None if word is None else word.value for name, word in words.items()}
+    given = {"validation": fraction, "device": device, "data_plate": data_plate, **asked}
+    return {name: value for name, value in given.items() if value is not None}
 
 
-def _load(data: str) -> "Dataset":
-    from ppl_lvm.datasets import load
-
-    return load(data)
-
-
-def _fit(
-    program: "Program",
-    recipe: "Recipe",
-    dataset: "Dataset",
-    backend: str | None,
-    seed: int,
-    draws: int,
-    folder: Path | None,
-) -> "Metrics":
+def _fit_all(cells: "Sequence[Cell]", jobs: int, out: Path | None) -> "list[Line]":
+    """Fits all, with run folders below `out`; one line for the cells that differ in their seed alone."""
     from ppl_lvm import report
-    from ppl_lvm.fit import fit as fit_
+    from ppl_lvm.cells import fit_cell, fit_quietly
+    from ppl_lvm.comparison import Line
+    from ppl_lvm.jobs import Failed, each
 
-    run = fit_(program, data=dataset.train, recipe=recipe, backend=backend, seed=seed)
-    for message in run.messages:
-        typer.echo(message, err=True)
-    metrics = report.measure(run, dataset, draws=draws, seed=seed)
-    if folder is not None:
-        report.write(run, dataset, folder, metrics=metrics)
-    return metrics
+    found = [(program.name, recipe.name) for program, recipe, _ in (cell.loaded() for cell in cells)]
+    several = len({name for name, _ in found}) > 1, len({cell.seed for cell in cells}) > 1
+    keys: list[tuple[str, str, str, str | None]] = []
+    placed: list[Cell] = []
+    for (program, recipe), cell in zip(found, cells, strict=True):
+        keys.append((program, cell.backend or "", recipe, cell.guide))
+        parts = [program if several[0] else None, *keys[-1][1:], str(cell.seed) if several[1] else None]
+        placed.append(replace(cell, folder=None if out is None else out / _joined(parts)))
+    asked = [(*key, cell.seed) for key, cell in zip(keys, cells, strict=True)]
+    if twice := next((fitted for fitted in asked if asked.count(fitted) > 1), None):
+        raise PplLvmError(
+            f"Programs and recipes are told apart by their names, but two are called {twice[0]!r} and {twice[2]!r}."
+        )
+    for cell in placed:
+        if cell.folder is not None:
+            report.check_folder(cell.folder)  # all of them before the first fit
+
+    results: dict[int, Any] = {}
+    with contextlib.closing(each(fit_cell if jobs == 1 else fit_quietly, placed, jobs)) as done:
+        for number, result in done:
+            results[number] = result
+            name = f"{_joined(keys[number], ' ')}, seed {cells[number].seed}"
+            typer.echo(f"[{len(results)}/{len(cells)}] {name}: {_said(result)}", err=True)
+    lines = []
+    for key in dict.fromkeys(keys):
+        of_seed = {cells[i].seed: results[i] for i in range(len(cells)) if keys[i] == key}
+        fits = tuple(result.metrics for result in of_seed.values() if not isinstance(result, Failed))
+        errors = {seed: result.error for seed, result in of_seed.items() if isinstance(result, Failed)}
+        lines.append(Line(*key, fits, errors))
+    return lines
 
 
-def _fit_all(
-    program: "Program",
-    recipes: "Sequence[Recipe]",
-    dataset: "Dataset",
-    backends: Sequence[str],
-    seeds: Sequence[int],
-    draws: int,
-    out: Path | None,
-) -> "list[Metrics]":
-    """One fit per backend, seed and recipe, in this order, with run folders below `out`; prints their table."""
-    from ppl_lvm import report
+def _said(result: "Outcome | Failed") -> str:
+    from ppl_lvm.jobs import Failed
 
-    names = [recipe.name for recipe in recipes]
-    if len({*names}) < len(names):
-        raise PplLvmError(f"Recipes are told apart by their names, but these were given: {', '.join(names)}.")
-    cells = [(backend, seed, recipe) for backend in backends for seed in seeds for recipe in recipes]
-    folders: list[Path | None] = [None] * len(cells)
-    if out is not None:
-        of_seed = [f"-{seed}" if len(seeds) > 1 else "" for _, seed, _ in cells]
-        folders = [out / f"{cell[0]}-{cell[2].name}{end}" for cell, end in zip(cells, of_seed, strict=True)]
-    for wanted in filter(None, folders):
-        report.check_folder(wanted)  # all of them before the first fit
-    found: list[Metrics] = []
-    for (backend, seed, recipe), folder in zip(cells, folders, strict=True):
-        what = f"{program.name} on {dataset.name}: {recipe.name} on {backend}, seed {seed}"
-        typer.echo(f"[{len(found) + 1}/{len(cells)}] {what}", err=True)
-        found.append(_fit(program, recipe, dataset, backend, seed, draws, folder))
-        typer.echo(f"{found[-1].log_likelihood:.3f} nats per held-out row", err=True)
-    _print(report.table(found))
-    return found
+    if isinstance(result, Failed):
+        return "\n".join(filter(None, (f"failed: {result.error}", result.traceback)))
+    value = result.metrics.log_likelihood
+    figure = "no held-out figure" if value is None else f"{value:.3f} nats per held-out row"
+    return "\n    ".join([figure, *result.messages])
+
+
+def _joined(parts: Iterable[str | None], by: str = "-") -> str:
+    """Names as one, for a folder; of stages all names."""
+    return by.join(part.replace(", ", by) for part in parts if part)
 
 
 def _print(table: "Table") -> None:
     from rich.console import Console
+    from rich.measure import Measurement
 
-    Console().print(table)
+    console = Console()
+    if not console.is_terminal:  # as wide as it needs in a file or a pipe
+        console.width = max(
+            console.width, Measurement.get(console, console.options.update(max_width=10_000), table).maximum
+        )
+    console.print(table)
 
 
 def _installed() -> list[str]:
@@ -331,7 +471,7 @@ def _names(text: str, option: str) -> list[str]:
 
 
 def _pairs(texts: list[str] | None, option: str) -> dict[str, Any]:
-    """`key=value` arguments, values as TOML has them; what is no TOML is text."""
+    """`key=value` arguments, values as TOML has them, and none; what is no TOML is text."""
     import tomllib
 
     pairs: dict[str, Any] = {}
@@ -339,6 +479,9 @@ def _pairs(texts: list[str] | None, option: str) -> dict[str, Any]:
         key, equals, value = (part.strip() for part in text.partition("="))
         if not (key and equals):
             raise PplLvmError(f"{option} takes KEY=VALUE, as in {option} draws=50; found {text!r}.")
+        if value == "none":  # as `show` writes it
+            pairs[key] = None
+            continue
         try:
             pairs[key] = tomllib.loads(f"value = {value}")["value"]
         except tomllib.TOMLDecodeError:

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import numpy as np
 
 from ppl_lvm import lookup
-from ppl_lvm.backends.base import KNOWN, Call
+from ppl_lvm.backends.base import KNOWN, ROWS, Call
 from ppl_lvm.errors import DataError, ProgramError
 from ppl_lvm.program import Program
 
@@ -229,6 +229,8 @@ class _Arguments:
     required: frozenset[str]
     closed: bool
     """Nothing but these names is taken."""
+    indexed: bool = False
+    """The engine gives the row indices."""
 
     @classmethod
     def of(cls, program: Program) -> _Arguments:
@@ -249,13 +251,15 @@ class _Arguments:
             len(positional),
             frozenset(p.name for p in [*positional, *named] if p.default is p.empty),
             not any(p.kind in (kinds.VAR_KEYWORD, kinds.VAR_POSITIONAL) for p in parameters),
+            program.takes_rows,
         )
 
     @property
     def data(self) -> list[str]:
         """Arguments that the caller gives: those that no other one is told by."""
         told = {t for n in self.names for t in _told_by(n)}
-        return [n for n in self.names if n not in told and n != "lengths"]
+        own = {"lengths", ROWS} if self.indexed else {"lengths"}
+        return [n for n in self.names if n not in told | own]
 
     def told_of(self, argument: str) -> bool:
         return bool({*_told_by(argument), "lengths"} & {*self.names})

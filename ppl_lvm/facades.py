@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from ppl_lvm import legality
-from ppl_lvm.algorithm import Schedule
+from ppl_lvm.algorithm import Algorithm, Objective, Schedule
 from ppl_lvm.backends.base import Plan, Structure
 from ppl_lvm.errors import LegalityError, ProgramError, RecipeError
 from ppl_lvm.posterior import Fit
@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 _FORM = ("name", "objective", "estimator")
 
 
-def _without_loop(asker: str, asked: Any, options: Mapping[str, Any]) -> Recipe:
-    """The recipe, unless options were given that are the loop's."""
+def _without_loop(asker: str, asked: Any, options: Mapping[str, Any]) -> tuple[Recipe, Objective]:
+    """The recipe and its objective, unless options were given that are the loop's."""
     how, plain = recipe(asked, **options), recipe(asked)
     theirs = [f for f in Recipe.model_fields if f not in _FORM and getattr(how, f) != getattr(plain, f)]
     if theirs:
@@ -28,7 +28,9 @@ def _without_loop(asker: str, asked: Any, options: Mapping[str, Any]) -> Recipe:
             f"{', '.join(theirs)} was given to {asker}, but the loop and its optimiser are those of SVI; give it to "
             f"them."
         )
-    return how
+    if how.objective is None:
+        raise RecipeError(f"Recipe {how.name!r} has a method, which is no loss of SVI; run it with fit.")
+    return how, how.objective
 
 
 def pyro_loss(
@@ -69,12 +71,12 @@ def pyro_loss(
     """
     from ppl_lvm.backends._pyro_facade import PyroLoss
 
-    how = _without_loop("pyro_loss", objective, options)
+    how, loss = _without_loop("pyro_loss", objective, options)
 
     def planned(structure: Structure) -> Plan:
-        return legality.plan(how.objective, how.estimator, structure)[0]
+        return legality.plan(loss, how.estimator, structure)[0]
 
-    return PyroLoss(how.objective, planned, total_rows=total_rows, data_plate=data_plate)
+    return PyroLoss(loss, planned, total_rows=total_rows, data_plate=data_plate)
 
 
 def numpyro_loss(objective: Any = "elbo", *, data_plate: str | None = None, **options: Any) -> NumPyroLoss:
@@ -113,7 +115,7 @@ def numpyro_loss(objective: Any = "elbo", *, data_plate: str | None = None, **op
     """
     from ppl_lvm.backends._numpyro_facade import NumPyroLoss
 
-    how = _without_loop("numpyro_loss", objective, options)
+    how, loss = _without_loop("numpyro_loss", objective, options)
     moving = sorted(_scheduled(how))
     if moving:
         raise RecipeError(
@@ -121,25 +123,26 @@ def numpyro_loss(objective: Any = "elbo", *, data_plate: str | None = None, **op
         )
 
     def planner(structure: Structure) -> Plan:
-        plan, _ = legality.plan(how.objective, how.estimator, structure)
+        plan, _ = legality.plan(loss, how.estimator, structure)
         for name, estimator in plan.estimators.items():
             if estimator.initial_state() is not None or estimator.initial_own(1):
                 raise LegalityError(
                     f"Site {name!r} under estimator {type(estimator).__name__!r}: it learns as the steps go on, and "
                     f"SVI has no place for what it learns; use 'rloo' or 'vimco', or train with fit."
                 )
-        if how.objective.initial_own(1):
+        if loss.initial_own(1):
             raise LegalityError(
-                f"Objective {type(how.objective).__name__!r} has parameters of its own, for which SVI has no place; "
+                f"Objective {type(loss).__name__!r} has parameters of its own, for which SVI has no place; "
                 f"train with fit."
             )
         return plan
 
-    return NumPyroLoss(how.objective, how.estimator, planner, data_plate)
+    return NumPyroLoss(loss, how.estimator, planner, data_plate)
 
 
 def _scheduled(how: Recipe) -> list[str]:
-    owners = {"objective": how.objective, **{f"estimator.{p}": e for p, e in how.estimator.items() if e is not None}}
+    estimators = {f"estimator.{p}": e for p, e in how.estimator.items() if e is not None}
+    owners: dict[str, Algorithm] = {"objective": how.algorithm, **estimators}
     return [f"{o}.{n}" for o, a in owners.items() for n, v in a.numbers().items() if isinstance(v, Schedule)]
 
 

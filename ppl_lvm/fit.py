@@ -22,6 +22,7 @@ from ppl_lvm.program import Program, backend_of
 from ppl_lvm.program import program as load_program
 from ppl_lvm.recipe import Recipe
 from ppl_lvm.recipe import recipe as load_recipe
+from ppl_lvm.sampled import Sampled, sample
 from ppl_lvm.stages import in_stages
 from ppl_lvm.validation import HeldOut, at_least, split
 
@@ -50,12 +51,13 @@ def fit(
     device: str | None = None,
     **overrides: Any,
 ) -> Fit:
-    """Fits a latent-variable program to data by the objective and the gradient estimators of a recipe.
+    """Fits a latent-variable program to data by the objective and the gradient estimators of a recipe, or its method.
 
     Args:
         model: a portable program (`program("vae", latent=8)` or its name), or a native model of Pyro or NumPyro.
         guide: the native model's guide or autoguide; or a family that writes one from the model, by name
-            ("auto_normal", "multivariate_normal", "low_rank", "flow", "amortized", "delta"), for any program.
+            ("auto_normal", "multivariate_normal", "low_rank", "flow", "amortized", "delta"), for any program. None
+            for recipes with a method, which need none.
         data: the program's arguments, whose first axis is rows: an array (NumPy, torch, JAX), a tuple of arrays, a
             dict by name, a data frame, a list of ragged sequences, or batches (a DataLoader); see below.
         recipe: a name, a path to a TOML file, a mapping or a Recipe, or a list of them that are run as stages, each
@@ -72,7 +74,8 @@ def fit(
         validation: a fraction of the rows, taken out by a permutation that depends on the seed, or other data. Every
             `check_every` steps `history["validation"]` gets the recipe's objective per row on them, with the same
             noise each time and schedules at their end; `patience` stops early on it and keeps the best parameters.
-        start: an earlier fit, or constrained values by name; parameters of these names start from them.
+        start: an earlier fit, or constrained values by name; parameters of these names start from them. A method
+            other than `map` holds them there.
         callbacks: `f(moment)` is called every `check_every` steps with `step`, `loss`, `validation`, `params` and
             `state`; `moment.stop()` ends the fit, or the stage. What a callback raises ends the fit and is passed on
             as it is; one that wants to keep what there is saves `moment.state`.
@@ -113,6 +116,8 @@ def fit(
         guide, overrides = None, {"guide": guide, **overrides}
     chosen = _program(model, guide)
     how = load_recipe(chosen.recipe if recipe is None else recipe, **overrides)
+    given = {"state": state, "validation": validation, "callbacks": callbacks or None, "device": device}
+    _check_given(how, given)
     messages: list[str] = []
     chosen = _guided(chosen, how, messages)
     name = _backend(chosen, backend)
@@ -138,6 +143,9 @@ def fit(
         call = read(data, chosen, missing, messages)
         rows = _length(call)
     chosen = observe(chosen, observed, call)
+    if how.objective is None:
+        shown = progress.wanted(progress_bar)
+        return _sample(chosen, how, call, name, seed, dtype, data_plate, start, shown, messages)
     training, held_out = _split(call, rows, validation, seed, chosen, missing, batches)
     if batches is None:
         rows = _length(training)
@@ -262,6 +270,11 @@ def refit(
         (2, 10, 8)
     """
     own = run._bound.row_params
+    if run.recipe.method is not None:
+        raise ProgramError(
+            f"The fit is one by method {type(run.recipe.method).__name__!r}, which has no steps that could go on with "
+            f"some parameters frozen; fit the other rows by it."
+        )
     if not own:
         raise ProgramError(
             f"The fit of {run.program.name!r} has no parameters of rows; ask it about other rows as it is, as in "
@@ -318,17 +331,58 @@ def _program(model: Program | str | Callable[..., Any], guide: Callable[..., Any
 
 
 def _guided(chosen: Program, how: Recipe, messages: list[str]) -> Program:
-    """The program with the recipe's family of guides in place of its own guide."""
+    """The program with the recipe's family of guides in place of its own guide; a method needs neither."""
+    if how.method is not None:
+        return chosen
     if how.guide is not None:
         if chosen.guide is not None and not isinstance(chosen.guide, GuideFamily):
             messages.append(f"guide: {type(how.guide).__name__}, in place of the program's own")
         return replace(chosen, guide=how.guide)
     if chosen.guide is None:
         raise ProgramError(
-            f"Model {chosen.name!r} came without a guide; pass one, an autoguide of its library, or the name of a "
-            f"family, as in guide='auto_normal'."
+            f"Model {chosen.name!r} came without a guide, which recipe {how.name!r} needs; pass one, an autoguide of "
+            f"its library, or the name of a family, as in guide='auto_normal', or take a recipe with a method: map, "
+            f"laplace, nuts, svgd."
         )
     return chosen
+
+
+def _check_given(how: Recipe, of_loop: Mapping[str, object]) -> None:
+    """Refuses arguments of the loop beside a method."""
+    found = [f"{name}=" for name, value in of_loop.items() if value is not None]
+    if found and how.method is not None:
+        raise RecipeError(
+            f"{', '.join(found)} was given, but recipe {how.name!r} has a method, which has no steps to go on from or "
+            f"to look at; leave it out."
+        )
+
+
+def _sample(
+    chosen: Program,
+    how: Recipe,
+    call: Call,
+    name: str,
+    seed: int,
+    dtype: str,
+    data_plate: str | None,
+    start: Fit | Mapping[str, Any] | None,
+    shown: bool,
+    messages: list[str],
+) -> Sampled:
+    """A recipe's method in place of the loop, on all rows."""
+    if call.sample:
+        raise DataError(f"Recipe {how.name!r} has a method, which takes all rows at once; pass arrays, not batches.")
+    library, rows = backends.load(name), _length(call)
+
+    def bind(program: Program) -> Any:
+        bound = library.Bound(program, call, seed=seed, dtype=dtype, data_plate=data_plate, total=rows)
+        _check_rows(bound, rows)
+        check_observed(program, bound.structure)
+        _check_values(bound, program, call, call)
+        return bound
+
+    params = start.params if isinstance(start, Fit) else start
+    return sample(chosen, how, call, name, bind, seed=seed, params=params, progress=shown, messages=messages)
 
 
 def _backend(chosen: Program, asked: str | None) -> str:

@@ -96,7 +96,7 @@ class Fitted:
     # Rows.
 
     def check(self, call: Call) -> Call:
-        """The call, if its arrays have the fit's shapes.
+        """The call, if its arrays have the fit's shapes; padded sequences may have another number of steps.
 
         Raises:
             DataError: they are not.
@@ -106,12 +106,25 @@ class Fitted:
             raise DataError(f"{len(call.args)} arrays were given; the program takes {list(self.program.arguments)}.")
         given = self.named(call)
         for name, array in given.items():
-            if name in known and np.ndim(array) and np.shape(array)[1:] != np.shape(known[name])[1:]:
+            if name not in known or not np.ndim(array):
+                continue
+            same = np.shape(array)[1:] == np.shape(known[name])[1:]
+            if not same and not self._of_other_lengths(name, call):
                 raise DataError(
                     f"Rows of {name!r} have shape {np.shape(array)[1:]}, the fit was made on "
                     f"{np.shape(known[name])[1:]}."
                 )
         return call
+
+    def _of_other_lengths(self, name: str, call: Call) -> bool:
+        """Whether an argument differs from the fit's in the number of steps that sequences were padded to alone."""
+        if name.removesuffix("_mask") in call.known:  # which tells the program of the steps of that argument
+            name = name.removesuffix("_mask")
+        if name not in call.known or name not in self.example.known:
+            return False
+        steps = np.asarray(call.known[name])
+        entries = np.shape(self.example.known[name])[2:]
+        return steps.shape[2:] == entries and bool((steps[:, :-1] | ~steps[:, 1:]).all())
 
     def blank(self, rows: int) -> Call:
         """Zeros for every argument of the fit, none of them missing."""
@@ -182,6 +195,12 @@ class Fitted:
         """Draws in the inner axis, or in the outer one where every draw has its own globals."""
         globals_ = any(not i.local for i in bound.structure.drawn())
         return Plan.of_values(bound.structure, *((1, draws) if globals_ else (draws, 1)))
+
+    def as_table(self, values: Mapping[str, np.ndarray]) -> dict[str, np.ndarray] | None:
+        """Values `[draws, ...]` of sites as a table of `plan` has them; None where there are none."""
+        outer = bool(self.globals)
+        sites = self.structure.sites
+        return {n: v if not sites[n].local else v[:, None] if outer else v[None] for n, v in values.items()} or None
 
     def key(self, *path: int) -> Any:
         return backends.load(self.backend).key_of(int(np.random.SeedSequence(path).generate_state(1)[0]))

@@ -54,8 +54,9 @@ class Case:
         return estimator is not None and not estimator.scored and not estimator.exhaustive
 
     def moved(self, name: str) -> bool:
-        """Whether a point is a function of other guide sites; parameters of its own are not looked for then."""
-        return self.structure.sites[name].point and bool(self.structure.ancestors(name))
+        """Whether a point is a function of other guide sites alone, so that it moves with their draws."""
+        site = self.structure.sites[name]
+        return site.point and not site.parameterised and bool(self.structure.ancestors(name))
 
     @property
     def remedy(self) -> str:
@@ -154,9 +155,12 @@ def _doubly_reparameterised(c: Case) -> str | None:
         if not other.local or other.role == "observed" or other.name == c.site.name or c.moved(other.name):
             continue
         if other.fixed or other.point:
+            what = "a factor" if other.fixed else "a point"
+            if other.point and c.structure.ancestors(other.name):
+                what = "a point that looks at parameters beside its draws"
             return (
-                f"site {other.name!r} of the same row is {'a factor' if other.fixed else 'a point'}, whose gradient "
-                f"the surrogate would reweigh; use 'pathwise'."
+                f"site {other.name!r} of the same row is {what}, whose gradient the surrogate would reweigh; "
+                f"use 'pathwise'."
             )
         estimator = c.estimators.get(other.name)
         if estimator is None or estimator.frozen:

@@ -1,10 +1,11 @@
-"""What there is to choose from, in words: programs, recipes, objectives, estimators, guides, data sets, backends."""
+"""What there is to choose from, in words: programs, recipes, algorithms of every kind, data sets, backends."""
 
 import ast
 import inspect
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ def entries(kind: str) -> dict[str, str]:
 
 
 def describe(kind: str, name: str) -> str:
-    """One program, recipe, objective, estimator, guide or dataset at length: what it is, its options, their values.
+    """One program, recipe, algorithm or dataset at length: what it is, its options, their values.
 
     Raises:
         PplLvmError: there is nothing of that name.
@@ -136,17 +137,13 @@ def _type(annotation: Any) -> str:
 _ENTRIES: dict[str, Callable[[], dict[str, str]]] = {
     "programs": lambda: _first_lines(programs()),
     "recipes": lambda: {name: _summary(path) for name, path in recipes().items()},
-    "objectives": lambda: _first_lines(catalogue.objectives()),
-    "estimators": lambda: _first_lines(catalogue.estimators()),
-    "guides": lambda: _first_lines(catalogue.guides()),
+    **{f"{kind}s": partial(lambda kind: _first_lines(catalogue.available(kind)), kind) for kind in catalogue.BASES},
     "datasets": datasets,
     "backends": _backends,
 }
 _DESCRIBE: dict[str, Callable[[str], str]] = {
     "program": _show_program,
     "recipe": _show_recipe,
-    "objective": lambda name: _show_algorithm("objective", name),
-    "estimator": lambda name: _show_algorithm("estimator", name),
-    "guide": lambda name: _show_algorithm("guide", name),
+    **{kind: partial(_show_algorithm, kind) for kind in catalogue.BASES},
     "dataset": _show_dataset,
 }

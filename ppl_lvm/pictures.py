@@ -1,4 +1,4 @@
-"""Pictures of a fit: reconstructions, prior samples, and the latent space of the held-out rows."""
+"""Pictures of a fit: losses, reconstructions, prior samples, and the latent space of the held-out rows."""
 
 import math
 from collections.abc import Mapping
@@ -13,41 +13,79 @@ from ppl_lvm.datasets import Dataset
 from ppl_lvm.to_arviz import PosteriorDraws
 
 COLUMNS = 16
+NO_IMAGES = "no observed site has the values of an image"
 
 
-def reconstructions(path: Path, predictive: Mapping[str, np.ndarray], dataset: Dataset) -> None:
-    """Held-out rows above the mean of their `predictive` draws, [draws, rows, ...] per observed site."""
+def losses(path: Path, history: Mapping[str, np.ndarray]) -> None:
+    """The loss of every step, and of the validation rows where there are some; stages are told apart by a line."""
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.add_subplot(xlabel="step", ylabel="loss, nats per row")
+    step, loss = history["step"], history["loss"]
+    axes.plot(step, loss, linewidth=0.7, color="tab:blue", alpha=0.6, label="training batches")
+    later = loss[len(loss) // 20 :]  # the first steps would flatten all others
+    if "validation" in history:
+        held_out = history["validation"]
+        axes.plot(history["validation_step"], held_out, color="tab:orange", marker=".", label="validation rows")
+        later = np.concatenate([later, held_out])
+    finite = later[np.isfinite(later)]
+    if len(finite) and np.ptp(finite) > 0:
+        axes.set_ylim(finite.min() - 0.05 * np.ptp(finite), finite.max() + 0.05 * np.ptp(finite))
+    for i in np.flatnonzero(np.diff(history.get("stage", np.zeros(len(step))))):
+        axes.axvline(float(step[i + 1]) - 0.5, color="tab:gray", linestyle=":")
+    axes.legend()
+    figure.savefig(path, dpi=120)
+
+
+def reconstructions(path: Path, predictive: Mapping[str, np.ndarray], dataset: Dataset) -> str | None:
+    """Held-out rows above the mean of their `predictive` draws, [draws, rows, ...] per observed site.
+
+    Returns:
+        Why nothing was drawn, or None.
+    """
     images = _images(predictive, dataset, axis=2)
-    if images is not None:
-        rows = dataset.test[: images.shape[1]].reshape(images.shape[1:])
-        columns = min(COLUMNS, len(rows))
-        pairs = [
-            part[i : i + columns] for i in range(0, len(rows), columns) for part in (rows, images.mean(0))
-        ]
-        _mosaic(path, pairs, dataset, "Above: held-out rows. Below: posterior predictive means.")
+    if images is None:
+        return NO_IMAGES
+    rows = dataset.test[: images.shape[1]].reshape(images.shape[1:])
+    columns = min(COLUMNS, len(rows))
+    pairs = [part[i : i + columns] for i in range(0, len(rows), columns) for part in (rows, images.mean(0))]
+    _mosaic(path, pairs, dataset, "Above: held-out rows. Below: posterior predictive means.")
+    return None
 
 
-def samples(path: Path, prior_predictive: Mapping[str, np.ndarray], dataset: Dataset) -> None:
-    """Rows drawn from the fitted model, [rows, ...] per site."""
+def samples(path: Path, prior_predictive: Mapping[str, np.ndarray], dataset: Dataset) -> str | None:
+    """Rows drawn from the fitted model, [rows, ...] per site; returns why nothing was drawn, or None."""
     images = _images(prior_predictive, dataset, axis=1)
-    if images is not None:
-        lines = [images[i : i + COLUMNS] for i in range(0, len(images), COLUMNS)]
-        _mosaic(path, lines, dataset, "Samples from the fitted model's prior.")
+    if images is None:
+        return NO_IMAGES
+    lines = [images[i : i + COLUMNS] for i in range(0, len(images), COLUMNS)]
+    _mosaic(path, lines, dataset, "Samples from the fitted model's prior.")
+    return None
 
 
-def latent(path: Path, posterior: PosteriorDraws, dataset: Dataset) -> None:
+def latent(path: Path, posterior: PosteriorDraws, dataset: Dataset) -> str | None:
     """Posterior means of the held-out rows' latents, in two principal components where there are more.
 
-    Nothing is drawn for a program without latents per row.
+    Latents of every step of sequences that differ in length are left out: steps that were padded have no data.
+
+    Returns:
+        Why nothing was drawn, or None.
     """
     rows = len(dataset.test)
-    means = {
-        site: value.mean(0, dtype=np.float64).reshape(rows, -1)
+    of_rows = {
+        site: value
         for site, value in posterior.values.items()
         if posterior.dims.get(site) and value.shape[1:2] == (rows,)
     }
+    if not of_rows:
+        return "no latent site has a value for every row"
+    steps = max(map(len, dataset.test)) if dataset.ragged else None
+    means = {
+        site: value.mean(0, dtype=np.float64).reshape(rows, -1)
+        for site, value in of_rows.items()
+        if steps is None or value.shape[2:3] != (steps,)
+    }
     if not means:
-        return
+        return "the latent sites have a value for every step of sequences that differ in length"
     points = np.concatenate(list(means.values()), axis=1)
     names = [f"{site}[{i}]" for site, mean in means.items() for i in range(mean.shape[1])]
     if points.shape[1] > 2:
@@ -81,6 +119,7 @@ def latent(path: Path, posterior: PosteriorDraws, dataset: Dataset) -> None:
             bbox={"boxstyle": "circle", "facecolor": "white", "edgecolor": colour, "alpha": 0.85},
         )
     figure.savefig(path, dpi=120)
+    return None
 
 
 def _principal(points: np.ndarray) -> tuple[np.ndarray, list[str]]:
@@ -102,7 +141,7 @@ def _images(sites: Mapping[str, np.ndarray], dataset: Dataset, axis: int) -> np.
 
 def _mosaic(path: Path, lines: list[np.ndarray], dataset: Dataset, title: str) -> None:
     """Images [height, width] side by side, a list per line, grey levels on the scale of the training rows."""
-    low, high = float(dataset.train.min()), float(dataset.train.max())
+    low, high = float(np.nanmin(dataset.train)), float(np.nanmax(dataset.train))
     columns = max(len(line) for line in lines)
     height, width = (size + 2 for size in lines[0].shape[1:])
     canvas = np.full((len(lines) * height, columns * width), low)

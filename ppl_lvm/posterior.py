@@ -12,7 +12,7 @@ import numpy as np
 from ppl_lvm import lookup, predict
 from ppl_lvm.backends.base import ROWS, Call, Plan
 from ppl_lvm.data import as_given, check_missing, read
-from ppl_lvm.errors import DataError, ProgramError
+from ppl_lvm.errors import DataError, PplLvmError, ProgramError
 from ppl_lvm.fitted import CHUNK, ENTRIES, Block, Chunk, Fitted, joined
 from ppl_lvm.predict import Codes, Resampled
 from ppl_lvm.program import Program
@@ -123,6 +123,8 @@ class Fit:
     seconds: float
     messages: list[str]
     state: State
+    lacks: Mapping[str, str] = field(default_factory=dict, kw_only=True)
+    """What this fit cannot give, by name, each with the reason (of fits by a method)."""
     _bound: Any = field(repr=False)
     _trained: Mapping[str, Any] = field(repr=False)
     _data: Call | None = field(repr=False)
@@ -135,8 +137,14 @@ class Fit:
             self._example = self._data.map(lambda a: np.asarray(a)[:0])
         self._fitted = Fitted(self.program, self.backend, self._bound, self._trained, self._example)
 
+    @property
+    def row_params(self) -> frozenset[str]:
+        """Parameters that have an entry for every row of the fit; `refit` trains them for other rows."""
+        return frozenset(self._bound.row_params)
+
     def without_data(self) -> Fit:
         """The same fit without its training rows: every method then needs `data`, or a number of rows."""
+        self._need("without_data")
         return replace(self, _data=None)
 
     # Densities.
@@ -154,6 +162,7 @@ class Fit:
 
         Source: Burda, Grosse, Salakhutdinov (2015), arXiv:1509.00519.
         """
+        self._need("log_likelihood")
         fitted, call = self._fitted, self._call(data)
         given = fitted.global_draws(call, draws, seed)
         blocks = []
@@ -176,6 +185,7 @@ class Fit:
         Raises:
             ProgramError: there are no global latents, so every draw would have the same `p(x_n)`.
         """
+        self._need("pointwise")
         fitted, call = self._fitted, self._call(data)
         self._need_globals("A log-likelihood for each draw of the globals")
         given = fitted.global_draws(call, draws, seed)
@@ -202,6 +212,7 @@ class Fit:
         """
         from arviz_stats import loo, loo_approximate_posterior
 
+        self._need("loo")
         self._need_globals("Leave-one-out")
         tree = self.to_arviz(draws, data, seed, particles=particles, predictive=0)
         stats, name = tree["sample_stats"], next(iter(tree["log_likelihood"].data_vars))
@@ -217,13 +228,18 @@ class Fit:
 
     def posterior(self, draws: int = 1000, data: object = None, seed: int = 0) -> Posterior:
         """`draws` from the guide for every row of `data` (None: the rows of the fit)."""
-        fitted, call = self._fitted, self._call(data)
-        given = fitted.global_draws(call, draws, seed)
-        parts = []
-        for block in fitted.blocks(call):
+        call = self._call(data)
+        return self._evaluated(call, draws, seed, self._fitted.global_draws(call, draws, seed))
+
+    def _evaluated(
+        self, call: Call, draws: int, seed: int, given: Mapping[str, np.ndarray], whole: bool = False
+    ) -> Posterior:
+        """Draws with their densities; `given` `[draws, ...]` has those of the globals, or of all latents (`whole`)."""
+        fitted, parts = self._fitted, []
+        for block in fitted.blocks(call, whole=whole):
             chunks = [self._table(block, chunk, given) for chunk in fitted.chunks(draws, block, seed, ENTRIES)]
             parts.append({k: joined([c[k] for c in chunks], 0) for k in chunks[0]})
-        values = {n: fitted.squeezed(n, v, 1) for n, v in given.items()}
+        values = {n: fitted.squeezed(n, given[n], 1) for n in fitted.globals}
         own = joined([p["value"] for p in parts], 1)
         values = {n: values[n] if n in values else fitted.squeezed(n, own[n], 2) for n in fitted.drawn}
         rows, lik = (joined([p[k] for p in parts], 1) for k in ("rows", "lik"))
@@ -287,6 +303,7 @@ class Fit:
 
         Source: Rezende, Mohamed, Wierstra (2014), arXiv:1401.4082, section 6.3, here by importance resampling.
         """
+        self._need("impute")
         call = self._fitted.check(read(data, self.program, "mask"))
         return predict.impute(self._fitted, call, draws, particles, fill, seed)
 
@@ -336,6 +353,8 @@ class Fit:
         Source: Pearl (2009), Causality, section 7.1.
         """
         call, factual = self._rows_for(values, data, rows)
+        if factual:
+            self._need("counterfactuals")
         return predict.do(self._fitted, values, call, factual, draws, seed)
 
     def prior_predictive(
@@ -415,7 +434,9 @@ class Fit:
             "row_log_weight": found.log_p - found.log_q,
         }
         likelihood: dict[str, np.ndarray] = {}
-        if fitted.globals:
+        if "pointwise" in self.lacks:
+            stats["log_p"] = stats["log_p"] + (0.0 if found.log_p_global is None else found.log_p_global)
+        elif fitted.globals:
             summed = self.pointwise(draws, call, particles, seed)
             likelihood = {next(iter(observed)) if len(observed) == 1 else "joint": summed}
             stats["log_p"] = found.log_p_global + summed.sum(1)
@@ -495,6 +516,12 @@ class Fit:
             raise ProgramError(f"Sites {readers} look at the data {sorted(unset)}; pass data= with the rows meant.")
         return fitted.blank(wanted), False
 
+    def _need(self, what: str) -> None:
+        """Refuses what this fit lacks."""
+        if what in self.lacks:
+            method = type(self.recipe.algorithm).__name__
+            raise PplLvmError(f"A fit by method {method!r} has no {what}: {self.lacks[what]}.")
+
     def _need_globals(self, what: str) -> None:
         if not self._fitted.globals:
             raise ProgramError(
@@ -512,7 +539,7 @@ class Fit:
     def _table(self, block: Block, chunk: Chunk, given: Mapping[str, np.ndarray]) -> dict[str, dict[str, np.ndarray]]:
         """Arrays `[draws, rows, ...]` of one run without gradients, and `[draws]` for the globals."""
         fitted, plan = self._fitted, self._fitted.plan(block.bound, chunk.size)
-        table = block.bound.evaluate(self._trained, block.held, chunk.key, plan, chunk.of(given) or None)
+        table = block.bound.evaluate(self._trained, block.held, chunk.key, plan, fitted.as_table(chunk.of(given)))
         sites, draws = fitted.structure.sites, chunk.size
 
         def flat(name: str, x: Any) -> np.ndarray:
@@ -558,18 +585,15 @@ class Fit:
     def _attributes(self, draws: int) -> dict[str, Any]:
         from datetime import UTC, datetime
 
-        from ppl_lvm import legality
         from ppl_lvm.to_arviz import versions
 
         library = {"pyro": "pyro-ppl", "numpyro": "numpyro"}[self.backend]
-        plan, _ = legality.plan(self.recipe.objective, self.recipe.estimator, self._bound.structure)
         found = versions()
         return {
             "program": self.program.name,
             "program_options": dict(self.program.options),
             "recipe": self.recipe.name,
-            "objective": type(self.recipe.objective).__name__,
-            "estimator": {n: type(e).__name__ for n, e in plan.estimators.items()},
+            **self._how(),
             "backend": self.backend,
             "seed": self.seed,
             "draws": draws,
@@ -577,6 +601,17 @@ class Fit:
             "inference_library": library,
             "inference_library_version": found[library],
             "versions": found,
+        }
+
+    def _how(self) -> dict[str, Any]:
+        """Names of the algorithms."""
+        from ppl_lvm import legality
+
+        assert self.recipe.objective is not None
+        plan, _ = legality.plan(self.recipe.objective, self.recipe.estimator, self._bound.structure)
+        return {
+            "objective": type(self.recipe.objective).__name__,
+            "estimator": {n: type(e).__name__ for n, e in plan.estimators.items()},
         }
 
 

@@ -27,7 +27,8 @@ class Program:
     Args:
         name: the stem of the file, or the name of the model.
         model: `model(ppl, *data)` if portable, `model(*data)` if native.
-        guide: called like the model; or a family that writes one from the model, or None while none is chosen.
+        guide: called like the model; or a family that writes one from the model, or None while none is chosen, or
+            where the recipe has a method, which needs none.
         options: all keyword-only options of model and guide with their values, sorted by name.
         portable: whether it is written against `ppl` and runs on both backends.
         path: the file, or None.
@@ -86,7 +87,7 @@ class Program:
         if self.path is None:
             return _identity(self.model), _identity(self.guide), self.observed
         family = self.guide if isinstance(self.guide, GuideFamily) else None
-        return self.path, self.source_hash, self.options, self.observed, family
+        return self.path, self.source_hash, self.options, self.observed, family, self.guide is None
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Program) and self._key() == other._key()

@@ -7,12 +7,17 @@ import sys
 from collections.abc import Callable, Iterator
 
 
+def wanted(shown: bool | None) -> bool:
+    """Whether to show progress; None: where standard error is a terminal."""
+    return sys.stderr.isatty() if shown is None else shown
+
+
 @contextlib.contextmanager
 def bar(
     title: str, steps: int, done: int, shown: bool | None
 ) -> Iterator[Callable[[int, float, float | None], None]]:
     """Yields `advance(steps, loss, validation)`. `shown = None` shows a bar where standard error is a terminal."""
-    if not (sys.stderr.isatty() if shown is None else shown) or done >= steps:
+    if not wanted(shown) or done >= steps:
         yield lambda _steps, _loss, _validation: None
         return
     from rich.console import Console

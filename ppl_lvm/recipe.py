@@ -23,6 +23,7 @@ from ppl_lvm.algorithm import (
     Algorithm,
     Estimator,
     GuideFamily,
+    Method,
     NonNegative,
     Objective,
     OptionalNonNegative,
@@ -31,7 +32,7 @@ from ppl_lvm.algorithm import (
     best_pattern,
     specificity,
 )
-from ppl_lvm.catalogue import BASES, Kind, estimators, guides, objectives, resolve, to_dict
+from ppl_lvm.catalogue import BASES, Kind, available, estimators, guides, objectives, resolve, to_dict
 from ppl_lvm.errors import RecipeError
 
 if TYPE_CHECKING:
@@ -63,12 +64,14 @@ class Optimizer(Algorithm):
 
 
 class Recipe(BaseModel):
-    """How to fit: objective, gradient estimators, optimiser and length of the run.
+    """How to fit: objective, gradient estimators, optimiser and length of the run; or a method, which has its own.
 
     Args:
         name: what the recipe is called.
-        objective: the objective and its options.
+        objective: the objective and its options; None where a method takes its place.
         guide: a family that writes the guide from the model (`"auto_normal"`); None is the program's own guide.
+        method: an algorithm of the backend's library (`map`, `laplace`, `nuts`, `svgd`) and its options, or None. It
+            brings its own steps and optimiser, so those below, guides and estimators go with an objective only.
         estimator: pattern of site names -> estimator; None leaves the choice to the engine ("auto"). Kept
             with the most specific pattern first: names before patterns with wildcards, then by length.
         steps: optimiser steps.
@@ -92,8 +95,9 @@ class Recipe(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     name: str = "custom"
-    objective: InstanceOf[Objective]
+    objective: InstanceOf[Objective] | None = None
     guide: InstanceOf[GuideFamily] | None = None
+    method: InstanceOf[Method] | None = None
     estimator: dict[str, InstanceOf[Estimator] | None] = {"*": None}
     steps: int = Field(default=1000, ge=1)
     batch_size: int | None = Field(default=None, ge=1)
@@ -118,9 +122,22 @@ class Recipe(BaseModel):
     def _patterns(cls, given: object) -> object:
         return (given,) if isinstance(given, str) else tuple(given) if isinstance(given, list) else given
 
+    @model_validator(mode="after")
+    def _objective_or_method(self) -> Self:
+        if (self.objective is None) == (self.method is None):
+            raise ValueError("either an objective or a method, not both and not neither")
+        return self
+
     def __hash__(self) -> int:
         values = {name: getattr(self, name) for name in type(self).model_fields}
         return hash(tuple(tuple(v.items()) if isinstance(v, dict) else v for v in values.values()))
+
+    @property
+    def algorithm(self) -> Objective | Method:
+        """The objective, or the method in its place."""
+        chosen = self.objective or self.method
+        assert chosen is not None
+        return chosen
 
     @property
     def optimizers(self) -> dict[str, Optimizer]:
@@ -139,10 +156,12 @@ class Recipe(BaseModel):
 
     def to_dict(self) -> dict[str, Any]:
         """The recipe as plain values, ready for JSON or TOML; `recipe` reads it back."""
+        if self.method is not None:
+            return {"name": self.name, "method": to_dict(self.method), "batch_size": self.batch_size}
         plain = {p: o.model_dump(mode="json", exclude_none=True) for p, o in self.optimizers.items()}
         table: dict[str, Any] = {
             "name": self.name,
-            "objective": to_dict(self.objective),
+            "objective": to_dict(self.algorithm),
             "guide": "own" if self.guide is None else to_dict(self.guide),
             "estimator": {p: "auto" if e is None else to_dict(e) for p, e in self.estimator.items()},
             "steps": self.steps,
@@ -163,18 +182,18 @@ def recipes() -> dict[str, Path]:
 
 
 def recipe(
-    asked: "str | Path | Mapping[str, Any] | Recipe | Objective | type[Objective] | Sequence[Any]",
+    asked: "str | Path | Mapping[str, Any] | Recipe | Algorithm | type[Algorithm] | Sequence[Any]",
     **overrides: Any,
 ) -> Recipe:
     """The recipe of this name, file or mapping, with some options replaced.
 
     Args:
         asked: a name of `recipes()`, a path to a TOML file, a mapping laid out like one, a Recipe, or an
-            objective, to be run with everything else at its default; or a list of these, run as stages.
+            objective or method, to be run with everything else at its default; or a list of these, run as stages.
         **overrides: a field of the recipe (`steps=10`), an option that one section has (`draws=50`,
             `learning_rate=1e-2`), or a dotted one (`**{"estimator.y.temperature": 0.5}`).
 
-    An objective or estimator is given as a name, as "path/to/file.py:name" (relative to the recipe's file),
+    An objective, estimator or method is given as a name, as "path/to/file.py:name" (relative to the recipe's file),
     "package.module:name", a table with `name` and options, or a class or instance from Python.
 
     Raises:
@@ -197,14 +216,16 @@ def recipe(
     elif isinstance(asked, str | Path):
         path = _locate(asked)
         draft = _Draft.read(_parse(path), path.stem, path.parent)
-    elif isinstance(asked, Objective) or (inspect.isclass(asked) and issubclass(asked, Objective)):
+    elif (lead := _key_of(asked)) is not None:
         name = (asked if inspect.isclass(asked) else type(asked)).__name__
-        draft = _Draft.read({"objective": asked}, name, Path.cwd())
+        draft = _Draft.read({lead: asked}, name, Path.cwd())
     else:
         raise RecipeError(
             f"A recipe was asked for by {asked!r}, of type {type(asked).__name__}; give a name, a path to a "
-            "TOML file, a mapping, a Recipe or an objective."
+            "TOML file, a mapping, a Recipe, an objective or a method."
         )
+    if "stages" in overrides:
+        draft.check_key("stages")
     tables = overrides.pop("stages", draft.stages)
     if not isinstance(tables, Sequence) or isinstance(tables, str):
         raise draft.wrong("stages", tables, "should be a list of tables, each with the keys that a stage replaces")
@@ -221,11 +242,23 @@ def _of_stages(asked: Sequence[Any], overrides: Mapping[str, Any]) -> Recipe:
     if not asked:
         raise RecipeError("A recipe was asked for by an empty list; give the stages in their order.")
     stages = tuple(recipe(each, **overrides) for each in asked)
+    methods = [stage.name for stage in stages if stage.method is not None]
+    if methods:
+        raise RecipeError(
+            f"Recipe {methods[0]!r} has a method and cannot be a stage; fit the others first, and then this one with "
+            f"start=run."
+        )
     nested = [stage.name for stage in stages if stage.stages]
     if nested:
         raise RecipeError(f"Recipe {nested[0]!r} has stages of its own and cannot be one; list its stages instead.")
     name = ", ".join(stage.name for stage in stages)
     return stages[0] if len(stages) == 1 else stages[-1].model_copy(update={"name": name, "stages": stages})
+
+
+def _key_of(asked: object) -> Kind | None:
+    """The key under which a recipe would have this objective or method."""
+    kind = asked if inspect.isclass(asked) else type(asked)
+    return next((key for key in _LEADS if issubclass(kind, BASES[key])), None)
 
 
 def _locate(asked: str | Path) -> Path:
@@ -262,8 +295,12 @@ class _Choice:
         return cls(type(instance), {name: getattr(instance, name) for name in type(instance).model_fields})
 
 
-_SECTIONS = ("objective", "guide", "estimator", "optimizer")
+_LEADS: tuple[Kind, ...] = ("objective", "method")
+"""A recipe has one of these."""
+_SECTIONS = (*_LEADS, "guide", "estimator", "optimizer")
 _FIELDS = tuple(name for name in Recipe.model_fields if name not in (*_SECTIONS, "stages"))
+_WITH_METHOD = ("name", "method", "batch_size")
+"""The keys that a recipe with a method may have."""
 
 
 @dataclass
@@ -277,6 +314,8 @@ class _Draft:
     """By pattern of parameter names; a single one has none, ""."""
     folder: Path
     stages: Sequence[Any] = ()
+    lead: Kind = "objective"
+    """Whether what stands in `objective` is one, or a method in its place."""
     guide: _Choice | None = None
 
     @classmethod
@@ -284,9 +323,10 @@ class _Draft:
         chosen = {p: None if e is None else _Choice.of(e) for p, e in given.estimator.items()}
         fields = {name: getattr(given, name) for name in _FIELDS}
         guide = None if given.guide is None else _Choice.of(given.guide)
+        lead: Kind = "objective" if given.method is None else "method"
         single = isinstance(given.optimizer, Optimizer)
         optimizer = {"" if single else p: _Choice.of(o) for p, o in given.optimizers.items()}
-        return cls(fields, _Choice.of(given.objective), chosen, optimizer, Path.cwd(), guide=guide)
+        return cls(fields, _Choice.of(given.algorithm), chosen, optimizer, Path.cwd(), lead=lead, guide=guide)
 
     @classmethod
     def read(cls, table: Mapping[str, Any], name: str, folder: Path) -> Self:
@@ -297,23 +337,41 @@ class _Draft:
                     f"Recipe {fields['name']!r} has an unknown key {key!r}. "
                     f"{lookup.valid(str(key), Recipe.model_fields, 'Keys')}"
                 )
-        if "objective" not in table:
+        leads = [key for key in _LEADS if table.get(key) is not None]
+        if not leads:
             raise RecipeError(
                 f'Recipe {fields["name"]!r} names no objective; add for example objective = "elbo". '
-                f"Objectives: {', '.join(objectives())}."
+                f"Objectives: {', '.join(objectives())}. Or a method: {', '.join(available('method'))}."
             )
-        draft = cls(
-            fields, _Choice(Objective), {"*": None}, {"": _Choice(Optimizer)}, folder, table.get("stages", ())
-        )
+        if len(leads) > 1:
+            raise RecipeError(
+                f"Recipe {fields['name']!r} has an objective and a method; a method finds the posterior without an "
+                f"objective, so keep one of the two keys."
+            )
+        stages = table.get("stages", ())
+        draft = cls(fields, _Choice(Objective), {"*": None}, {"": _Choice(Optimizer)}, folder, stages, leads[0])
+        for key in table:
+            draft.check_key(key)
         for section in _SECTIONS:
-            if section in table:
+            if section in table and (section not in _LEADS or section == draft.lead):
                 draft.replace(section, table[section])
         return draft
+
+    def check_key(self, key: str) -> None:
+        """Refuses the keys of an objective beside a method."""
+        if self.lead == "method" and key in Recipe.model_fields and key not in _WITH_METHOD:
+            has = "" if self.objective.kind is Objective else f" {self.objective.kind.__name__!r}"
+            raise RecipeError(
+                f"Recipe {self.fields['name']!r} has a method{has}, and {key!r} goes with an objective; a method has "
+                f"its options in its own table, as in method = {{ name = \"nuts\", draws = 1000 }}."
+            )
 
     def stage(self, number: int, table: object, folder: Path) -> Self:
         """A draft of one stage: this one with the keys of a table replaced."""
         where = f"stages[{number}]"
         if isinstance(table, Recipe):
+            if table.method is not None:
+                raise self.wrong(where, table.name, "has a method, which is no stage of a fit")
             return type(self).of(table)
         if not isinstance(table, Mapping):
             raise self.wrong(where, table, "should be a table with the keys that the stage replaces")
@@ -331,8 +389,14 @@ class _Draft:
             self.override(key, overrides[key])
 
     def replace(self, section: str, given: object) -> None:
-        if section == "objective":
-            self.objective = self.choose("objective", given, "objective")
+        self.check_key(section)
+        if section in _LEADS:
+            if section != self.lead:
+                raise RecipeError(
+                    f"Recipe {self.fields['name']!r} has an objective, and a method was asked for as well; a method "
+                    f"finds the posterior without one. Give it as the recipe: recipe={{'method': {given!r}}}."
+                )
+            self.objective = self.choose(self.lead, given, section)
         elif section == "guide":
             self.guide = None if given in (None, "own") else self.choose("guide", given, "guide")
         elif section == "optimizer":
@@ -385,22 +449,24 @@ class _Draft:
         elif isinstance(given, str):
             chosen = _Choice(resolve(kind, given, self.folder, f"{where} of recipe {self.fields['name']!r}"))
         else:
-            raise self.wrong(
-                where, given, f"should be the name of an {kind}, or a subclass of {base.__name__}"
-            )
+            article = "an" if kind[0] in "aeiou" else "a"
+            raise self.wrong(where, given, f"should be the name of {article} {kind}, or a subclass of {base.__name__}")
         self.check_options(chosen.kind, options, where)
         chosen.options |= options
         return chosen
 
     def choices(self) -> dict[str, _Choice]:
         """Everything that has options, by its place in the recipe."""
+        if self.lead == "method":
+            return {"method": self.objective}
         chosen = {f"estimator.{p}": choice for p, choice in self.estimator.items() if choice is not None}
         guide = {} if self.guide is None else {"guide": self.guide}
         optimizers = {f"optimizer.{p}" if p else "optimizer": choice for p, choice in self.optimizer.items()}
         return {"objective": self.objective, **optimizers, **guide, **chosen}
 
     def override(self, key: str, value: object) -> None:
-        if key in _FIELDS:
+        if key in _FIELDS and not (self.lead == "method" and key in self.objective.kind.model_fields):
+            self.check_key(key)
             self.fields[key] = value
             return
         if key in _SECTIONS:
@@ -425,6 +491,7 @@ class _Draft:
         self.choices()[having[0]].options[key] = value
 
     def override_in(self, section: str, rest: str, value: object) -> None:
+        self.check_key(section)
         if section == "estimator":
             # Site names may hold dots, so the pattern is what stands before the last one, or everything.
             pattern, _, option = rest.rpartition(".")
@@ -445,6 +512,8 @@ class _Draft:
         elif rest == "name":
             self.replace(section, value)
         else:
+            if section in _LEADS and section != self.lead:
+                self.replace(section, value)
             self.set_option(self.choices().get(section), rest, value, section)
 
     def override_optimizer(self, rest: str, value: object) -> None:
@@ -489,6 +558,9 @@ class _Draft:
                 )
 
     def build(self, stages: tuple[Recipe, ...]) -> Recipe:
+        if self.lead == "method":
+            fields = {key: self.fields[key] for key in _WITH_METHOD if key in self.fields}
+            return self.checked(Recipe, fields | {"method": self.instance(self.objective, "method.")}, "")
         optimizers = {
             p: self.instance(choice, f"optimizer.{p}." if p else "optimizer.") for p, choice in self.optimizer.items()
         }

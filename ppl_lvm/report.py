@@ -5,8 +5,8 @@ import json
 import math
 import secrets
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -21,11 +21,15 @@ if TYPE_CHECKING:
     from xarray import DataTree
 
 FORMAT = "ppl_lvm run 1"
+PARAMETERS = "parameters.safetensors"
 FILES = (
     "metrics.json",
     "posterior.nc",
+    PARAMETERS,
     "history.csv",
+    "validation.csv",
     "held_out.csv",
+    "history.png",
     "reconstructions.png",
     "samples.png",
     "latent.png",
@@ -45,6 +49,8 @@ class Program(Protocol):
 class Recipe(Protocol):
     @property
     def name(self) -> str: ...
+    @property
+    def guide(self) -> object: ...
     def to_dict(self) -> dict[str, Any]: ...
 
 
@@ -70,8 +76,16 @@ class Run(Protocol):
     def history(self) -> Mapping[str, np.ndarray]: ...
     @property
     def seconds(self) -> float: ...
+    @property
+    def lacks(self) -> Mapping[str, str]: ...
+    @property
+    def messages(self) -> Sequence[str]: ...
+    @property
+    def params(self) -> Mapping[str, np.ndarray]: ...
+    @property
+    def row_params(self) -> Collection[str]: ...
 
-    def log_likelihood(self, data: np.ndarray, draws: int = ..., seed: int = ...) -> LogLikelihood: ...
+    def log_likelihood(self, data: np.ndarray | None, draws: int = ..., seed: int = ...) -> LogLikelihood: ...
     def posterior(self, draws: int, data: np.ndarray | None = ..., seed: int = ...) -> PosteriorDraws: ...
     def to_arviz(
         self, draws: int, data: np.ndarray | None = ..., seed: int = ..., *, predictive: int | None = ...
@@ -87,7 +101,10 @@ class Run(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class Metrics:
-    """Held-out figures of one fit; log-likelihoods are in nats per row, estimated from `draws` draws each."""
+    """Held-out figures of one fit; log-likelihoods are in nats per row, estimated from `draws` draws each.
+
+    A fit by a method may lack some; they are None then, and `lacks` says why.
+    """
 
     program: str
     backend: str
@@ -95,23 +112,30 @@ class Metrics:
     data: str
     seed: int
     draws: int
-    log_likelihood: float
-    standard_error: float
-    row_log_likelihood: np.ndarray
-    active_units: Mapping[str, int]
+    log_likelihood: float | None
+    standard_error: float | None
+    row_log_likelihood: np.ndarray | None
+    active_units: Mapping[str, int] | None
     seconds: float
+    lacks: Mapping[str, str] = field(default_factory=dict)
+    guide: str | None = None
+    """The family that wrote the guide; None: the program's own."""
 
 
 def measure(run: Run, dataset: Dataset, *, draws: int = 5000, seed: int = 0) -> Metrics:
     """Held-out log-likelihood per row, `log (1/K) sum_k w_k` with K = `draws`, and active units over those rows.
 
-    `seed` is that of the fit; the importance draws use it too.
+    Active units are not counted for sequences that differ in length: those of steps that were padded have no data.
+    `seed` is that of the fit; the importance draws use it too. A fit with parameters of rows (`refit` to the held-out
+    rows) is asked for its own.
 
     Source: Burda, Grosse, Salakhutdinov (2015), arXiv:1509.00519, section 5 and appendix C.
     """
-    held_out = run.log_likelihood(dataset.test, draws=draws, seed=seed)
+    rows = _rows(run, dataset)
+    held_out = None if "log_likelihood" in run.lacks else run.log_likelihood(rows, draws=draws, seed=seed)
     # As many draws of the same rows as `write` takes, so that nothing is compiled for them alone.
-    active = run.active_units(draws=POSTERIOR_DRAWS, data=dataset.test)
+    known = not dataset.ragged and "new_rows" not in run.lacks
+    active = run.active_units(draws=POSTERIOR_DRAWS, data=rows) if known else {} if dataset.ragged else None
     return Metrics(
         program=run.program.name,
         backend=run.backend,
@@ -119,11 +143,13 @@ def measure(run: Run, dataset: Dataset, *, draws: int = 5000, seed: int = 0) -> 
         data=dataset.name,
         seed=seed,
         draws=draws,
-        log_likelihood=float(held_out.mean),
-        standard_error=float(held_out.se),
-        row_log_likelihood=np.asarray(held_out.values, dtype=np.float64),
-        active_units={site: int(units) for site, units in active.items()},
+        log_likelihood=None if held_out is None else float(held_out.mean),
+        standard_error=None if held_out is None else float(held_out.se),
+        row_log_likelihood=None if held_out is None else np.asarray(held_out.values, dtype=np.float64),
+        active_units=None if active is None else {site: int(units) for site, units in active.items()},
         seconds=float(run.seconds),
+        lacks={name: run.lacks[name] for name in ("log_likelihood", "new_rows") if name in run.lacks},
+        guide=None if run.recipe.guide is None else type(run.recipe.guide).__name__,
     )
 
 
@@ -147,6 +173,12 @@ def difference(first: Metrics, second: Metrics) -> Difference:
     Raises:
         DataError: the two were not measured on the same rows.
     """
+    if first.row_log_likelihood is None or second.row_log_likelihood is None:
+        lacking = first if first.row_log_likelihood is None else second
+        raise DataError(
+            f"A paired difference needs two held-out log-likelihoods, and {lacking.recipe!r} has none: "
+            f"{lacking.lacks.get('log_likelihood')}."
+        )
     sizes = len(first.row_log_likelihood), len(second.row_log_likelihood)
     if first.data != second.data or sizes[0] != sizes[1]:
         raise DataError(
@@ -159,17 +191,18 @@ def difference(first: Metrics, second: Metrics) -> Difference:
 
 
 def differences(rows: Iterable[Metrics]) -> list[Difference]:
-    """The difference of every fit from the first one of the same backend and seed."""
+    """The difference of every fit from the first one of the same backend and seed, of those that have the figure."""
     first: dict[tuple[str, int], Metrics] = {}
     return [
         difference(base, row)
         for row in rows
-        if (base := first.setdefault((row.backend, row.seed), row)) is not row
+        if row.row_log_likelihood is not None
+        and (base := first.setdefault((row.backend, row.seed), row)) is not row
     ]
 
 
 def table(rows: Iterable[Metrics]) -> "Table":
-    """One line per fit, for rich to print."""
+    """One line per fit, for rich to print; a dash and a note below stand for what a fit lacks."""
     from rich.table import Table
 
     rows = list(rows)
@@ -182,17 +215,24 @@ def table(rows: Iterable[Metrics]) -> "Table":
     for heading in ("seed", "nats per row", "standard error", "active units", "seconds"):
         result.add_column(heading, justify="right")
     for row in rows:
-        units = row.active_units
+        units = row.active_units or {}
         result.add_row(
             row.backend,
             row.recipe,
             str(row.seed),
-            f"{row.log_likelihood:.3f}",
-            f"{row.standard_error:.3f}",
+            _figure(row.log_likelihood),
+            _figure(row.standard_error),
             ", ".join(f"{site} {count}" for site, count in units.items()) if len(units) > 1 else _only(units),
             f"{row.seconds:.1f}",
         )
+    notes = dict.fromkeys(f"- {row.recipe}, no {name}: {why}" for row in rows for name, why in row.lacks.items())
+    if notes:
+        result.caption, result.caption_justify = "\n".join(notes), "left"
     return result
+
+
+def _figure(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
 
 
 def difference_table(rows: Iterable[Difference]) -> "Table":
@@ -255,9 +295,11 @@ def write(
     """Write a run folder and return its path; an earlier run of that name is replaced once all is written.
 
     posterior.nc holds `posterior_draws` draws for the held-out rows (ArviZ DataTree), metrics.json the
-    figures with the recipe and versions, held_out.csv the log-likelihood of each held-out row, history.csv
-    the losses. Pictures: latent.png for a program with latents per row; reconstructions.png and samples.png
-    for data with an `image_shape`. `metrics` saves measuring again.
+    figures with the recipe, the fit's messages and versions, held_out.csv the log-likelihood of each held-out row,
+    history.csv the losses, validation.csv those of validation rows, parameters.safetensors the parameters, which
+    `starting` reads back. Pictures: history.png; latent.png for a program with latents per row; reconstructions.png
+    and samples.png for data with an `image_shape`. What was left out is in metrics.json, `left_out`, with the reason.
+    `metrics` saves measuring again.
 
     Raises:
         PplLvmError: `out` exists and is no run folder.
@@ -282,6 +324,30 @@ def write(
     return out
 
 
+def starting(folder: Path) -> dict[str, np.ndarray]:
+    """The parameters in a run folder, by name, for `fit(..., start=)`.
+
+    Raises:
+        DataError: the folder holds none.
+    """
+    from safetensors import SafetensorError
+    from safetensors.numpy import load_file
+
+    path = Path(folder) / PARAMETERS
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise DataError(
+            f"{str(path)!r} cannot be read ({error}); give a run folder, as `ppl-lvm fit` writes it."
+        ) from error
+
+
+def left_out(folder: Path) -> list[str]:
+    """What a run folder lacks, with the reason: a line for each."""
+    about = json.loads((Path(folder) / "metrics.json").read_text())
+    return [f"{name}: left out, as {why}" for name, why in about["left_out"].items()]
+
+
 def plain(value: object) -> Any:
     """A value as JSON can say it: tuples and arrays become lists, numbers that are not finite null.
 
@@ -300,16 +366,40 @@ def plain(value: object) -> Any:
     return value if value is None or isinstance(value, str | int | float) else str(value)
 
 
+def _rows(run: Run, dataset: Dataset) -> np.ndarray | None:
+    """The held-out rows; None where a fit has parameters of rows, which are then those of the held-out rows."""
+    return None if run.row_params else dataset.test
+
+
 def _only(units: Mapping[str, int]) -> str:
     return str(next(iter(units.values()), "-"))
 
 
 def _fill(folder: Path, run: Run, dataset: Dataset, metrics: Metrics, posterior_draws: int) -> None:
+    from safetensors.numpy import save_file
+
     from ppl_lvm import pictures
 
-    posterior = run.posterior(posterior_draws, data=dataset.test, seed=metrics.seed)
-    tree = run.to_arviz(posterior_draws, dataset.test, metrics.seed, predictive=0)
+    # A method has a posterior for the rows that it was fitted to and may have none for others: those are shown then.
+    if "new_rows" in run.lacks:
+        dataset = replace(dataset, test=dataset.train, test_labels=dataset.train_labels)
+    held_out = _rows(run, dataset)
+    posterior = run.posterior(posterior_draws, data=held_out, seed=metrics.seed)
+    tree = run.to_arviz(posterior_draws, held_out, metrics.seed, predictive=0)
     figures = {field: value for field, value in vars(metrics).items() if field != "row_log_likelihood"}
+    pictures.losses(folder / "history.png", run.history)
+    left_out = {"latent.png": pictures.latent(folder / "latent.png", posterior, dataset)}
+    if dataset.image_shape is None:
+        left_out |= dict.fromkeys(("reconstructions.png", "samples.png"), "the rows of the data are no images")
+    else:
+        few = held_out if held_out is None or "new_rows" in run.lacks else held_out[:SHOWN]
+        predicted = run.predictive(PREDICTIVE_DRAWS, data=few, seed=metrics.seed)
+        predicted = {site: value[:, :SHOWN] for site, value in predicted.items()}
+        prior = run.prior_predictive(64, seed=metrics.seed)
+        left_out |= {
+            "reconstructions.png": pictures.reconstructions(folder / "reconstructions.png", predicted, dataset),
+            "samples.png": pictures.samples(folder / "samples.png", prior, dataset),
+        }
     about = {
         "format": FORMAT,
         **figures,
@@ -317,20 +407,25 @@ def _fill(folder: Path, run: Run, dataset: Dataset, metrics: Metrics, posterior_
         "program_options": dict(run.program.options),
         "program_hash": run.program.source_hash,
         "resolved_recipe": run.recipe.to_dict(),
+        "messages": list(run.messages),
+        "left_out": {name: why for name, why in left_out.items() if why is not None},
         "versions": versions(),
     }
     tree.attrs |= {name: attribute(value) for name, value in plain(about).items()}
     tree.to_netcdf(folder / "posterior.nc", engine="h5netcdf")
     (folder / "metrics.json").write_text(json.dumps(plain(about), indent=2, allow_nan=False) + "\n")
-    of_steps = {name: values for name, values in run.history.items() if len(values) == len(run.history["step"])}
+    steps = max((len(values) for values in run.history.values()), default=0)
+    of_steps = {name: values for name, values in run.history.items() if len(values) == steps}
     _write_csv(folder / "history.csv", of_steps)
-    held_out = {"row": np.arange(len(dataset.test)), "log_likelihood": metrics.row_log_likelihood}
-    _write_csv(folder / "held_out.csv", held_out)
-    pictures.latent(folder / "latent.png", posterior, dataset)
-    if dataset.image_shape is not None:
-        predicted = run.predictive(PREDICTIVE_DRAWS, data=dataset.test[:SHOWN], seed=metrics.seed)
-        pictures.reconstructions(folder / "reconstructions.png", predicted, dataset)
-        pictures.samples(folder / "samples.png", run.prior_predictive(64, seed=metrics.seed), dataset)
+    if "validation" in run.history:
+        of_checks = {"step": run.history["validation_step"], "loss": run.history["validation"]}
+        _write_csv(folder / "validation.csv", of_checks)
+    # Parameters of rows are those of the held-out rows here, and say nothing of others.
+    kept = {name: np.array(value, order="C") for name, value in run.params.items() if name not in run.row_params}
+    save_file(kept, folder / PARAMETERS)
+    if metrics.row_log_likelihood is not None:
+        of_rows = {"row": np.arange(len(metrics.row_log_likelihood)), "log_likelihood": metrics.row_log_likelihood}
+        _write_csv(folder / "held_out.csv", of_rows)
 
 
 def _write_csv(path: Path, columns: Mapping[str, np.ndarray]) -> None:

@@ -60,7 +60,10 @@ class Engine:
         kind = PyroBound if backend == "pyro" else NumPyroBound
         with self._precision():
             self.bound: Any = kind(program, Call.of(dict(data)), seed=0, dtype="float64", data_plate=data_plate)
-            self.batch = self.bound.batch(Call.of(dict(data)))
+            call = Call.of(dict(data))
+            if self.bound.row_params:
+                call = call.with_rows(len(next(iter(data.values()))))
+            self.batch = self.bound.batch(call)
 
     @classmethod
     def of(cls, backend: Backend, toy: Toy, data: Values | None = None) -> Engine:

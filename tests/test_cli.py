@@ -1,5 +1,6 @@
 """The command line: what it asks of the engine, what it prints, and how it fails. Fits are made up here."""
 
+import csv
 import json
 import subprocess
 import sys
@@ -13,9 +14,10 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from ppl_lvm import cli, report
-from ppl_lvm.catalogue import estimators, objectives
+from ppl_lvm.catalogue import available, estimators, guides, objectives
 from ppl_lvm.datasets import datasets
 from ppl_lvm.errors import LegalityError
+from ppl_lvm.guides.low_rank import low_rank
 from ppl_lvm.program import Program, programs
 from ppl_lvm.recipe import Recipe, recipes
 from ppl_lvm.to_arviz import to_arviz
@@ -35,12 +37,16 @@ class FakeRun:
     seed: int
     data: np.ndarray
     seconds: float = 1.5
+    lacks: dict[str, str] = field(default_factory=dict)
+    row_params: frozenset[str] = frozenset()
+    params: dict[str, np.ndarray] = field(default_factory=lambda: {"w": np.zeros(2)})
     messages: tuple[str, ...] = ("compiled nothing",)
+    settings: dict[str, Any] = field(default_factory=dict)
     history: dict[str, np.ndarray] = field(default_factory=lambda: {"step": np.arange(2), "loss": np.ones(2)})
 
-    def log_likelihood(self, data: np.ndarray, draws: int = 5000, seed: int = 0) -> SimpleNamespace:
-        assert seed == self.seed
-        values = OFFSET[self.recipe.name] - np.arange(float(len(data)))
+    def log_likelihood(self, data: np.ndarray | None, draws: int = 5000, seed: int = 0) -> SimpleNamespace:
+        assert data is not None and seed == self.seed
+        values = OFFSET[self.recipe.name.split(", ")[-1]] - np.arange(float(len(data)))
         return SimpleNamespace(values=values, mean=values.mean(), se=float(draws))
 
     def posterior(self, draws: int, data: np.ndarray | None = None, seed: int = 0) -> SimpleNamespace:
@@ -75,12 +81,13 @@ class Engine:
 
     fitted: list[FakeRun] = field(default_factory=list)
     error: Exception | None = None
+    broken: dict[tuple[str, int], Exception] = field(default_factory=dict)
 
     def fit(self, program: Program, *, data: np.ndarray, recipe: Recipe, **how: Any) -> FakeRun:
-        if self.error is not None:
-            raise self.error
-        run = FakeRun(program, recipe, how.pop("backend") or "numpyro", how.pop("seed"), data)
-        assert not how
+        backend, seed = how.pop("backend") or "numpyro", how.pop("seed")
+        if error := self.broken.get((recipe.name, seed), self.error):
+            raise error
+        run = FakeRun(program, recipe, backend, seed, data, settings=how)
         self.fitted.append(run)
         return run
 
@@ -121,6 +128,11 @@ def cells(output: str) -> list[list[str]]:
     return [[cell.strip() for cell in line.split("│")[1:-1]] for line in output.splitlines() if "│" in line]
 
 
+def flat(output: str) -> str:
+    """What is printed, as if on one line."""
+    return " ".join(output.split())
+
+
 def test_fit_passes_everything_on_and_writes_a_run(engine: Engine) -> None:
     output = done(
         *("fit", "vae", "--recipe", "iwae", "--data", "rows.npy", "--backend", "pyro", "--seed", "3"),
@@ -149,29 +161,109 @@ def test_fit_takes_the_programs_recipe_and_names_the_run(engine: Engine) -> None
     assert "compiled nothing" in result.stderr
 
 
-def test_compare_prints_each_fit_and_the_paired_differences(engine: Engine) -> None:
+def test_compare_has_a_line_for_all_seeds_and_differences_from_the_first(engine: Engine) -> None:
     output = done(
         *("compare", "vae", "--recipes", "elbo,iwae,beta_vae", "--backends", "numpyro,pyro"),
         *("--data", "rows.npy", "--seeds", "2", "--set", "steps=5", "--draws", "9"),
     )
-    order = [(fit.backend, fit.seed, fit.recipe.name, fit.recipe.steps) for fit in engine.fitted]
-    assert order == [(b, s, r, 5) for b in ("numpyro", "pyro") for s in (0, 1) for r in OFFSET]
-    printed = cells(output)
-    assert ["numpyro", "iwae", "1", "-21.500", "9.000", "6", "1.5"] in printed
-    assert sum(len(line) == 7 for line in printed) == 12
-    # All rows differ by the same amount here, so the standard error is zero.
-    differences = [line for line in printed if len(line) == 6]
-    assert len(differences) == 8
-    assert differences[0] == ["numpyro", "iwae - elbo", "0", "+0.500", "0.000", "-"]
-    assert differences[-1][:5] == ["pyro", "beta_vae - elbo", "1", "-5.000", "0.000"]
+    order = [(fit.backend, fit.recipe.name, fit.seed, fit.recipe.steps) for fit in engine.fitted]
+    assert order == [(b, r, s, 5) for b in ("numpyro", "pyro") for r in OFFSET for s in (0, 1)]
+    # Rows and seeds all differ by the same amount here, so standard errors are zero.
+    assert cells(output) == [
+        [b, r, "2", f"{OFFSET[r] - 2:.3f}", "0.000", *apart, "6", "1.5"]
+        for b in ("numpyro", "pyro")
+        for r, apart in (
+            ("elbo", ["-", "-"] if b == "numpyro" else ["+0.000", "0.000"]),
+            ("iwae", ["+0.500", "0.000"]),
+            ("beta_vae", ["-5.000", "0.000"]),
+        )
+    ]
+    assert "Standard errors are over seeds" in flat(output)
+    assert "Differences are from vae numpyro elbo, paired by row." in flat(output)
     assert not Path("runs").exists()
+
+
+def test_compare_crosses_programs_and_guides_and_writes_the_table(engine: Engine) -> None:
+    output = done(
+        *("compare", "vae,probabilistic_pca", "--recipes", "elbo,iwae", "--backends", "pyro"),
+        *("--guides", "own,low_rank", "--data", "rows.npy", "--out", "all"),
+    )
+    fitted = [(f.program.name, f.recipe.name, type(f.recipe.guide).__name__) for f in engine.fitted]
+    programs = ("vae", "probabilistic_pca")
+    assert fitted == [(p, r, g) for p in programs for r in ("elbo", "iwae") for g in ("NoneType", "low_rank")]
+    assert [line[:4] for line in cells(output)][-1] == ["probabilistic_pca", "pyro", "iwae", "low_rank"]
+    assert Path("all/vae-pyro-elbo-low_rank/metrics.json").is_file()
+    table = json.loads(Path("all/comparison.json").read_text())
+    assert [row["guide"] for row in table] == ["own", "low_rank"] * 4
+    assert table[0]["difference"] is None and table[0]["standard_error_over"] == "rows"
+    # With one seed the standard error is that of the fit, which is made up of the draws here.
+    assert (table[2]["difference"], table[2]["standard_error"]) == (0.5, 5000.0)
+    assert table[2]["difference_from"] == "vae pyro elbo own" and table[2]["log_likelihood_of_seed"] == {"0": -21.5}
+    with Path("all/comparison.csv").open() as file:
+        lines = list(csv.DictReader(file))
+    assert [(line["recipe"], line["seeds"], line["active_units"]) for line in lines[:3]] == [
+        *(("elbo", "1", "z=6"), ("elbo", "1", "z=6"), ("iwae", "1", "z=6")),
+    ]
+
+
+def test_a_fit_that_fails_leaves_the_others_alone(engine: Engine) -> None:
+    engine.broken = {("iwae", 1): LegalityError("Site 'y' is discrete.\nMore."), ("beta_vae", 0): KeyError("bug")}
+    result = run(
+        *("compare", "vae", "--recipes", "iwae,beta_vae,elbo", "--backends", "pyro", "--data", "rows.npy"),
+        *("--seeds", "2", "--out", "all"),
+    )
+    assert result.exit_code == 1
+    assert [line[:4] for line in cells(result.stdout)] == [
+        ["pyro", "iwae", "1", "-21.500"],
+        ["pyro", "beta_vae", "1", "-27.000"],
+        ["pyro", "elbo", "2", "-22.000"],
+    ]
+    errors = "failed: vae pyro iwae, seed 1: Site 'y' is discrete. failed: vae pyro beta_vae, seed 0: KeyError: 'bug'"
+    assert errors in flat(result.stdout)
+    # Nobody raised the second on purpose, so where it came from is told.
+    assert result.stderr.count("Traceback") == 1
+    table = json.loads(Path("all/comparison.json").read_text())
+    assert table[0]["errors"] == {"1": "Site 'y' is discrete."} and table[2]["errors"] == {}
+    assert table[2]["difference_seeds"] == 1
+
+
+def test_fit_runs_stages_and_passes_settings_on(engine: Engine) -> None:
+    np.savetxt("holes.csv", np.where(np.eye(20, 4), np.nan, 1.0), delimiter=",")
+    Path("holes.csv").write_text(Path("holes.csv").read_text().replace("nan", ""))
+    done(
+        *("fit", "vae", "--recipe", "elbo", "--recipe", "iwae", "--guide", "low_rank", "--data", "holes.csv"),
+        *("--set", "guide.rank=2", "--validation", "0.25", "--missing", "mask", "--dtype", "float64"),
+        *("--compile", "eager", "--device", "cpu", "--data-plate", "data"),
+    )
+    (found,) = engine.fitted
+    assert [stage.name for stage in found.recipe.stages] == ["elbo", "iwae"]
+    assert [stage.guide for stage in found.recipe.stages] == [low_rank(rank=2)] * 2
+    assert np.isnan(found.data).any() and found.settings == {
+        **{"validation": 0.25, "missing": "mask", "dtype": "float64"},
+        **{"compile": "eager", "device": "cpu", "data_plate": "data"},
+    }
+    assert Path("runs/vae-elbo-iwae-low_rank-0/parameters.safetensors").is_file()
+    done("fit", "vae", "--data", "rows.npy", "--start", "runs/vae-elbo-iwae-low_rank-0", "--out", "b")
+    np.testing.assert_array_equal(engine.fitted[1].settings["start"]["w"], np.zeros(2))
+
+
+def test_validation_rows_of_the_data_set(engine: Engine) -> None:
+    Path("data.py").write_text(
+        "from dataclasses import replace\nfrom ppl_lvm.datasets import load\n"
+        "def split():\n    d = load('linear_gaussian')\n    return replace(d, valid=d.test[:7])\n"
+    )
+    done("fit", "vae", "--data", "data.py:split", "--validation", "own")
+    assert engine.fitted[0].settings["validation"].shape == (7, 10)
+    assert "comes without validation rows" in refused("fit", "vae", "--data", "rows.npy", "--validation", "own")
+
+
 
 
 def test_compare_takes_all_installed_backends_and_writes_where_told(engine: Engine) -> None:
     output = done("compare", "vae", "--recipes", "elbo,iwae", "--data", "rows.npy", "--out", "all")
     written = sorted(path.parent.name for path in Path("all").glob("*/metrics.json"))
     assert written == ["numpyro-elbo", "numpyro-iwae", "pyro-elbo", "pyro-iwae"]
-    assert "Wrote the runs to all" in output
+    assert "Wrote the runs and comparison.csv and comparison.json to all" in output
 
 
 def test_demo_fits_two_recipes_on_every_installed_backend(
@@ -215,6 +307,15 @@ def test_nothing_is_fitted_when_the_result_could_not_be_written(engine: Engine) 
         (["compare", "vae", "--recipes", "elbo,elbo"], "--recipes takes different names"),
         (["compare", "vae", "--backends", ","], "--backends takes different names"),
         (["show", "estimator", "vimc"], "Did you mean 'vimco'?"),
+        (["show", "guide", "lowrank"], "Did you mean 'low_rank'?"),
+        (["fit", "vae", "--guide", "auto_norml"], "Did you mean 'auto_normal'?"),
+        (["fit", "vae", "--validation", "some"], "--validation takes a fraction of the rows, as in 0.1, or own"),
+        (["fit", "vae", "--validation", "1.5"], "--validation takes a fraction between 0 and 1"),
+        (["fit", "vae", "--start", "nowhere"], "give a run folder"),
+        (["fit", "vae", "--dtype", "float16"], "float64"),
+        (["compare", "vae,vea"], "Did you mean 'vae'?"),
+        (["compare", "vae", "--guides", "own,lowrank"], "Did you mean 'low_rank'?"),
+        (["compare", "vae", "--jobs", "0"], "--jobs"),
         (["list", "things"], "things"),
     ],
 )
@@ -254,6 +355,7 @@ def test_missing_backends_are_told_how_to_install(monkeypatch: pytest.MonkeyPatc
         ("a=b", "a=b"),
         ('"7"', "7"),
         ("", ""),
+        ("none", None),
     ],
 )
 def test_values_are_read_as_toml_or_text(text: str, value: object) -> None:
@@ -278,8 +380,34 @@ def test_the_engine_itself_fits_and_fills_a_run_folder(
     assert len(Path("a/history.csv").read_text().splitlines()) == 4
     assert len(Path("a/held_out.csv").read_text().splitlines()) == 4
     assert sorted(path.name for path in Path("a").iterdir()) == sorted(
-        {*report.FILES} - {"reconstructions.png", "samples.png"}
+        {*report.FILES} - {"reconstructions.png", "samples.png", "validation.csv"}
     )
+
+
+def test_several_processes_give_what_one_gives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guides with parameters of rows are fitted to the held-out rows; a program that is refused fails alone."""
+    monkeypatch.chdir(tmp_path)
+    np.save("rows.npy", np.random.default_rng(0).integers(0, 17, size=(15, 5)))
+    asked = [
+        *("compare", "discrete_vae", "--recipes", "elbo", "--backends", "pyro", "--guides", "own,delta,auto_normal"),
+        *("--data", "rows.npy", "--draws", "20", "--set", "steps=3", "--option", "variables=2", "--option", "hidden=3"),
+        *("--option", "categories=2", "--compile", "eager", "--dtype", "float64"),
+    ]
+    found = {}
+    for jobs in ("1", "2"):
+        result = run(*asked, "--jobs", jobs, "--out", jobs)
+        assert result.exit_code == 1, result.output
+        found[jobs] = json.loads(Path(jobs, "comparison.json").read_text())
+        for row in found[jobs]:
+            del row["seconds"]
+    assert found["1"] == found["2"]
+    own, delta, normal = found["1"]
+    assert "cannot move the discrete site 'z'" in delta["errors"]["0"] and delta["log_likelihood"] is None
+    assert own["log_likelihood"] < 0 and normal["difference"] == normal["log_likelihood"] - own["log_likelihood"]
+    metrics = json.loads(Path("2/pyro-elbo-auto_normal/metrics.json").read_text())
+    assert "auto.z.logits fitted anew" in metrics["messages"][-1] and len(metrics["active_units"]) == 1
+    kept = report.starting(Path("2/pyro-elbo-auto_normal"))
+    assert kept and all("decoder" in name for name in kept)
 
 
 @pytest.mark.parametrize(
@@ -289,6 +417,8 @@ def test_the_engine_itself_fits_and_fills_a_run_folder(
         ("recipes", recipes()),
         ("objectives", objectives()),
         ("estimators", estimators()),
+        ("methods", available("method")),
+        ("guides", guides()),
         ("datasets", datasets()),
         ("backends", cli.BACKENDS),
     ],
@@ -357,6 +487,8 @@ def test_every_name_that_is_listed_can_be_shown() -> None:
         ("recipe", recipes()),
         ("objective", objectives()),
         ("estimator", estimators()),
+        ("method", available("method")),
+        ("guide", guides()),
     ):
         for name in names:
             assert done("show", kind, name).strip()

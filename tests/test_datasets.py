@@ -405,3 +405,19 @@ def test_parts_and_labels_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     np.savez(tmp_path / "own.npz", x=np.ones((3, 2)), labels=np.arange(2))
     with pytest.raises(DataError, match=r"'labels' in .* shape \(2,\)"):
         load(tmp_path / "own.npz")
+
+
+def test_missing_entries_are_let_through_where_they_are_asked_for(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("a,b\n1,\n2,3\nnan,4\n5,6\n7,8\n")
+    with pytest.raises(DataError, match="Line 2, column 2"):
+        load(tmp_path / "a.csv")
+    found = load(tmp_path / "a.csv", missing=True)
+    rows = np.concatenate([found.train, found.test])
+    assert np.isnan(rows).sum() == 2 and np.nansum(rows) == 36
+    np.save(tmp_path / "b.npy", np.where(np.eye(5, 2), np.inf, 1.0))
+    with pytest.raises(DataError, match="2 values that are not finite"):
+        load(tmp_path / "b.npy", missing=True)
+    np.save(tmp_path / "c.npy", np.where(np.eye(5, 2), np.nan, 1.0))
+    with pytest.raises(DataError, match="leave NaN out"):
+        load(tmp_path / "c.npy")
+    assert np.isnan(load(tmp_path / "c.npy", missing=True).train).any()

@@ -28,6 +28,7 @@ ARROWS = {
     "guides": {"algorithm", "errors", "latents", "nets", "ops"},
     "objectives": {"algorithm", "draws", "errors", "ops"},
     "estimators": {"algorithm", "draws", "errors", "ops"},
+    "methods": {"algorithm"},
     "structured": {"draws", "errors", "ops"},
     "catalogue": {"algorithm", "errors", "lookup"},
     "recipe": {"algorithm", "catalogue", "errors", "lookup"},
@@ -40,6 +41,7 @@ ARROWS = {
     "fitted": {"backends", "errors", "lookup", "program"},
     "predict": {"backends", "errors", "fitted"},
     "posterior": {"backends", "data", "errors", "fitted", "legality", "lookup", "predict", "program", "to_arviz"},
+    "sampled": {"backends", "errors", "fitted", "posterior", "predict", "program"},
     "progress": set[str](),
     "parameters": {"algorithm", "backends", "errors", "lookup"},
     "monitor": {"backends"},
@@ -47,7 +49,7 @@ ARROWS = {
     "stages": {"errors", "posterior", "recipe"},
     "fit": {
         *("algorithm", "backend_of", "backends", "data", "draws", "errors", "legality", "lookup", "monitor", "ops"),
-        *("parameters", "posterior", "program", "progress", "recipe", "stages", "to_arviz", "validation"),
+        *("parameters", "posterior", "program", "progress", "recipe", "sampled", "stages", "to_arviz", "validation"),
     },
     "facades": {
         *("algorithm", "backends", "catalogue", "draws", "errors", "estimators", "legality", "lookup", "ops"),
@@ -58,16 +60,19 @@ ARROWS = {
         *("algorithm", "datasets", "errors", "fit", "pictures", "posterior", "program", "recipe", "to_arviz"),
     },
     "listing": {"catalogue", "datasets", "errors", "lookup", "program", "recipe"},
+    "jobs": {"errors"},
+    "cells": {"datasets", "errors", "fit", "program", "recipe", "report"},
+    "comparison": {"report"},
     "cli": {
-        *("algorithm", "catalogue", "datasets", "errors", "fit", "listing", "lookup", "posterior", "program"),
-        *("recipe", "report", "to_arviz"),
+        *("algorithm", "catalogue", "cells", "comparison", "datasets", "errors", "fit", "jobs", "listing", "lookup"),
+        *("posterior", "program", "recipe", "report", "to_arviz"),
     },
     "": {
         *("algorithm", "catalogue", "draws", "errors", "facades", "fit", "nets", "posterior"),
         *("program", "recipe"),
     },
 }
-ALONE = {"objectives", "estimators", "guides"}
+ALONE = {"objectives", "estimators", "guides", "methods"}
 """Folders whose files do not import each other: adding or removing one touches no other."""
 
 SOURCES = sorted(PACKAGE.rglob("*.py"))

@@ -34,7 +34,7 @@ from toys import (
     Toy,
 )
 
-from ppl_lvm import legality, recipe
+from ppl_lvm import fit, legality, recipe
 from ppl_lvm.algorithm import Estimator, Objective
 from ppl_lvm.backends.base import Structure
 from ppl_lvm.draws import Draws, Loss
@@ -45,6 +45,8 @@ from ppl_lvm.estimators.pathwise import pathwise
 from ppl_lvm.estimators.rloo import rloo
 from ppl_lvm.estimators.score import score
 from ppl_lvm.estimators.vimco import vimco
+from ppl_lvm.guides.flow import flow
+from ppl_lvm.guides.multivariate_normal import multivariate_normal
 from ppl_lvm.objectives.elbo import elbo
 from ppl_lvm.objectives.iwae import iwae
 from ppl_lvm.ops import log_mean_exp
@@ -218,7 +220,25 @@ def moved_guide(ppl: Ppl, x: Array) -> None:
         ppl.sample("z", ppl.dist.Delta(2.0 * u, log_density=-np.log(2.0)))
 
 
+def steered_guide(ppl: Ppl, x: Array) -> None:
+    """z is a point that looks at a draw without parameters, and at parameters."""
+    loc, width = ppl.param("loc", 0.2), ppl.param("width", -0.2)
+    with ppl.plate("data", len(x)):
+        u = ppl.sample("u", ppl.dist.Normal(0.0 * x, 1.0), infer={"is_auxiliary": True})
+        ppl.sample("z", ppl.dist.Delta(loc + ppl.xp.exp(width) * u, log_density=-width + 0.0 * u))
+
+
+def weighed_guide(ppl: Ppl, x: Array) -> None:
+    """Only the density of the point looks at parameters."""
+    width = ppl.param("width", -0.2)
+    with ppl.plate("data", len(x)):
+        u = ppl.sample("u", ppl.dist.Normal(0.0 * x, 1.0), infer={"is_auxiliary": True})
+        ppl.sample("z", ppl.dist.Delta(2.0 * u, log_density=-width + 0.0 * u))
+
+
 PROGRAMS: dict[str, Program] = {
+    "steered": (normal_model, steered_guide),
+    "weighed": (normal_model, weighed_guide),
     "normal": (normal_model, normal_guide),
     "plated bits": bits(True, 3),
     "bits": bits(False, 3),
@@ -407,6 +427,55 @@ def test_dreg_beside_what_is_no_draw() -> None:
     assert_refused("half point", iwae(draws=2), {"z2": dreg()}, "z2", "'z1' of the same row is a point")
     assert_legal("half point", iwae(draws=2), {"z2": pathwise()})
     assert_legal("moved", iwae(draws=2), {"*": dreg()})
+
+
+@pytest.mark.parametrize("case", ["steered", "weighed"])
+def test_dreg_beside_a_point_that_looks_at_parameters(case: str) -> None:
+    """Their gradient reaches the bound beside the draw, and the surrogate would reweigh it."""
+    words = "'z' of the same row is a point that looks at parameters beside its draws"
+    assert_refused(case, iwae(draws=2), {"u": dreg()}, "u", words, instead={"pathwise"})
+    assert_legal(case, elbo(draws=2), {"u": dreg()})
+    for found in structures(case):
+        assert [n for n, i in found.sites.items() if i.parameterised] == ["z"]
+    assert_refused(case, still(draws=2), {"u": score()}, "z", "fixed draws")
+
+
+def native_steered(library: str, steered: bool) -> tuple[Callable[..., None], Callable[..., None]]:
+    ppl, dist = (pyro, pyro_dist) if library == "pyro" else (numpyro, numpyro_dist)
+
+    def model(x: Array) -> None:
+        with ppl.plate("data", len(x)):
+            z = ppl.sample("z", dist.Normal(0.0 * x, 1.0))
+            ppl.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def guide(x: Array) -> None:
+        loc = ppl.param("loc", torch.tensor(0.1) if library == "pyro" else np.float32(0.1))
+        with ppl.plate("data", len(x)):
+            u = ppl.sample("u", dist.Normal(0.0 * x if steered else loc + 0.0 * x, 1.0), infer={"is_auxiliary": True})
+            ppl.sample("z", dist.Delta(loc + u if steered else 2.0 * u))
+
+    return model, guide
+
+
+@on_both
+def test_dreg_in_native_programs_with_points(backend: Backend) -> None:
+    data = torch.tensor(X) if backend == "pyro" else X
+    run: dict[str, Any] = {"recipe": "iwae", "draws": 2, "estimator": "dreg", "steps": 1, "batch_size": None}
+    with pytest.raises(LegalityError, match=r"Site 'u' .*'z' of the same row is a point that looks at parameters"):
+        fit(*native_steered(backend, True), data, **run)
+    assert np.isfinite(fit(*native_steered(backend, False), data, **run).history["loss"]).all()
+
+
+def test_dreg_in_a_flow_is_refused_for_bounds_of_several_draws() -> None:
+    for b in BACKENDS:
+        found = Engine(b, normal_model, flow(hidden=(4,)), {"x": X}, portable=True).structure
+        assert [n for n, i in found.sites.items() if i.parameterised] == ["auto.rows"]
+        with pytest.raises(LegalityError, match=r"'auto\.rows' of the same row is a point that looks at parameters"):
+            legality.plan(iwae(draws=2), {"*": dreg()}, found)
+        legality.plan(iwae(draws=2), {"*": pathwise()}, found)
+        legality.plan(elbo(draws=2), {"*": dreg()}, found)
+        joint = Engine(b, normal_model, multivariate_normal(), {"x": X}, portable=True).structure
+        legality.plan(iwae(draws=2), {"*": dreg()}, joint)
 
 
 # Points.

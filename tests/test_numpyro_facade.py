@@ -60,17 +60,20 @@ def rows() -> np.ndarray:
 def test_value_and_gradient_are_the_engines(name: str, options: dict[str, Any]) -> None:
     """At one key, the loss in nats and the gradient of every group of unconstrained parameters."""
     how = recipe(name, **options)
+    objective = how.objective
+    assert objective is not None
     loss = numpyro_loss(name, **options)
     with precision("float64"):
         x = jnp.asarray(rows())
         bound = NumPyroBound(Program.from_callables(model, guide), Call((x,)), seed=0, dtype="float64")
+        assert how.objective is not None
         chosen, _ = plan(how.objective, how.estimator, bound.structure)
         key = jax.random.key(7)
         svi = SVI(model, guide, numpyro.optim.Adam(0.1), loss)
         svi.init(jax.random.key(0), x)
 
         def ours(params: Any) -> Any:
-            found = bound.gradients(params, Call((x,)), key, chosen, how.objective)
+            found = bound.gradients(params, Call((x,)), key, chosen, objective)
             return found.loss, found.params
 
         def theirs(params: Any) -> Any:

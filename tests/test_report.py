@@ -5,15 +5,16 @@ import json
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
 from rich.console import Console
 from rich.table import Table
+from xarray import DataTree
 
 from ppl_lvm import pictures
 from ppl_lvm.datasets import Dataset, load
+from ppl_lvm.datasets._base import sequences
 from ppl_lvm.errors import DataError, PplLvmError
 from ppl_lvm.recipe import Recipe, recipe
 from ppl_lvm.report import (
@@ -23,15 +24,14 @@ from ppl_lvm.report import (
     difference,
     difference_table,
     differences,
+    left_out,
     measure,
     plain,
+    starting,
     table,
     write,
 )
 from ppl_lvm.to_arviz import to_arviz
-
-if TYPE_CHECKING:
-    from xarray import DataTree
 
 ROWS, LATENT = 24, 3
 
@@ -58,11 +58,18 @@ class FakeRun:
     recipe: Recipe = field(default_factory=lambda: recipe("iwae", draws=7))
     backend: str = "numpyro"
     seconds: float = 12.34
+    lacks: dict[str, str] = field(default_factory=dict)
+    messages: tuple[str, ...] = ("estimator: z: pathwise",)
+    row_params: frozenset[str] = frozenset()
+    params: dict[str, np.ndarray] = field(
+        default_factory=lambda: {"decoder.w": np.eye(2)[:, ::-1], "loc": np.zeros(ROWS)}
+    )
     history: dict[str, np.ndarray] = field(
         default_factory=lambda: {"step": np.array([1, 2]), "loss": np.array([3.5, 2.25])}
     )
 
-    def log_likelihood(self, data: np.ndarray, draws: int = 5000, seed: int = 0) -> SimpleNamespace:
+    def log_likelihood(self, data: np.ndarray | None, draws: int = 5000, seed: int = 0) -> SimpleNamespace:
+        assert data is not None
         self.asked["log_likelihood"] = (len(data), draws, seed)
         values = -np.arange(float(len(data)))
         return SimpleNamespace(values=values, mean=values.mean(), se=0.5)
@@ -78,7 +85,7 @@ class FakeRun:
 
     def to_arviz(
         self, draws: int, data: np.ndarray | None = None, seed: int = 0, *, predictive: int | None = None
-    ) -> "DataTree":
+    ) -> DataTree:
         assert data is not None and predictive == 0
         log = np.ones(draws)
         groups = {
@@ -123,7 +130,7 @@ def test_a_run_folder_holds_draws_figures_and_pictures(tmp_path: Path, images: D
     run = FakeRun()
     out = write(run, images, tmp_path / "runs" / "a", draws=77, posterior_draws=5, seed=3)
     assert out == (tmp_path / "runs" / "a").resolve()
-    assert sorted(entry.name for entry in out.iterdir()) == sorted(FILES)
+    assert {entry.name for entry in out.iterdir()} == {*FILES} - {"validation.csv"}
     assert [entry.name for entry in out.parent.iterdir()] == ["a"]
     assert run.asked == {
         "log_likelihood": (ROWS, 77, 3),
@@ -154,7 +161,71 @@ def test_a_run_folder_holds_draws_figures_and_pictures(tmp_path: Path, images: D
 
 def test_rows_that_are_no_images_have_no_image_pictures(tmp_path: Path) -> None:
     out = write(FakeRun(latent=1), load("linear_gaussian"), tmp_path / "a", posterior_draws=2)
-    assert {entry.name for entry in out.iterdir()} == {*FILES} - {"reconstructions.png", "samples.png"}
+    absent = {"reconstructions.png", "samples.png"}
+    assert {entry.name for entry in out.iterdir()} == {*FILES} - absent - {"validation.csv"}
+    assert left_out(out) == [f"{name}: left out, as the rows of the data are no images" for name in sorted(absent)]
+
+
+def test_validation_messages_and_parameters_are_kept(tmp_path: Path) -> None:
+    history = {
+        "step": np.arange(4),
+        "loss": np.array([9.0, 5.0, 4.0, np.inf]),
+        "validation_step": np.array([2, 4]),
+        "validation": np.array([6.0, 5.5]),
+        "stage": np.array([0, 0, 1, 1]),
+    }
+    out = write(FakeRun(history=history), load("linear_gaussian"), tmp_path / "a", posterior_draws=2)
+    with (out / "validation.csv").open() as file:
+        assert list(csv.DictReader(file)) == [{"step": "2", "loss": "6.0"}, {"step": "4", "loss": "5.5"}]
+    with (out / "history.csv").open() as file:
+        assert [line["stage"] for line in csv.DictReader(file)] == ["0", "0", "1", "1"]
+    assert json.loads((out / "metrics.json").read_text())["messages"] == ["estimator: z: pathwise"]
+    kept = starting(out)
+    assert sorted(kept) == ["decoder.w", "loc"]
+    np.testing.assert_array_equal(kept["decoder.w"], np.eye(2)[:, ::-1])
+    with pytest.raises(DataError, match=r"nowhere.*give a run folder"):
+        starting(tmp_path / "nowhere")
+
+
+def test_a_fit_with_parameters_of_the_held_out_rows_is_asked_for_its_own(tmp_path: Path, images: Dataset) -> None:
+    class OfRows(FakeRun):
+        def posterior(self, draws: int, data: np.ndarray | None = None, seed: int = 0) -> Draws:
+            assert data is None
+            return super().posterior(draws, images.test, seed)
+
+        def log_likelihood(self, data: np.ndarray | None, draws: int = 5000, seed: int = 0) -> SimpleNamespace:
+            assert data is None
+            return super().log_likelihood(images.test, draws, seed)
+
+        def to_arviz(
+            self, draws: int, data: np.ndarray | None = None, seed: int = 0, *, predictive: int | None = None
+        ) -> DataTree:
+            assert data is None
+            return DataTree()
+
+        def predictive(self, draws: int, data: np.ndarray | None = None, seed: int = 0) -> dict[str, np.ndarray]:
+            assert data is None
+            return super().predictive(draws, images.test, seed)
+
+    out = write(OfRows(row_params=frozenset({"loc"})), images, tmp_path / "a", posterior_draws=2)
+    assert list(starting(out)) == ["decoder.w"]
+    assert (out / "reconstructions.png").is_file()
+
+
+def test_sequences_have_no_picture_of_latents_of_their_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    steps = [4, 2, 3]
+    chains = replace(
+        load("linear_gaussian"), train=sequences([np.zeros((5, 2))]), test=sequences([np.ones((t, 2)) for t in steps])
+    )
+    run = FakeRun(latent=max(steps))
+    monkeypatch.setattr(FakeRun, "to_arviz", lambda *_, **__: DataTree())
+    monkeypatch.setattr(FakeRun, "active_units", None)
+    out = write(run, chains, tmp_path / "a", posterior_draws=2)
+    assert not (out / "latent.png").exists()
+    assert "latent.png: left out, as the latent sites have a value for every step" in "".join(left_out(out))
+    assert json.loads((out / "metrics.json").read_text())["active_units"] == {}
+    # A latent of a whole sequence is shown.
+    assert "latent.png" in {f.name for f in write(FakeRun(latent=2), chains, tmp_path / "b").iterdir()}
 
 
 def test_metrics_that_are_at_hand_are_not_measured_again(tmp_path: Path, rows: Dataset) -> None:

@@ -12,7 +12,7 @@ from toys import Array, Backend, Ppl
 
 from ppl_lvm import fit
 from ppl_lvm.algorithm import Estimator, Objective
-from ppl_lvm.errors import LegalityError, ProgramError
+from ppl_lvm.errors import DataError, LegalityError, ProgramError
 from ppl_lvm.estimators.dreg import dreg
 from ppl_lvm.estimators.enumerate import enumerate as enumerated
 from ppl_lvm.estimators.pathwise import pathwise
@@ -275,3 +275,19 @@ def test_what_a_scan_cannot_be_is_refused(backend: Backend) -> None:
     ):
         with pytest.raises(ProgramError, match=message):
             engine(backend, wrong, guide)
+
+
+def test_sequences_of_other_lengths_than_the_fits_are_asked_for() -> None:
+    rng = np.random.default_rng(2)
+    sequences = [rng.normal(size=t) for t in (2, 3, 5)]
+    program = Program("chain", model, guide, portable=True, arguments=("x",))
+    run = fit(program, data=sequences[:2], recipe="elbo", steps=1, dtype="float64", backend="pyro", compile="eager")
+    for asked in (sequences, sequences[:1]):
+        found = run.posterior(3, data=asked)
+        assert found.values["z"].shape == (3, len(asked), max(map(len, asked)))
+        for n, x in enumerate(asked):
+            exact = norm.logpdf(x, found.values["z"][:, n, : len(x)], np.exp(-0.2)).sum(-1)
+            np.testing.assert_allclose(found.log_likelihood["x"][:, n], exact, rtol=1e-12)
+        assert run.log_likelihood(asked, draws=5).values.shape == (len(asked),)
+    with pytest.raises(DataError, match=r"Rows of 'x' have shape \(4,\)"):
+        run.log_likelihood(np.zeros((2, 4)))

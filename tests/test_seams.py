@@ -1139,3 +1139,22 @@ def test_a_batch_dimension_without_a_plate_is_summed(backend: Backend, objective
         return -(log_w.mean() if isinstance(objective, elbo) else log_mean_exp(log_w, 0))
 
     assert_equal(engine.loss(objective, {"*": pathwise()}, values=values), differentiated(loss, params))
+
+
+@on_both
+@pytest.mark.parametrize("where", ["guide", "both"])
+def test_one_name_is_one_parameter(backend: Backend, where: str) -> None:
+    def model(ppl: Any, x: Any) -> None:
+        shift = ppl.param("a", np.zeros(2)) if where == "both" else np.zeros(1)
+        with ppl.plate("data", len(x)):
+            z = ppl.sample("z", ppl.dist.Normal(0.0 * x, 1.0))
+            ppl.sample("x", ppl.dist.Normal(z + shift[0], 1.0), obs=x)
+
+    def guide(ppl: Any, x: Any) -> None:
+        loc = ppl.param("a", 0.5)
+        scale = ppl.param("a", np.ones(3))[0] if where == "guide" else 1.0
+        with ppl.plate("data", len(x)):
+            ppl.sample("z", ppl.dist.Normal(loc + 0.0 * x, scale))
+
+    with pytest.raises(ProgramError, match=r"Parameter 'a' is given initial values of shapes \(\) and \([23],\)"):
+        portable(backend, model, guide, {"x": np.zeros(4)})

@@ -9,54 +9,65 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from scipy.stats import multivariate_normal
+from scipy.stats import multivariate_normal, norm
 
+from ppl_lvm import legality
+from ppl_lvm.algorithm import Objective
 from ppl_lvm.backends.base import Call, Plan
 from ppl_lvm.backends.numpyro import NumPyroBound, precision
 from ppl_lvm.backends.pyro import PyroBound
 from ppl_lvm.catalogue import resolve
+from ppl_lvm.objectives.elbo import elbo
 from ppl_lvm.program import program, programs
-from ppl_lvm.recipe import recipe
 
 Arrays = dict[str, np.ndarray]
 BACKENDS = ["pyro", "numpyro"]
-EVENTS: dict[str, dict[str, tuple[int, ...]]] = {
-    "vae": {"z": (8,), "x": (5,)},
-    "discrete_vae": {"z": (8, 4), "x": (5,)},
-    "probabilistic_pca": {"z": (2,), "x": (5,)},
+SHAPES: dict[str, dict[str, tuple[int, ...]]] = {
+    "vae": {"z": (2, 3, 6, 8), "x": (2, 3, 6, 5)},
+    "discrete_vae": {"z": (2, 3, 6, 8, 4), "x": (2, 3, 6, 5)},
+    "probabilistic_pca": {"z": (2, 3, 6, 2), "x": (2, 3, 6, 5)},
+    "factor_analysis": {"z": (2, 3, 6, 2), "x": (2, 3, 6, 5)},
+    "linear_gaussian_chain": {"z": (2, 3, 6, 4), "x": (2, 3, 6, 4)},
+    "gaussian_mixture": {"w": (2, 2), "mu": (2, 2, 2), "sigma": (2, 2, 2), "x": (2, 3, 6, 2)},
+    "eight_schools": {"u": (2, 3, 1, 10), "mu": (2, 3, 1), "tau": (2, 3, 1), "eta": (2, 3, 1, 8), "y": (2, 3, 1, 8)},
 }
+"""Of every site's table, at two outer draws of three draws."""
 ESTIMATORS = {"discrete_vae": "score"}
 
 
 class Fitted:
     """A shipped program bound to data; every number comes back as a NumPy array."""
 
-    def __init__(self, name: str, backend: str, data: np.ndarray, **options: Any) -> None:
+    def __init__(self, name: str, backend: str, data: np.ndarray | Arrays, **options: Any) -> None:
         self.jax = backend == "numpyro"
-        self.estimator = resolve("estimator", ESTIMATORS.get(name, "pathwise"), Path(), "the test")()
+        self.estimator: Any = resolve("estimator", ESTIMATORS.get(name, "pathwise"), Path(), "the test")()
         kind: Callable[..., Any] = NumPyroBound if self.jax else PyroBound
         self.bound = kind(program(name, **options), Call.of(data), seed=0, dtype="float64")
         self.batch = self.bound.batch(Call.of(data))
         self.params = dict(self.bound.initial)
+
+    def plan(self, objective: Objective) -> Plan:
+        return legality.plan(objective, {"*": self.estimator}, self.bound.structure)[0]
 
     def run(self, f: Callable[[Any, Any], dict[str, Any]]) -> Arrays:
         found = jax.jit(f)(self.params, jax.random.key(3)) if self.jax else f(self.params, 3)
         return {k: np.asarray(v.detach() if isinstance(v, torch.Tensor) else v) for k, v in found.items()}
 
     def table(self, M: int, K: int) -> Arrays:
-        plan = Plan(K=K, M=M, estimators={"z": self.estimator})  # type: ignore[dict-item]
+        plan = self.plan(elbo(draws=K, outer=M))
 
         def table(params: Any, key: Any) -> dict[str, Any]:
             draws = self.bound.draws(params, self.batch, key, plan)
             sites = {name: site.value for name, site in draws.sites.items()}
-            return sites | {f"log_p({n})": s.log_p for n, s in draws.sites.items()} | {"log_w": draws.log_w}
+            log_p = {f"log_p({n})": s.log_p for n, s in draws.sites.items() if s.log_p is not None}
+            return sites | log_p | {"log_w": draws.log_w}
 
         return self.run(table)
 
     def gradients(self) -> Arrays:
-        plan = Plan(K=2, estimators={"z": self.estimator})  # type: ignore[dict-item]
-        elbo = recipe("elbo", draws=2).objective
-        return self.run(lambda params, key: self.bound.gradients(params, self.batch, key, plan, elbo).params)
+        objective = elbo(draws=2)
+        plan = self.plan(objective)
+        return self.run(lambda params, key: self.bound.gradients(params, self.batch, key, plan, objective).params)
 
     def set(self, values: Arrays) -> None:
         assert self.params.keys() == values.keys()
@@ -66,10 +77,10 @@ class Fitted:
             self.params[name] = (transform._inverse if self.jax else transform.inv)(as_array(value))
 
 
-def example(name: str) -> np.ndarray:
+def example(name: str) -> Any:
     make = program(name).example
     assert make is not None
-    return np.asarray(make(np.random.default_rng(0)))
+    return make(np.random.default_rng(0))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -80,9 +91,12 @@ def test_tables_have_draws_rows_and_events_and_every_parameter_gets_a_gradient(
     with precision("float64"):
         fitted = Fitted(name, backend, example(name))
         table, gradients = fitted.table(M=2, K=3), fitted.gradients()
-    assert table["z"].shape == (2, 3, 6, *EVENTS[name]["z"])
-    assert table["x"].shape[2:] == (6, *EVENTS[name]["x"])
-    assert table["log_p(z)"].shape == table["log_p(x)"].shape == (2, 3, 6)
+    for site, shape in SHAPES[name].items():
+        # Data that every draw shares may stand there once.
+        assert np.broadcast_shapes(table[site].shape, shape) == shape, site
+        rows = 2 if fitted.bound.structure.sites[site].local else 0
+        if site != "u":  # the guide's own
+            assert table[f"log_p({site})"].shape == shape[: 1 + rows], site
     assert np.isfinite(table["log_w"]).all()
     assert gradients.keys() == fitted.params.keys()
     assert all(g.any() and np.isfinite(g).all() for g in gradients.values())
@@ -111,3 +125,45 @@ def test_probabilistic_pca_holds_its_exact_posterior(backend: str) -> None:
         log_w = fitted.table(1, 4)["log_w"]
     evidence = multivariate_normal(mu, W @ W.T + sigma**2 * np.eye(5)).logpdf(x.astype(float))
     np.testing.assert_allclose(log_w[0], np.broadcast_to(evidence, (4, 6)), rtol=0, atol=1e-10)
+
+
+def gaussian_chain(a: float, c: float, q: float, r: float, T: int) -> tuple[np.ndarray, np.ndarray]:
+    """Covariances of (z, x) [2 T, 2 T] of the chain, from z = F e with independent e."""
+    F = np.array([[a ** (t - s) * (q if s else 1.0) if t >= s else 0.0 for s in range(T)] for t in range(T)])
+    joint = np.block([[F, np.zeros((T, T))], [c * F, r * np.eye(T)]])
+    S = joint @ joint.T
+    return S, S[T:, T:]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_chain_holds_its_exact_posterior(backend: str) -> None:
+    """With the guide at the smoothing distribution every draw's weight is the log likelihood."""
+    a, c, q, r, T = 0.8, 1.3, 0.6, 0.5, 4
+    S, of_x = gaussian_chain(a, c, q, r, T)
+    A, B, s = np.zeros(T), np.zeros((T, T)), np.zeros(T)
+    for t in range(T):
+        # z_t given z_{t-1} and x_t .. x_T, by regression.
+        on = [*([t - 1] if t else []), *range(T + t, 2 * T)]
+        weights = np.linalg.solve(S[np.ix_(on, on)], S[on, t])
+        s[t] = np.sqrt(S[t, t] - weights @ S[on, t])
+        A[t], B[t, t:] = (weights[0], weights[1:]) if t else (0.0, weights)
+    x = example("linear_gaussian_chain").astype(float)
+    with precision("float64"):
+        fitted = Fitted("linear_gaussian_chain", backend, x)
+        scalars = {n: np.asarray(v) for n, v in {"a": a, "c": c, "q": q, "r": r}.items()}
+        fitted.set({**scalars, "A": A, "B": B, "b": np.zeros(T), "s": s})
+        log_w = fitted.table(1, 4)["log_w"]
+    evidence = multivariate_normal(np.zeros(T), of_x).logpdf(x)
+    np.testing.assert_allclose(log_w[0], np.broadcast_to(evidence, (4, 6)), rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_densities_of_the_mixture(backend: str) -> None:
+    """log p(x) of every row and draw, the assignments summed out by hand."""
+    x = example("gaussian_mixture").astype(float)
+    with precision("float64"):
+        table = Fitted("gaussian_mixture", backend, x).table(2, 1)
+    for m in range(2):
+        w, mu, sigma = (table[n][m] for n in ("w", "mu", "sigma"))
+        parts = [np.log(w[k]) + norm.logpdf(x, mu[k], sigma[k]).sum(-1) for k in range(2)]
+        np.testing.assert_allclose(table["log_p(x)"][m, 0], np.logaddexp(*parts), rtol=0, atol=1e-10)

@@ -31,3 +31,13 @@ def load(name: str) -> Any:
             f"Backend {name!r} needs {missing}, which are not installed; pip install 'ppl_lvm[{name}]'."
         )
     return importlib.import_module(f"ppl_lvm.backends._{name}_train")
+
+
+def methods(name: str) -> Any:
+    """The module of a backend's methods: its `Sampler` class, and evaluations given values of the latent sites.
+
+    Raises:
+        BackendError: as for `load`.
+    """
+    load(name)
+    return importlib.import_module(f"ppl_lvm.backends._{name}_methods")

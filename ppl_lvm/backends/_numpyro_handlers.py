@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import numpyro
+from numpyro import handlers
 from numpyro.distributions import constraints
 from numpyro.primitives import Messenger
 
@@ -19,7 +20,7 @@ from ppl_lvm.backends import _jax_nets
 from ppl_lvm.backends._jax_dists import namespace, site_log_prob
 from ppl_lvm.backends._numpyro_scan import Scan, enter
 from ppl_lvm.backends._numpyro_state import containers, still, with_noise
-from ppl_lvm.backends.base import Chain
+from ppl_lvm.backends.base import Chain, check_param
 from ppl_lvm.errors import ProgramError
 
 Array = jax.Array
@@ -210,6 +211,9 @@ class Handler(Messenger):
                 raise ProgramError(f"Two sites are called {name!r}; give every site a name of its own.")
             kept[name] = msg.copy()
         if msg["type"] == "param":
+            if self.unrolled and jax.tree_util.all_leaves([msg["value"]]):
+                known, _ = self.found.get(msg["name"], (msg["value"], None))
+                check_param(msg["name"], known, msg["args"][0] if msg["args"] else None)
             self.found[msg["name"]] = (msg["value"], msg["kwargs"].get("constraint", constraints.real))
             self.plates_of[msg["name"]] = _indexing(msg)
         elif msg["type"] == "mutable" and msg["value"] is not None:
@@ -297,6 +301,11 @@ def _scanned(handler: Handler, f: Callable[[Any, Any], Any], init: Any, xs: Any,
         handler.trace[name] = {**msg, "fn": fn, "value": value, "log_prob": log_prob.sum(0)}
         del handler.trace[name]["step"]
     return carry, ys
+
+
+def prior_of(model: Callable[..., Any]) -> Callable[..., Any]:
+    """The guide of a program that has none: its model without the observed sites, so latent sites have their prior."""
+    return handlers.block(model, hide_fn=lambda msg: msg["type"] == "sample" and msg["is_observed"])
 
 
 def site_key(key: Array, name: str) -> Array:

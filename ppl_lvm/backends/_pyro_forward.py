@@ -276,12 +276,26 @@ def _anatomy(bound: PyroBound, batch: Call) -> Anatomy:
     raw: dict[str, frozenset[str]] = {}
     plain: dict[str, Tensor] = {}
 
+    # Drawn apart from the marked run: `tensor.new(shape)`, by which torch samples a Cauchy or an exponential, takes an
+    # empty shape for data there.
+    values: dict[str, Tensor] = {}
+
+    def first(msg: Message) -> None:
+        name = msg["name"]
+        msg["value"] = of_step(values[name], msg) if name in values else draw(msg["fn"])
+
+    plates: dict[str, Tensor] = {}
+    for program in (bound._guide, bound._model):
+        unmarked = Handler(params, first, plates)
+        values |= {n: s["value"] for n, s in bound._trace(program, unmarked, batch, bound.initial).items()}
+        plates = unmarked.subsamples
+
     def take(msg: Message) -> None:
-        plain[msg["name"]] = detach_provenance(draw(msg["fn"]))
+        plain[msg["name"]] = of_step(values[msg["name"]], msg)
         msg["value"] = _marked(plain[msg["name"]], f"site:{msg['name']}")
 
     marked = batch.map_named(bound.program.arguments, lambda n, a: _marked(a, f"argument:{n}"))
-    handler = Handler(params, take)
+    handler = Handler(params, take, plates)
     guide = bound._trace(bound._guide, handler, marked, bound.initial)
 
     def replayed(msg: Message) -> None:

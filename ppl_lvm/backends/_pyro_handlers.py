@@ -12,6 +12,7 @@ import array_api_compat.torch as xp
 import numpy as np
 import pyro
 import torch
+from pyro import poutine
 from pyro.distributions import constraints
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
@@ -21,7 +22,7 @@ from torch.utils._pytree import tree_flatten, tree_map
 from ppl_lvm import nets, ops
 from ppl_lvm.backends import _torch_nets
 from ppl_lvm.backends._torch_dists import site_log_prob
-from ppl_lvm.backends.base import Chain
+from ppl_lvm.backends.base import Chain, check_param
 from ppl_lvm.errors import ProgramError
 
 Params = Mapping[str, Tensor]
@@ -99,7 +100,10 @@ class Namespace:
         def initial() -> Tensor:
             return torch.as_tensor(init() if callable(init) else init, dtype=getattr(torch, self._dtype))
 
-        return pyro.param(name, initial, constraints.real if constraint is None else constraint)
+        value = pyro.param(name, initial, constraints.real if constraint is None else constraint)
+        if self.handler is not None and self.handler.params is None:
+            check_param(name, value, init)
+        return value
 
     def row_param(
         self, name: str, init: Any, constraint: Any = None, *, rows: Any = None, size: int | None = None
@@ -224,6 +228,8 @@ class Handler(Messenger):
         name, value = msg["name"], msg["value"]
         self.values[name] = value
         if self.params is None:
+            if "$$$" not in name:
+                check_param(name, value, msg["args"][1] if len(msg["args"]) > 1 else None)
             if hasattr(value, "unconstrained"):
                 self.leaves[name] = value.unconstrained()
             stored = pyro.get_param_store()._constraints
@@ -290,3 +296,8 @@ def joined_steps(sites: dict[str, Message]) -> dict[str, Message]:
         }
         del whole[name]["step"]
     return whole
+
+
+def prior_of(model: Callable[..., Any]) -> Callable[..., Any]:
+    """The guide of a program that has none: its model without the observed sites, so latent sites have their prior."""
+    return poutine.block(model, hide_fn=lambda msg: msg["type"] == "sample" and msg["is_observed"])

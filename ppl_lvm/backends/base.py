@@ -19,7 +19,7 @@ from ppl_lvm import ops
 from ppl_lvm.algorithm import Algorithm, Estimator, GuideFamily, Objective, Schedule, SiteDistribution
 from ppl_lvm.draws import Draws, Plate
 from ppl_lvm.errors import BackendError, DataError, ProgramError
-from ppl_lvm.latents import Discrete, Latent, PlateOf, Sketch
+from ppl_lvm.latents import Discrete, Latent, PlateOf, Sketch, check_plates
 from ppl_lvm.ops import Array
 
 if TYPE_CHECKING:
@@ -61,6 +61,8 @@ class SiteInfo:
     """A guide site whose value is no draw (a factor): it has a density and needs no estimator."""
     point: bool = False
     """Its distribution is a point (Delta): the value is a function of parameters or of other guide sites."""
+    parameterised: bool = False
+    """A point whose value or density looks at parameters, whatever else it looks at."""
     scanned: bool = False
     """The guide draws it inside the library's own scan, which no estimator reaches."""
 
@@ -315,6 +317,7 @@ def written(
     family: GuideFamily, ppl: Any, latents: Sequence[Latent], arguments: Sequence[str]
 ) -> Callable[..., None]:
     """The guide that a family writes for these sites, called like the model."""
+    check_plates(type(family).__name__, latents)
 
     def guide(*args: Any, **kwargs: Any) -> None:
         data = {**dict(zip(arguments, args, strict=False)), **kwargs}
@@ -547,6 +550,16 @@ def is_factor(fn: Any) -> bool:
 def is_point(fn: Any) -> bool:
     """Whether a site's value is a function of the distribution's parameters."""
     return _kind(fn) == "Delta"
+
+
+def check_param(name: str, known: Any, offered: Any) -> None:
+    """Refuse a second initial value of another shape: both libraries would go on with the first without a word."""
+    if offered is None or callable(offered) or np.shape(known) == np.shape(offered):
+        return
+    raise ProgramError(
+        f"Parameter {name!r} is given initial values of shapes {tuple(np.shape(known))} and "
+        f"{tuple(np.shape(offered))}; one name is one parameter, so give the second a name of its own."
+    )
 
 
 def check_scale(name: str, shape: Sequence[int], plate_dim: int | None) -> None:

@@ -37,6 +37,7 @@ from ppl_lvm.backends._numpyro_handlers import (
     owned,
     plates_of,
     precision,
+    prior_of,
     site_key,
 )
 from ppl_lvm.backends._numpyro_state import after_run, changed, evaluation, is_key, next_states
@@ -97,12 +98,10 @@ class NumPyroBound:
         self.total = size if total is None else total
         self._kinds = example_kinds(program)
         guide = program.guide
-        assert guide is not None
         asked = program.takes_rows
         family = guide if isinstance(guide, GuideFamily) else None
         self._missing = JaxMissing(program)
         self.joint_dims = self._missing.joint_dims
-        self._guide: Callable[..., Any] = guide
         with precision(dtype):
             key, batch = jax.random.key(seed), self.batch(example)
             ppl = Namespace(seed, dtype, self.total) if program.portable or family is not None else None
@@ -110,12 +109,13 @@ class NumPyroBound:
             if ppl is not None and size is not None:
                 batch = self.batch(example.with_rows(size))
             self._model = given_rows(partial(program.model, ppl) if program.portable else program.model, ppl, asked)
+            self._guide: Callable[..., Any] = prior_of(self._model)
             if family is not None:
                 latents = self._latents(batch, key, data_plate)
                 self._guide = given_rows(written(family, ppl, latents, program.arguments), ppl)
-            elif program.portable:
+            elif guide is not None and program.portable:
                 self._guide = given_rows(partial(guide, ppl), ppl)
-            else:
+            elif guide is not None:
                 self._guide = given_rows(self._own(guide), None, asked)
             self._probe(batch, key, data_plate)
         self.row_params = row_params(program, ppl, self.initial, self.total)
@@ -420,15 +420,37 @@ class NumPyroBound:
             }
 
         parents = eval_provenance(densities, **values)
+        parameterised = self._parameterised(batch, values, key)
         sites = {
             name: replace(
                 info,
+                parameterised=name in parameterised,
                 guide_parents=frozenset(parents["guide"].get(name, ())) - {name},
                 model_parents=frozenset(parents["model"].get(name, ())) - {name},
             )
             for name, info in self.structure.sites.items()
         }
         return replace(self.structure, sites=sites)
+
+    def _parameterised(self, batch: Call, values: dict[str, Array], key: Array) -> frozenset[str]:
+        """Points that look at parameters while all sites before them stay where they are."""
+        points = [n for n, i in self.structure.sites.items() if i.point]
+        if not points:
+            return frozenset()
+
+        def places(params: Params) -> dict[str, list[Array]]:
+            handler = Handler(
+                {**self.constrain(params), **self.states},
+                key,
+                lambda m: of_step(values[m["name"]], m),
+                scanned=values,
+                unrolled=True,
+            )
+            trace = self._trace(self._guide, handler, batch)
+            return {n: jax.tree.leaves(trace[n]["fn"]) for n in points}
+
+        found = eval_provenance(places, params=self.initial)
+        return frozenset(n for n, looks in found.items() if any(jax.tree.leaves(looks, is_leaf=_is_set)))
 
     def _cast(self, value: Any) -> Any:
         """Floats in this fit's precision."""
@@ -862,6 +884,10 @@ class NumPyroBound:
 
 def _static(plan: Plan) -> Hashable:
     return plan.K, plan.M, plan.requests, tuple(plan.estimators.items())
+
+
+def _is_set(value: Any) -> bool:
+    return isinstance(value, frozenset)
 
 
 def is_tree(value: Any) -> bool:

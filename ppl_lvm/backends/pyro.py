@@ -33,6 +33,7 @@ from ppl_lvm.backends._pyro_handlers import (
     Params,
     joined_steps,
     of_step,
+    prior_of,
     sealed,
     seeded,
 )
@@ -92,13 +93,12 @@ class PyroBound:
         size = len(example.leaves[0]) if example.leaves and np.ndim(example.leaves[0]) else None
         self.total = size if total is None else total
         guide = program.guide
-        assert guide is not None
         asked = program.takes_rows
         family = guide if isinstance(guide, GuideFamily) else None
         self._ppl = ppl = Namespace(seed, dtype, self.total) if program.portable or family is not None else None
         self._model = given_rows(partial(program.model, ppl) if program.portable else program.model, ppl, asked)
-        self._guide: Callable[..., Any] = guide
-        if family is None:
+        self._guide: Callable[..., Any] = prior_of(self._model)
+        if guide is not None and family is None:
             self._guide = given_rows(partial(guide, ppl) if program.portable else guide, ppl, asked)
         if ppl is not None and size is not None:
             example = example.with_rows(size)
@@ -346,9 +346,11 @@ class PyroBound:
 
         with torch.no_grad():
             guide, model = parents(self._guide), parents(self._model)
+        parameterised = self._parameterised(structure, batch, values, subsamples)
         sites = {
             n: replace(
                 info,
+                parameterised=n in parameterised,
                 guide_parents=guide.get(n, frozenset()) - {n},
                 model_parents=model.get(n, frozenset()) - {n},
             )
@@ -372,6 +374,25 @@ class PyroBound:
                 lambda: bool(self._constraints[name].check(value).all() and inverse().isfinite().all()),
             )
             return inverse()
+
+    def _parameterised(
+        self, structure: Structure, batch: Call, values: Mapping[str, Tensor], subsamples: Mapping[str, Tensor]
+    ) -> frozenset[str]:
+        """Points that a gradient reaches parameters through while all sites before them stay where they are."""
+        points = [n for n, i in structure.sites.items() if i.point]
+        if not points:
+            return frozenset()
+
+        def replayed(msg: Message) -> None:
+            msg["value"] = of_step(values[msg["name"]], msg)
+
+        with torch.enable_grad():
+            params = {n: p.detach().requires_grad_() for n, p in self.initial.items()}
+            trace = self._trace(self._guide, Handler(self.constrain(params), replayed, subsamples), batch, params)
+            found = {n: trace[n]["fn"] for n in points}
+            return frozenset(
+                n for n, fn in found.items() if (at := fn.rsample()).requires_grad or fn.log_prob(at).requires_grad
+            )
 
     def constrain(self, params: Params) -> dict[str, Tensor]:
         """Constrained values of unconstrained parameters."""

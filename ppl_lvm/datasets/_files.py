@@ -5,7 +5,8 @@ from __future__ import annotations
 import csv
 import importlib
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +19,17 @@ from ppl_lvm.errors import DataError
 SUFFIXES = (".npy", ".npz", ".csv", ".parquet")
 
 
-def load_file(path: Path, seed: int) -> Dataset:
+def load_file(path: Path, seed: int, missing: bool = False) -> Dataset:
     """Rows of a .npy, .npz, .csv or .parquet file."""
     if not path.is_file():
         raise DataError(f"There is no file {str(path)!r} to load data from; check the path.")
-    readers = {".csv": _read_csv, ".parquet": _read_parquet}
+    readers: dict[str, Callable[[Path], dict[str, np.ndarray]]]
+    readers = {".csv": partial(_read_csv, missing=missing), ".parquet": _read_parquet}
     arrays = readers.get(path.suffix.lower(), _read_numpy)(path)
-    return _from_arrays(arrays, path.stem, str(path), f"Rows of the file {path.name}.", seed)
+    return _from_arrays(arrays, path.stem, str(path), f"Rows of the file {path.name}.", seed, missing)
 
 
-def load_function(asked: str, seed: int) -> Dataset:
+def load_function(asked: str, seed: int, missing: bool = False) -> Dataset:
     """The data that `module:function` or `path.py:function` returns when it is called without arguments."""
     source, _, name = asked.rpartition(":")
     if source.endswith(".py"):
@@ -48,8 +50,8 @@ def load_function(asked: str, seed: int) -> Dataset:
     if isinstance(found, Dataset):
         return found
     if isinstance(found, Mapping):
-        return _from_arrays({str(n): _as_rows(a) for n, a in found.items()}, name, asked, described, seed)
-    return _from_arrays({"rows": _as_rows(found)}, name, asked, described, seed)
+        return _from_arrays({str(n): _as_rows(a) for n, a in found.items()}, name, asked, described, seed, missing)
+    return _from_arrays({"rows": _as_rows(found)}, name, asked, described, seed, missing)
 
 
 def _as_rows(found: Any) -> np.ndarray:
@@ -60,11 +62,13 @@ def _as_rows(found: Any) -> np.ndarray:
     return np.asarray(found)
 
 
-def _from_arrays(arrays: Mapping[str, np.ndarray], name: str, where: str, description: str, seed: int) -> Dataset:
+def _from_arrays(
+    arrays: Mapping[str, np.ndarray], name: str, where: str, description: str, seed: int, missing: bool
+) -> Dataset:
     """Rows to be split, or a split that is there; `where` is named in errors."""
     licence = "as its owner gave it"
     if {"train", "test"} <= arrays.keys():
-        train, test = (_checked(arrays[part], f"{part!r} in {where}", 1) for part in ("train", "test"))
+        train, test = (_checked(arrays[part], f"{part!r} in {where}", 1, missing) for part in ("train", "test"))
         if train.shape[1:] != test.shape[1:]:
             raise DataError(
                 f"Rows of 'train' and 'test' in {where} differ in shape: {train.shape[1:]} and "
@@ -81,7 +85,7 @@ def _from_arrays(arrays: Mapping[str, np.ndarray], name: str, where: str, descri
             f"{where} holds the arrays {', '.join(map(repr, arrays)) or '(none)'}; save one array of rows "
             "(and perhaps 'labels'), or 'train' and 'test' (and perhaps 'train_labels' and 'test_labels')."
         )
-    rows = _checked(arrays[row_names[0]], where, 2)
+    rows = _checked(arrays[row_names[0]], where, 2, missing)
     labels = _checked_labels(arrays.get("labels"), len(rows), "labels", where)
     return split(name, rows, labels, seed, description=description, licence=licence)
 
@@ -116,7 +120,7 @@ def _read_numpy(path: Path) -> dict[str, np.ndarray]:
         ) from error
 
 
-def _read_csv(path: Path) -> dict[str, np.ndarray]:
+def _read_csv(path: Path, missing: bool = False) -> dict[str, np.ndarray]:
     try:
         reader = csv.reader(path.read_text(encoding="utf-8-sig").splitlines())
         lines = [(reader.line_num, cells) for cells in reader if cells]
@@ -129,12 +133,12 @@ def _read_csv(path: Path) -> dict[str, np.ndarray]:
         if len(cells) != width:
             raise DataError(f"Line {number} of {path} has {len(cells)} columns, the first row has {width}.")
         for column, cell in enumerate(cells, start=1):
-            if not _is_number(cell):
+            if not (_is_number(cell) or (missing and not cell.strip())):
                 raise DataError(
                     f"Line {number}, column {column} of {path} is {cell!r}, which is no number; rows must "
                     "hold numbers only, after at most one line of column names."
                 )
-    rows = np.array([[float(cell) for cell in cells] for _, cells in lines])
+    rows = np.array([[float(cell.strip() or "nan") for cell in cells] for _, cells in lines])
     return {"rows": rows.reshape(len(lines), width)}
 
 
@@ -146,9 +150,10 @@ def _is_number(cell: str) -> bool:
     return True
 
 
-def _checked(rows: np.ndarray, where: str, rows_at_least: int) -> np.ndarray:
+def _checked(rows: np.ndarray, where: str, rows_at_least: int, missing: bool) -> np.ndarray:
     if rows.dtype == object and rows.ndim == 1 and all(np.ndim(a) for a in rows):
-        return sequences([_checked(np.asarray(a).reshape(len(a), -1), where, 1).reshape(np.shape(a)) for a in rows])
+        flat = [_checked(np.asarray(a).reshape(len(a), -1), where, 1, missing) for a in rows]
+        return sequences([a.reshape(np.shape(given)) for a, given in zip(flat, rows, strict=True)])
     if rows.dtype.kind not in "biuf":
         raise DataError(f"{where} has dtype {rows.dtype}; rows must hold real numbers.")
     if rows.ndim < 2:
@@ -159,12 +164,12 @@ def _checked(rows: np.ndarray, where: str, rows_at_least: int) -> np.ndarray:
     if len(rows) < rows_at_least or rows.size == 0:
         raise DataError(f"{where} has shape {rows.shape}; it needs {rows_at_least} or more rows, none empty.")
     rows = rows.astype(np.float64)
-    bad = np.argwhere(~np.isfinite(rows))
+    bad = np.argwhere(np.isinf(rows) if missing else ~np.isfinite(rows))
     if len(bad):
         first = tuple(int(i) for i in bad[0])
         raise DataError(
             f"{where} holds {len(bad)} values that are not finite, the first is {rows[first]} at index "
-            f"{first} (counted from 0); remove or impute them first."
+            f"{first} (counted from 0); remove or impute them first, or leave NaN out (missing)."
         )
     return rows
 

@@ -18,14 +18,15 @@ _LOADERS: dict[str, Callable[[int], Dataset]] = {
 }
 
 
-def load(name: str | Path, seed: int = 0) -> Dataset:
+def load(name: str | Path, seed: int = 0, missing: bool = False) -> Dataset:
     """Load a data set by name, of a .npy, .npz, .csv or .parquet file, or of `module:function`.
 
-    `seed` fixes which rows are held out, and what is generated. A file holds rows first and numbers only; a fifth of
-    its rows, drawn by `seed`, is held out. An .npz file holds one array of rows and perhaps `labels`, or `train` and
-    `test` (kept as they are) and perhaps `train_labels` and `test_labels`. A function, of a module or of a file
-    (`data.py:function`), is called without arguments and returns rows, a list of sequences, a dictionary as an .npz
-    file holds it, or a Dataset.
+    `seed` fixes which rows are held out, and what is generated; `missing` lets NaN (and empty cells of a .csv file)
+    stand for entries that are not known, for `fit(..., missing="mask")`. A file holds rows first and numbers only; a
+    fifth of its rows, drawn by `seed`, is held out. An .npz file holds one array of rows and perhaps `labels`, or
+    `train` and `test` (kept as they are) and perhaps `train_labels` and `test_labels`. A function, of a module or of
+    a file (`data.py:function`), is called without arguments and returns rows, a list of sequences, a dictionary as
+    an .npz file holds it, or a Dataset.
 
     Data that ship with no dependency are read from the folder that the environment variable PPL_LVM_DATA names, else
     downloaded once into the user's cache; their digest is checked.
@@ -40,9 +41,9 @@ def load(name: str | Path, seed: int = 0) -> Dataset:
     """
     asked = str(name)
     if ":" in asked and asked.rpartition(":")[2].isidentifier():
-        return load_function(asked, seed)
+        return load_function(asked, seed, missing)
     if asked.lower().endswith(SUFFIXES):
-        return load_file(Path(name), seed)
+        return load_file(Path(name), seed, missing)
     loader = _LOADERS.get(asked)
     if loader is None:
         raise DataError(
