@@ -58,7 +58,8 @@ class Cell:
         """
         program = load_program(self.program, **self.options)
         changes = dict(self.overrides) | ({} if self.guide is None else {"guide": self.guide})
-        recipe = load_recipe(list(self.recipes) or program.recipe, **changes)
+        names = self.recipes or (program.recipe,)
+        recipe = load_recipe(names[0] if len(names) == 1 else list(names), **changes)
         dataset = _load(self.data, "missing" in self.settings, _stamp(self.data))
         if self.settings.get("validation") == OWN and dataset.valid is None:
             raise DataError(

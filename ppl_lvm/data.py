@@ -83,6 +83,12 @@ def read(data: object, program: Program, missing: Missing = None, notes: list[st
     return Call(tuple(args), {**kwargs, **nothing, **derived, **masks})
 
 
+def of_sequences(data: object) -> bool:
+    """Whether an argument is given as a list of sequences, which are padded to the longest."""
+    parts = data.values() if isinstance(data, Mapping) else data if isinstance(data, tuple) else (data,)
+    return any(_sequences(part, "data") is not None for part in parts)
+
+
 def as_given(call: Call, program: Program) -> dict[str, Any]:
     """Arguments by name with NaN for entries that are not known, as floats where there are any."""
     named = call.named(program.arguments)

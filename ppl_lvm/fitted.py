@@ -95,8 +95,8 @@ class Fitted:
 
     # Rows.
 
-    def check(self, call: Call) -> Call:
-        """The call, if its arrays have the fit's shapes; padded sequences may have another number of steps.
+    def check(self, call: Call, sequences: bool = False) -> Call:
+        """The call, if its arrays have the fit's shapes; `sequences` may have been padded to another number of steps.
 
         Raises:
             DataError: they are not.
@@ -109,7 +109,7 @@ class Fitted:
             if name not in known or not np.ndim(array):
                 continue
             same = np.shape(array)[1:] == np.shape(known[name])[1:]
-            if not same and not self._of_other_lengths(name, call):
+            if not same and not (sequences and self._of_other_lengths(name, call)):
                 raise DataError(
                     f"Rows of {name!r} have shape {np.shape(array)[1:]}, the fit was made on "
                     f"{np.shape(known[name])[1:]}."

@@ -16,8 +16,14 @@ COLUMNS = 16
 NO_IMAGES = "no observed site has the values of an image"
 
 
-def losses(path: Path, history: Mapping[str, np.ndarray]) -> None:
-    """The loss of every step, and of the validation rows where there are some; stages are told apart by a line."""
+def losses(path: Path, history: Mapping[str, np.ndarray]) -> str | None:
+    """The loss of every step, and of the validation rows where there are some; stages are told apart by a line.
+
+    Returns:
+        Why nothing was drawn, or None.
+    """
+    if not {"step", "loss"} <= history.keys():
+        return "the fit has no loss of every step"
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.add_subplot(xlabel="step", ylabel="loss, nats per row")
     step, loss = history["step"], history["loss"]
@@ -34,6 +40,7 @@ def losses(path: Path, history: Mapping[str, np.ndarray]) -> None:
         axes.axvline(float(step[i + 1]) - 0.5, color="tab:gray", linestyle=":")
     axes.legend()
     figure.savefig(path, dpi=120)
+    return None
 
 
 def reconstructions(path: Path, predictive: Mapping[str, np.ndarray], dataset: Dataset) -> str | None:

@@ -11,7 +11,7 @@ import numpy as np
 
 from ppl_lvm import lookup, predict
 from ppl_lvm.backends.base import ROWS, Call, Plan
-from ppl_lvm.data import as_given, check_missing, read
+from ppl_lvm.data import as_given, check_missing, of_sequences, read
 from ppl_lvm.errors import DataError, PplLvmError, ProgramError
 from ppl_lvm.fitted import CHUNK, ENTRIES, Block, Chunk, Fitted, joined
 from ppl_lvm.predict import Codes, Resampled
@@ -475,7 +475,8 @@ class Fit:
             return self._data
         assert self._example is not None
         masked = bool(self._example.known)
-        call = self._fitted.check(read(data, self.program, "mask" if masked else None))
+        call = read(data, self.program, "mask" if masked else None)
+        self._fitted.check(call, not isinstance(data, Call) and of_sequences(data))
         check_missing(call, self._bound, self.program)
         if self._bound.row_params and ROWS not in call.kwargs:
             raise DataError(

@@ -387,8 +387,10 @@ def _fill(folder: Path, run: Run, dataset: Dataset, metrics: Metrics, posterior_
     posterior = run.posterior(posterior_draws, data=held_out, seed=metrics.seed)
     tree = run.to_arviz(posterior_draws, held_out, metrics.seed, predictive=0)
     figures = {field: value for field, value in vars(metrics).items() if field != "row_log_likelihood"}
-    pictures.losses(folder / "history.png", run.history)
-    left_out = {"latent.png": pictures.latent(folder / "latent.png", posterior, dataset)}
+    left_out = {
+        "history.png": pictures.losses(folder / "history.png", run.history),
+        "latent.png": pictures.latent(folder / "latent.png", posterior, dataset),
+    }
     if dataset.image_shape is None:
         left_out |= dict.fromkeys(("reconstructions.png", "samples.png"), "the rows of the data are no images")
     else:
