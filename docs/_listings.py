@@ -95,6 +95,7 @@ LISTINGS: dict[str, Callable[[], str]] = {
     "objectives": lambda: algorithms("objective", catalogue.objectives()),
     "estimators": lambda: algorithms("estimator", catalogue.estimators()),
     "guides": lambda: algorithms("guide", catalogue.guides()),
+    "methods": lambda: algorithms("method", catalogue.available("method")),
     "recipes": toml,
     "programs": gallery,
     "datasets": lambda: "\n".join(table(listing.entries("datasets"), ("name", "what it is"))),

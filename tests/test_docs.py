@@ -41,10 +41,11 @@ def test_every_public_name_is_on_the_api_page() -> None:
         ("objectives.md", catalogue.objectives()),
         ("estimators.md", catalogue.estimators()),
         ("guides.md", catalogue.guides()),
+        ("methods.md", catalogue.available("method")),
         ("recipes.md", recipes()),
         ("gallery.md", programs()),
     ],
-    ids=["objectives", "estimators", "guides", "recipes", "programs"],
+    ids=["objectives", "estimators", "guides", "methods", "recipes", "programs"],
 )
 def test_everything_to_choose_has_a_section(page: str, names: dict[str, Path]) -> None:
     sections = re.findall(r"^## (\w+)$", filled(page), re.MULTILINE)
