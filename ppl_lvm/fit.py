@@ -460,7 +460,9 @@ def _refuse_parameters_of_rows(bound: Any, call: Call, size: int) -> None:
 
     Parameters with an entry for every row of the data (row indices) have one size whatever the batch.
     """
-    if not any(max(np.shape(v), default=0) >= size for v in bound.initial.values() if np.ndim(v)):
+    # Trees of arrays are networks', and no network has an entry per row.
+    shapes = [tuple(getattr(v, "shape", ())) for v in bound.initial.values()]
+    if not any(max(shape, default=0) >= size for shape in shapes):
         return
     of_rows = bound.batch_parameters(call.map(lambda a: np.resize(np.asarray(a), (2 * size, *np.shape(a)[1:]))))
     if of_rows:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from ppl_lvm import backends, lookup
-from ppl_lvm.backends.base import ROWS, Call, Plan
+from ppl_lvm.backends.base import KNOWN, ROWS, Call, Plan
 from ppl_lvm.backends.forward import Anatomy, Forward
 from ppl_lvm.errors import DataError, ProgramError
 from ppl_lvm.program import Program
@@ -128,7 +128,12 @@ class Fitted:
 
     def blank(self, rows: int) -> Call:
         """Zeros for every argument of the fit, none of them missing."""
-        return self.example.own.map(lambda a: np.zeros((rows, *np.shape(a)[1:]), np.asarray(a).dtype))
+
+        def blank(name: str, a: Any) -> np.ndarray:
+            known = name.endswith(KNOWN)
+            return (np.ones if known else np.zeros)((rows, *np.shape(a)[1:]), np.asarray(a).dtype)
+
+        return self.example.map_named(self.program.arguments, blank)
 
     def repeated(self, call: Call, rows: int) -> Call:
         """The rows of a call, over again until there are enough."""

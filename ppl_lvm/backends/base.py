@@ -333,7 +333,7 @@ def row_params(program: Program, ppl: Any, initial: Mapping[str, Any], total: in
         return frozenset(ppl.row_params)
     if not program.takes_rows or total is None:
         return frozenset()
-    return frozenset(n for n, p in initial.items() if np.shape(p)[:1] == (total,))
+    return frozenset(n for n, p in initial.items() if tuple(getattr(p, "shape", ()))[:1] == (total,))
 
 
 def is_real(support: Any) -> bool:
