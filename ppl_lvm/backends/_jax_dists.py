@@ -142,6 +142,11 @@ def kl(q: Any, p: Any) -> Array:
         values = q.enumerate_support(expand=False)
         log_q, log_p = q.log_prob(values), p.log_prob(values)
         value = (jnp.exp(log_q) * (log_q - log_p)).sum(0)
+    elif isinstance(q, dist.TransformedDistribution) and getattr(p, "transforms", None) == q.transforms:
+        # A bijection that both share changes no KL; the library knows none of transformed distributions.
+        value = kl(q.base_dist, p.base_dist)
+        extra = q.event_dim - q.base_dist.event_dim
+        value = value.sum(tuple(range(-extra, 0))) if extra else value
     else:
         value = kl_divergence(q, p)
     return value if mask is None else jnp.where(mask, value, 0.0)

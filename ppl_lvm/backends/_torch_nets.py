@@ -63,7 +63,9 @@ def _build(spec: nets.Network, dtype: torch.dtype) -> tuple[dict[str, Tensor], B
 
 def _initial_linear(spec: nets.Linear, prefix: str, dtype: torch.dtype) -> dict[str, Tensor]:
     layer = torch.nn.Linear(spec.inputs, spec.outputs, bias=spec.bias, device="cpu", dtype=dtype)
-    return {prefix + name: value.detach() for name, value in layer.named_parameters()}
+    # Read one by one: a module that is asked for its parameters in a probe is taken for one of the program's own.
+    values = {"weight": layer.weight, "bias": layer.bias}
+    return {prefix + name: value.detach() for name, value in values.items() if value is not None}
 
 
 @_build.register
