@@ -13,7 +13,7 @@ from numpyro.distributions import constraints
 from numpyro.distributions.kl import kl_divergence
 from numpyro.distributions.util import validate_sample
 
-from ppl_lvm.backends.base import Chain, product_support, rebuild
+from ppl_lvm.backends.base import Chain, is_point, product_support, rebuild
 
 Array = jax.Array
 Message = dict[str, Any]
@@ -130,7 +130,9 @@ def kl(q: Any, p: Any) -> Array:
         raise NotImplementedError("sites inside a scan")
     mask = q._mask if isinstance(q, dist.MaskedDistribution) else None
     q, p = _strip(q), _strip(p)
-    if isinstance(q, dist.Independent) and isinstance(p, dist.Independent):
+    if is_point(q):
+        value = q.log_prob(q.mean) - p.log_prob(q.mean)
+    elif isinstance(q, dist.Independent) and isinstance(p, dist.Independent):
         inner = kl(q.base_dist, p.base_dist)
         inner = jnp.broadcast_to(
             inner, jnp.broadcast_shapes(inner.shape, q.base_dist.batch_shape, p.base_dist.batch_shape)

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.distributions import kl_divergence
 
 from ppl_lvm import ops
-from ppl_lvm.backends.base import Chain, product_support, rebuild
+from ppl_lvm.backends.base import Chain, is_point, product_support, rebuild
 
 Message = Any
 
@@ -91,9 +91,14 @@ def site_log_prob(site: Message) -> Tensor:
 def kl(q: Message, p: Message) -> Tensor:
     if isinstance(q["fn"], Chain) or isinstance(p["fn"], Chain):
         raise NotImplementedError("sites inside a scan")
-    # Some of torch's formulas index one distribution's terms by the other's shape.
-    shape = torch.broadcast_shapes(q["fn"].batch_shape, p["fn"].batch_shape)
-    value = kl_divergence(*(fn if fn.batch_shape == shape else fn.expand(shape) for fn in (q["fn"], p["fn"])))
+    if is_point(q["fn"]):
+        # Pyro's own leaves out a point's density.
+        at = q["fn"].mean
+        value = log_prob(q["fn"], at) - log_prob(p["fn"], at)
+    else:
+        # Some of torch's formulas index one distribution's terms by the other's shape.
+        shape = torch.broadcast_shapes(q["fn"].batch_shape, p["fn"].batch_shape)
+        value = kl_divergence(*(fn if fn.batch_shape == shape else fn.expand(shape) for fn in (q["fn"], p["fn"])))
     mask = q["mask"]
     return value if mask is None or mask is True else torch.where(mask, value, torch.zeros_like(value))
 
