@@ -276,7 +276,7 @@ def test_a_continued_run_ends_with_the_same_bits(backend: str, tmp_path: Path) -
 
 @on_both
 def test_validation_data_are_checked_like_data(backend: str) -> None:
-    for x, what in ((np.array([1.0, np.nan]), "NaN"), (np.zeros(0), "and have some"), (np.array(["a"]), "numbers")):
+    for x, what in ((np.array([1.0, np.nan]), "NaN"), (np.zeros(0), "data have no rows"), (np.array(["a"]), "numbers")):
         with pytest.raises(DataError, match=what):
             run(backend, validation=x)
     counts = np.full((6, 3), 2.0)

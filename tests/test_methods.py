@@ -395,8 +395,8 @@ def test_native_programs_need_no_guide(backend: str) -> None:
     [
         ("discrete", "nuts", {}, LegalityError, r"continuous latent sites, but \['z'\] are discrete.*enumerate"),
         ("learned", "nuts", {}, LegalityError, r"does not train the model's parameters \['theta'\].*start=run"),
-        ("learned", "laplace", {"params": {"scale": 1.0}}, DataError, r"lacks \['theta'\].*found \['scale'\]"),
-        ("learned", "svgd", {"params": {"theta": [1.0]}}, DataError, r"other shapes .*'theta': \(\(1,\), \(\)\)"),
+        ("learned", "laplace", {"start": {"scale": 1.0}}, DataError, r"lacks \['theta'\].*found \['scale'\]"),
+        ("learned", "svgd", {"start": {"theta": [1.0]}}, DataError, r"other shapes .*'theta': \(\(1,\), \(\)\)"),
         ("subsampled", "map", {}, ProgramError, r"subsamples plate 'data' itself \(2 of 5\)"),
         ("local", "nuts", {"validation": 0.5}, RecipeError, "validation= was given, but recipe .nuts. has a method"),
     ],
