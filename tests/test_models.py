@@ -94,7 +94,9 @@ def test_a_mixture_recovers_its_parameters(backend: str) -> None:
 def test_eight_schools_against_nuts(backend: str) -> None:
     """Means within 0.1 standard deviations of NUTS; standard deviations of mu and theta within 0.8 to 1.25 times.
 
-    20,000 draws of NUTS: a standard error of a mean near 0.01 standard deviations. The spread of log tau is out of a
+    100,000 draws of NUTS and 200,000 of the guide: a standard error of a difference near 0.005 standard deviations.
+    School A's mean is off by about 0.09 at the optimum, so the fit has to end close to it: `dreg`, and a rate that
+    decays to zero. The spread of log tau is out of a
     Gaussian's reach: its posterior has a long tail towards tau = 0, of which q keeps about 0.63 of the standard
     deviation, and the test says so.
     """
@@ -109,7 +111,7 @@ def test_eight_schools_against_nuts(backend: str) -> None:
     with jax.enable_x64(True):
         kernel = NUTS(model, target_accept_prob=0.95)
         mcmc = MCMC(
-            kernel, num_warmup=2000, num_samples=5000, num_chains=4, chain_method="sequential", progress_bar=False
+            kernel, num_warmup=2000, num_samples=25_000, num_chains=4, chain_method="sequential", progress_bar=False
         )
         mcmc.run(jax.random.key(0))
         reference = quantities({n: np.asarray(v) for n, v in mcmc.get_samples().items()})
@@ -118,12 +120,13 @@ def test_eight_schools_against_nuts(backend: str) -> None:
         data=eight(),
         recipe="elbo",
         backend=backend,
-        draws=16,
-        learning_rate={"schedule": "cosine", "start": 0.02, "end": 0.0, "steps": 6000},
-        steps=6000,
+        draws=32,
+        estimator="dreg",
+        learning_rate={"schedule": "cosine", "start": 0.02, "end": 0.0, "steps": 12_000},
+        steps=12_000,
         dtype="float64",
     )
-    draws = run.posterior(draws=40_000, seed=1)
+    draws = run.posterior(draws=200_000, seed=1)
     found = quantities({n: np.asarray(draws.values[n]) for n in ("mu", "tau", "eta")})
     for name, ours in found.items():
         spread = reference[name].std(0)
