@@ -7,7 +7,7 @@ from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Protocol, Self, get_args
 
 import numpy as np
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, model_validator
 
 if TYPE_CHECKING:
     from ppl_lvm.draws import Draws, Loss
@@ -94,6 +94,23 @@ OptionalNonNegative = Annotated[
 """A `NonNegative`, or None."""
 
 
+def _pairs(table: object) -> object:
+    pairs = table.items() if isinstance(table, Mapping) else table
+    return tuple(tuple(pair) for pair in pairs) if isinstance(pairs, Iterable) and not isinstance(pairs, str) else table
+
+
+def _table(pairs: tuple[tuple[str, Any], ...]) -> dict[str, Any]:
+    return dict(pairs)
+
+
+BySite = Annotated[
+    tuple[tuple[str, Annotated[float, Field(ge=0, allow_inf_nan=False)]], ...],
+    BeforeValidator(_pairs),
+    PlainSerializer(_table),
+]
+"""Type of an option that gives patterns of site names a number of zero or more: `weights = { "z*" = 0.5 }`."""
+
+
 class Algorithm(BaseModel):
     """Options of one algorithm; the class, its file and its name in a recipe are called the same.
 
@@ -124,7 +141,8 @@ class Algorithm(BaseModel):
             for name, field in type(self).model_fields.items()
             if Schedule in get_args(field.annotation)
         }
-        return {name: value for name, value in values.items() if value is not None}
+        # Where an option has a word for some of its settings, that is no number.
+        return {name: value for name, value in values.items() if value is not None and not isinstance(value, str)}
 
     def with_numbers(self, values: Mapping[str, Any]) -> Self:
         """A copy with these options; the values are not checked, so traced arrays pass."""
@@ -167,20 +185,44 @@ class Objective(Algorithm):
     """
 
     verbs: ClassVar[frozenset[str]]
-    """The verbs it calls on rows: of "mean", "joint", "log_mean_exp", "weights", "variance"."""
+    """The verbs it calls: of "mean", "joint", "log_mean_exp", "weighted", "wake", "variance", "squares", "sleep"."""
     detached: ClassVar[bool] = False
     """Draws must carry no gradient (objectives that differentiate densities at fixed values)."""
     separate: ClassVar[bool] = False
     """The model's and the guide's losses differ, so no parameter may be in both."""
     user_scale: ClassVar[bool] = False
     """Site weights given by `poutine.scale` or `handlers.scale` have a meaning for it."""
+    globals: ClassVar[bool] = True
+    """Latents outside the data plate have a meaning for it, as in `E_q(g)[ log p(g) - log q(g) + sum_n rows_n ]`."""
+    least_draws: ClassVar[int] = 1
+    """Draws per row that it needs, unless all of a row is enumerated."""
+    prefers: ClassVar[tuple[str, ...]] = ()
+    """Estimators that "auto" tries before its own choice, by name."""
+    bias: ClassVar[str] = ""
+    """Why gradients are not those of the quantity that it stands for, in one clause; empty where they are."""
+    at_posterior: ClassVar[tuple[float | None, float | None]] = (-1.0, None)
+    """Model's and guide's loss where the guide is the exact posterior, in units of log p(x); None: no loss of its own,
+    or no fixed value. For programs without globals, every term sampled."""
 
     draws: int = Field(default=1, ge=1)
     outer: int = Field(default=1, ge=1)
+    chunk: int | None = Field(default=None, ge=1)
+    """Draws that are evaluated at a time, the gradient's second pass included; None: all. Divides `draws`."""
+
+    @model_validator(mode="after")
+    def _chunks_are_equal(self) -> Self:
+        if self.chunk is not None and self.draws % self.chunk:
+            raise ValueError(f"chunk = {self.chunk} does not divide draws = {self.draws}")
+        return self
 
     def requests(self) -> frozenset[str]:
-        """Arrays that the backend must put into `Site.extra`, decided before the run: of {"kl"}."""
+        """What the backend must find besides densities, decided before the run: "kl" (every latent site's KL in closed
+        form, in `Site.extra`), "kl where known" (of those that have one), "sleep" (`Draws.dream`)."""
         return frozenset()
+
+    def smooth(self) -> bool:
+        """Whether its functions of all draws are twice differentiable."""
+        return True
 
     def initial_own(self, features: int) -> dict[str, list[float]]:
         """Parameters of the objective itself, trained by `Loss.extra` and found in `d.own["objective"]`."""
@@ -195,7 +237,8 @@ class Signal:
     """What one site's score is multiplied by, carrying no gradient: the input of a baseline."""
 
     h: "Array"
-    """`[M, K, B]`: the cost of each draw, or the log weights when `f` reduces them jointly."""
+    """`[M, K, B]`: the cost of each draw, or the log weights when `f` reduces them jointly. A site in plates inside a
+    row has costs by element, `[M, K, B, *inner]`."""
     value: "Array"
     """What multiplies the score before the baseline is taken off: h itself, or `f(h)` as `[M, 1, B]`."""
     f: "Callable[[Array, int], Array] | None"
@@ -230,6 +273,9 @@ class SiteDistribution(Protocol):
     def log_prob(self, value: "Array") -> "Array":
         """Log density over the site's batch shape."""
 
+    def explore(self, epsilon: float) -> "tuple[Array, int]":
+        """A value of a finite support, uniform with probability epsilon and else drawn; the size of the support."""
+
     def select(self, index: "Array") -> "Array":
         """Element `index` of the enumerated support, broadcast to the site's batch shape."""
 
@@ -246,6 +292,10 @@ class Estimator(Algorithm):
     """The guide's loss uses the density replayed under stopped parameters."""
     exhaustive: ClassVar[bool] = False
     """The variants are the whole support, weighted by the site's density."""
+    weighted: ClassVar[bool] = False
+    """Its `variants` is asked for one value too, whose weight is that of a draw from elsewhere, `q / b`."""
+    bias: ClassVar[str] = ""
+    """Why its gradient is biased, in one clause; empty where it is not."""
     site: ClassVar[Literal["any", "reparameterised", "finite"]] = "any"
     """The kind of distribution it needs."""
     least_draws: ClassVar[int] = 1

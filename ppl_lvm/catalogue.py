@@ -102,4 +102,4 @@ def to_dict(instance: Algorithm) -> dict[str, Any]:
         name = f"{sys.modules[kind.__module__].__file__}:{kind.__qualname__}"
     else:
         name = f"{kind.__module__}:{kind.__qualname__}"
-    return {"name": name, **instance.model_dump(mode="json")}
+    return {"name": name, **instance.model_dump(mode="json", exclude_none=True)}

@@ -18,13 +18,15 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Literal
 
+import numpy as np
+
 from ppl_lvm import ops
 from ppl_lvm.algorithm import Estimator, Signal
 from ppl_lvm.errors import LegalityError
 from ppl_lvm.ops import Array, stop_gradient
 
 Reduction = Callable[[Array, int], Array]
-"""`f(array, axis)`: symmetric, twice differentiable, reduces `axis` (see `ops.derivatives`)."""
+"""`f(array, axis)`: twice differentiable, reduces `axis` (see `ops.derivatives`)."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,8 @@ class Plate:
     name: str
     size: int
     subsample: int
+    axis: int | None = None
+    """Its axis among `inner` in `[M, K, B, *inner]`; None for the data plate."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +65,8 @@ class Site:
     through: Array | None = None
     log_p_full: Array | None = None
     log_q_full: Array | None = None
-    """Densities before inner plates are summed, `[M, K, B, *inner]`."""
+    """Densities before inner plates are summed: `[M, K, B, *inner]` of a local site, one in the place of axes that the
+    site is not in."""
     log_q_drawn: Array | None = None
     """Of a partly observed site: log q of the values as drawn, before the observed ones took their places."""
     extra: Mapping[str, Array] = field(default_factory=dict)
@@ -124,6 +129,8 @@ class Draws:
     batch: Array | None = None
     states: Mapping[str, Array] = field(default_factory=dict)
     own: Mapping[str, Mapping[str, Array]] = field(default_factory=dict)
+    dream: Mapping[str, Array] = field(default_factory=dict)
+    """`log q` of each latent site at values that the model drew with its data: `[B]`, or a number for a global site."""
     ledger: Ledger = field(default_factory=Ledger)
     allowed: frozenset[str] | None = None
     """The verbs that the objective declared; None allows all."""
@@ -189,31 +196,36 @@ class Draws:
         """`E_q h` per row, `[M, K, B] -> [M, B]`.
 
         `cost` splits h by the site whose density each part is; every score term is then multiplied only by the parts
-        downstream of its site (Rao-Blackwellised). With `cost` alone, h is their sum.
+        downstream of its site (Rao-Blackwellised). A part that keeps its inner plates, `[M, K, B, *inner]` as `terms`
+        gives them, is credited element by element to the sites in the same plates. With `cost` alone, h is their sum.
         """
         self._declared("mean")
         if h is None:
             if not cost:
                 raise ValueError("mean needs h, or the costs that h is the sum of.")
-            h = sum(cost.values())
+            h = sum(_of_rows(part) for part in cost.values())
         return self._expect(self._level(local=True), self._spread(h), cost)
 
+    def terms(self, site: Site) -> tuple[Array | None, Array | None]:
+        """`log p` and `log q` of a site as this view sees it; of a local one by element of plates where that helps."""
+        if site.local and self._in_plates and (site.log_q_frozen is None or self.side == "model"):
+            return site.log_p_full, site.log_q_full
+        return site.log_p, None if site.log_q is None else self.density(site)
+
     def joint(self, f: Reduction, log_w: Array) -> Array:
-        """`E f(log_w_1..K)` per row, `[M, K, B] -> [M, B]`, for a symmetric f of all draws at once."""
+        """`E f(log_w_1..K)` per row, `[M, K, B] -> [M, B]`, for a function f of all draws at once.
+
+        Over sites that are enumerated the expectation is exact: the sum over all choices of one value for each draw.
+        """
         self._declared("joint")
         level = self._level(local=True)
-        self._refuse_exhaustive(level, "joint")
         log_w = self._spread(log_w)
+        if any(s.estimator is not None and s.estimator.exhaustive for s in level.latents.values()):
+            return self._joint_of_all(f, log_w, level)
         split = self._split(log_w, level)
         base = split[:, :, 0]
-        value = f(base, 1)
-        loss = value
-        if self.side == "guide" and self._frozen(level):
-            loss = stop_gradient(value) + self._doubly_reparameterised(f, base, level)
-        for site in self._scored(level):
-            signal = Signal(stop_gradient(base), stop_gradient(value)[:, None], f, self.batch)
-            score = self._split(self._score(site), level)[:, :, 0]
-            loss = loss + ops.xp(score).sum(score * (signal.value - self._baseline(site, signal)), axis=1)
+        scores = {s.name: self._split(self._score(s), level)[:, :, 0] for s in self._scored(level)}
+        loss = self._joint(f, base, scores, level, lambda a: self._split(a, level)[:, :, 0])
         credit, through = self._credits(level)
         if credit is None and through is None:
             return loss
@@ -227,32 +239,85 @@ class Draws:
                 loss = loss + xp.sum(r * (changed - stop_gradient(changed)), axis=1)
         return loss
 
-    def log_mean_exp(self, h: Array) -> Array:
-        """`log E_q exp h` per row, `[M, K, B] -> [M, B]`, with the self-normalised gradient."""
+    def log_mean_exp(self, log_w: Array, power: Array | float = 1.0) -> Array:
+        """`log E_q w^power` per row, `[M, K, B] -> [M, B]`, with the self-normalised gradient.
+
+        With `v = softmax(power log_w)` over draws, a score site's is `sum_k v_k grad (power log_w_k + log q_k)`. Doubly
+        reparameterised sites have `power (1 - power) sum_k v_k d log_w_k / dz_k dz_k / dphi`.
+        """
         self._declared("log_mean_exp")
         level = self._level(local=True)
-        h = self._spread(h) + self._log_weight(level)
+        log_w = self._spread(log_w)
+        h = power * log_w + self._log_weight(level)
         for site in self._scored(level):
             h = h + self._score(site)
-        return ops.logsumexp(h, 1)
+        value = ops.logsumexp(h, 1)
+        if self.side == "model" or not self._frozen(level):
+            return value
+        terms = power * (1.0 - power) * log_w + self._log_weight(level)
+        for site in level.latents.values():
+            if site.estimator is not None and (site.estimator.scored or site.estimator.exhaustive):
+                log_q = self._lift(site, site.log_q)
+                terms = terms - power**2 * log_q + (log_q if site.estimator.scored else 0.0)
+        surrogate = ops.xp(h).sum(stop_gradient(ops.softmax(h, 1)) * terms, axis=1)
+        return stop_gradient(value) + surrogate - stop_gradient(surrogate)
 
-    def weights(self, log_w: Array) -> Array:
-        """Self-normalised importance weights `[M, K, B]`; they sum to one over draws."""
-        self._declared("weights")
-        return ops.softmax(self._spread(log_w) + self._log_weight(self._level(local=True)), 1)
+    def weighted(self, log_w: Array, h: Array) -> Array:
+        """`sum_k v_k h_k` per row, `[M, K, B] -> [M, B]`: h under the self-normalised weights `v = softmax(log_w)`.
+
+        The weights carry no gradient.
+        """
+        self._declared("weighted")
+        return ops.xp(h).sum(self._normalised(log_w) * self._spread(h), axis=1)
+
+    def wake(self, log_w: Array) -> Array:
+        """`sum_k v_k log q(z_k)` per row, `[M, K, B] -> [M, B]`, with stopped `v = softmax(log_w)` and draws.
+
+        Doubly reparameterised sites have the same gradient in expectation as
+        `sum_k (v_k - v_k^2) d log_w_k / dz_k dz_k / dphi`.
+        """
+        self._declared("wake")
+        level = self._level(local=True)
+        v = self._normalised(log_w)
+        log_q = self._sum(s.log_q for s in self._local() if s.log_q is not None)
+        value = ops.xp(v).sum(v * log_q, axis=1)
+        if self.side == "model" or not self._frozen(level):
+            return value
+        terms = (v - v * v) * self._spread(log_w)
+        for site in self._scored(level):
+            terms = terms + (2.0 * v - v * v) * self._lift(site, site.log_q)
+        surrogate = ops.xp(v).sum(terms, axis=1)
+        return stop_gradient(value) + surrogate - stop_gradient(surrogate)
 
     def variance(self, h: Array) -> Array:
-        """Variance of h over draws that carry no gradient, `[M, K, B] -> [M, B]`; unbiased for sampled draws."""
+        """Variance of h over draws without gradient, `[M, K, B] -> [M, B]`; unbiased, exact if all are enumerated.
+
+        `mean_k h_k^2 - mean_{j != k} h_j h_k`, where enumerated values of one draw are weighed by their probability.
+        """
         self._declared("variance")
-        level = self._level(local=True)
-        xp = ops.xp(h)
-        h = self._spread(h)
-        if level.variants == 1:
-            centred = h - xp.mean(h, axis=1, keepdims=True)
-            return xp.sum(centred * centred, axis=1) / max(level.draws - 1, 1)
-        w = stop_gradient(xp.exp(self._log_weight(level)))
-        centred = h - xp.sum(w * h, axis=1, keepdims=True)
-        return xp.sum(w * centred * centred, axis=1)
+        mean, square = self._moments(h)
+        xp, draws = ops.xp(mean), mean.shape[1]
+        if draws == 1:
+            return square[:, 0] - mean[:, 0] ** 2
+        both = xp.sum(mean, axis=1) ** 2 - xp.sum(mean * mean, axis=1)
+        return xp.mean(square, axis=1) - both / (draws * (draws - 1))
+
+    def squares(self, h: Array) -> Array:
+        """`E h^2` per row over draws that carry no gradient, wherever they come from, `[M, K, B] -> [M, B]`."""
+        self._declared("squares")
+        _, square = self._moments(h)
+        return ops.xp(square).mean(square, axis=1)
+
+    def sleep(self) -> Array:
+        """`log q(z | x)` of latents and data that the model drew together, over all N rows: a scalar."""
+        self._declared("sleep")
+        rows, glob = 0.0 * self._zeros_rows[0, 0], 0.0 * self._zeros_rows[0, 0, 0]
+        for name, log_q in self.dream.items():
+            if self.sites[name].local:
+                rows = rows + log_q
+            else:
+                glob = glob + log_q
+        return glob + self.scale * ops.xp(rows).sum(rows)
 
     def total(self, rows: Array, glob: Array | None = None) -> Array:
         """`E over globals of [ glob + (N / B) sum_B rows ]`, a scalar; `glob` defaults to `log p(g) - log q(g)`."""
@@ -318,10 +383,57 @@ class Draws:
         """`[A, D * V, C] -> [A, D, V, C]`."""
         return ops.xp(h).reshape(h, (h.shape[0], level.draws, level.variants, h.shape[-1]))
 
-    def _refuse_exhaustive(self, level: _Level, verb: str) -> None:
-        for site in level.latents.values():
-            if site.estimator is not None and site.estimator.exhaustive:
-                raise LegalityError(f"Site {site.name!r} is enumerated, which `{verb}` cannot weigh as draws.")
+    def _normalised(self, log_w: Array) -> Array:
+        """Self-normalised weights `[M, K, B]` without gradient; they sum to one over draws."""
+        return stop_gradient(ops.softmax(self._spread(log_w) + self._log_weight(self._level(local=True)), 1))
+
+    def _moments(self, h: Array) -> tuple[Array, Array]:
+        """First two moments of h over each draw's enumerated values, `[M, K, B]` both."""
+        level = self._level(local=True)
+        split = self._split(self._spread(h), level)
+        if level.variants == 1:
+            return split[:, :, 0], split[:, :, 0] ** 2
+        xp = ops.xp(split)
+        w = stop_gradient(xp.exp(self._split(self._log_weight(level) + math.log(level.draws), level)))
+        return xp.sum(w * split, axis=2), xp.sum(w * split * split, axis=2)
+
+    def _joint(
+        self,
+        f: Reduction,
+        base: Array,
+        scores: Mapping[str, Array],
+        level: _Level,
+        pick: Callable[[Array], Array],
+    ) -> Array:
+        """`E f` with every site's gradient from log weights `[A, K, B]` of draws and the scores of their sites.
+
+        `pick` takes the same entries from an array of the table.
+        """
+        value = f(base, 1)
+        loss = value
+        if self.side == "guide" and self._frozen(level):
+            loss = stop_gradient(value) + self._doubly_reparameterised(f, base, level, pick)
+        for name, score in scores.items():
+            signal = Signal(stop_gradient(base), stop_gradient(value)[:, None], f, self.batch)
+            baseline = self._baseline(self.sites[name], signal)
+            loss = loss + ops.xp(score).sum(score * (signal.value - baseline), axis=1)
+        return loss
+
+    def _joint_of_all(self, f: Reduction, log_w: Array, level: _Level) -> Array:
+        """`joint` with enumerated sites: the choices of one value for each draw are more outer draws, with weights."""
+        choice = np.indices((level.variants,) * level.draws).reshape(level.draws, -1)  # [K, T]
+        xp = ops.xp(log_w)
+
+        def pick(array: Array) -> Array:
+            """`[M, K * V, B] -> [M * T, K, B]`."""
+            split = self._split(array, level)
+            each = [split[:, k][:, choice[k]] for k in range(level.draws)]
+            return xp.reshape(xp.stack(each, axis=2), (-1, level.draws, array.shape[-1]))
+
+        scores = {s.name: pick(self._score(s)) for s in self._scored(level)}
+        rows = self._joint(f, pick(log_w), scores, level, pick)
+        weight = xp.exp(xp.sum(pick(self._spread(self._log_weight(level)) + math.log(level.draws)), axis=1))
+        return xp.sum(xp.reshape(weight * rows, (log_w.shape[0], -1, log_w.shape[-1])), axis=1)
 
     def _log_weight(self, level: _Level) -> Array | float:
         xp = ops.xp(self._zeros_rows)
@@ -329,6 +441,8 @@ class Draws:
         for site in level.latents.values():
             if site.estimator is not None and site.estimator.exhaustive:
                 total = total + self._lift(site, site.log_weight)
+            elif site.estimator is not None and site.estimator.weighted:
+                total = total + xp.log(self._lift(site, site.weight))
         return total
 
     def _weights_of(self, level: _Level) -> dict[str, Array]:
@@ -386,12 +500,14 @@ class Draws:
         if through is not None and self.side == "guide":
             total = total + xp.sum(base * through * (h - stop_gradient(h)), axis=1)
         for site in self._scored(level):
+            if weight is None:
+                part, score = self._credited(site, h, cost)
+                part = stop_gradient(part)
+                gain = score * (part - self._baseline(site, Signal(part, part, None, self.batch)))
+                total = total + xp.sum(base * _of_rows(gain), axis=1)
+                continue
             part = stop_gradient(h if cost is None else self._spread(self._downstream(site, cost)))
             score = base * self._score(site)
-            if weight is None:
-                signal = Signal(part, part, None, self.batch)
-                total = total + xp.sum(score * (part - self._baseline(site, signal)), axis=1)
-                continue
             # A draw's signal is its weighted sum over variants, so its baseline is shared by them.
             stopped = stop_gradient(weight)
             per_draw = xp.sum(self._split(stopped * part, level), axis=2)
@@ -406,23 +522,70 @@ class Draws:
         return total
 
     def _downstream(self, site: Site, cost: Mapping[str, Array]) -> Array:
-        parts = [part for name, part in cost.items() if name in site.downstream]
+        parts = [_of_rows(part) for name, part in cost.items() if name in site.downstream]
         return sum(parts[1:], parts[0]) if parts else self._zeros_rows
 
-    def _doubly_reparameterised(self, f: Reduction, log_w: Array, level: _Level) -> Array:
+    @cached_property
+    def _in_plates(self) -> bool:
+        """Whether some site's score is one of several elements in the plates of a row."""
+        return any(_axes(site) for site in self._scored(self._level(local=True)) if site.local)
+
+    def _credited(self, site: Site, h: Array, cost: Mapping[str, Array] | None) -> tuple[Array, Array]:
+        """What a site's score is multiplied by, and the score: `[M, K, B]`, or both with the site's inner plates."""
+        if cost is None:
+            return h, self._score(site)
+        own = _axes(site) if site.local else frozenset[int]()
+        if not own or all(part.ndim == 3 for part in cost.values()):
+            return self._spread(self._downstream(site, cost)), self._score(site)
+        log_q = _keep(site.log_q_full, own)
+        total = ops.zeros(self._zeros_rows.shape + (1,) * (log_q.ndim - 3), log_q)
+        for name, part in cost.items():
+            if name in site.downstream:
+                shared = own & _axes(self.sites[name])
+                kept = _keep(part, shared) if part.ndim > 3 else trailing(part, log_q)
+                total = total + kept
+        return total, log_q - stop_gradient(log_q)
+
+    def _doubly_reparameterised(
+        self, f: Reduction, log_w: Array, level: _Level, pick: Callable[[Array], Array]
+    ) -> Array:
         """`sum_k sg(f'_k - f''_kk) (log_w_k + L_k) - sg(f'_k) L_k`, value zero.
 
-        `log_w` holds frozen densities of the doubly reparameterised sites; `L` is the log q of the score sites, which
-        keep their ordinary direct term. Tucker, Lawson, Gu, Maddison (2018), arXiv:1810.04152, for any f.
+        `log_w` holds frozen densities of the doubly reparameterised sites; `L` is the log q of the score sites and of
+        the enumerated ones, which keep their ordinary direct term. Tucker, Lawson, Gu, Maddison (2018),
+        arXiv:1810.04152, for any f.
         """
         first, second = ops.derivatives(f, stop_gradient(log_w), 1)
         first, second = stop_gradient(first), stop_gradient(second)
-        scores = [self._split(self._lift(s, s.log_q), level)[:, :, 0] for s in self._scored(level)]
         terms = (first - second) * log_w
-        for score in scores:
-            terms = terms - second * score
+        for site in level.latents.values():
+            if site.estimator is not None and (site.estimator.scored or site.estimator.exhaustive):
+                terms = terms - second * pick(self._lift(site, site.log_q))
         total = ops.xp(log_w).sum(terms, axis=1)
         return total - stop_gradient(total)
+
+
+def _of_rows(part: Array) -> Array:
+    """`[M, K, B, *inner] -> [M, K, B]`."""
+    return part if part.ndim == 3 else ops.xp(part).sum(part, axis=tuple(range(3, part.ndim)))
+
+
+def _axes(site: Site) -> frozenset[int]:
+    """The axes of a local site's inner plates."""
+    return frozenset(p.axis for p in site.plates if p.axis is not None)
+
+
+def _keep(part: Array, axes: frozenset[int]) -> Array:
+    """`[M, K, B, *inner]` summed over all inner axes but these, which stay where they are."""
+    away = tuple(a for a in range(3, part.ndim) if a - 3 not in axes)
+    return ops.xp(part).sum(part, axis=away, keepdims=True) if away else part
+
+
+def trailing(x: Array | float, like: Array) -> Array | float:
+    """`[M, K, B]` or a number, to be multiplied with `[M, K, B, *inner]`."""
+    if isinstance(x, float | int) or x.ndim in (0, like.ndim):
+        return x
+    return ops.xp(x).reshape(x, tuple(x.shape) + (1,) * (like.ndim - x.ndim))
 
 
 def replace_one_each(base: Array, new: Array) -> Array:

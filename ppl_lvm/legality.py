@@ -9,9 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from ppl_lvm.algorithm import Estimator, Objective, best_pattern
-from ppl_lvm.backends.base import LARGEST_SUPPORT, Plan, SiteInfo, Structure
+from ppl_lvm.backends.base import LARGEST_SUPPORT, Plain, Plan, SiteInfo, Structure
+from ppl_lvm.catalogue import resolve
 from ppl_lvm.errors import LegalityError
 from ppl_lvm.estimators.enumerate import enumerate as enumerated
 from ppl_lvm.estimators.pathwise import pathwise
@@ -23,6 +25,8 @@ PREFERRED: tuple[Estimator, ...] = (pathwise(), vimco(), rloo(), score())
 """What "auto" tries for each site, in this order: the first legal one is taken."""
 OFFERED: tuple[Estimator, ...] = (*PREFERRED, enumerated())
 """What a refusal may name instead: those of them that are legal for the site."""
+LARGEST_JOINT = 4096
+"""Choices of one enumerated value for each draw that a function of all draws is evaluated at, at most."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +104,7 @@ def _inside_a_scan(c: Case) -> str | None:
 def _one_draw_a_row(c: Case) -> str | None:
     support = 0 if c.site.support is None else len(c.site.support)
     inner = [p.name for p in c.site.plates if p.name != c.structure.data_plate]
-    if c.estimator.count(support) > 1 and inner:
+    if (c.estimator.count(support) > 1 or c.estimator.weighted) and inner:
         return (
             f"it has one draw for every element of plates {inner}, not one a row; declare them with to_event, or "
             f"{c.remedy}."
@@ -126,8 +130,41 @@ def _enough_draws(c: Case) -> str | None:
 
 
 def _detached(c: Case) -> str | None:
-    if c.objective.detached and not c.estimator.scored and not c.moved(c.site.name):
-        return f"the objective differentiates densities at fixed draws, which a live draw would bias; {c.remedy}."
+    if not c.objective.detached or c.moved(c.site.name):
+        return None
+    if c.site.point:
+        return (
+            "the objective differentiates densities at fixed draws, and a point moves with its parameters; use 'elbo' "
+            "or 'iwae'."
+        )
+    if c.site.scanned and c.site.reparameterised:
+        return (
+            "the objective differentiates densities at fixed draws, and the library's own scan draws it live; write "
+            "the loop over time in Python."
+        )
+    return None
+
+
+def _choices(c: Case) -> str | None:
+    """A function of all draws is taken at every choice of one enumerated value a draw."""
+    if not c.estimator.exhaustive or "joint" not in c.verbs:
+        return None
+    values = 1
+    for other in c.structure.drawn(local=True):
+        estimator = c.estimators.get(other.name)
+        support = 0 if other.support is None else len(other.support)
+        if other.name == c.site.name or (estimator is not None and estimator.exhaustive):
+            values *= max(support, 1)
+        elif estimator is not None and (estimator.count(support) > 1 or estimator.weighted):
+            return (
+                f"site {other.name!r} of the same row has values besides its draw ({_name(estimator)!r}), which a sum "
+                f"over enumerated ones inside a function of all draws does not know; {c.remedy}."
+            )
+    if values**c.draws > LARGEST_JOINT:
+        return (
+            f"a function of {c.draws} draws of {values} values each is summed over {values}^{c.draws} choices, more "
+            f"than {LARGEST_JOINT}; lower draws, or {c.remedy}."
+        )
     return None
 
 
@@ -137,8 +174,13 @@ def _doubly_reparameterised(c: Case) -> str | None:
     shared = sorted(n for n, used in c.structure.groups.items() if len(used) == 2)
     if shared:
         return f"model and guide share parameters {shared}, and it gives them two gradients; use 'pathwise'."
-    if not c.site.local or "joint" not in c.verbs:
+    if not c.site.local or not {"joint", "log_mean_exp", "wake"} & c.verbs:
         return None
+    if not c.objective.smooth():
+        return (
+            f"objective {_name(c.objective)!r} has kinks with these options, and the surrogate needs second "
+            f"derivatives; {c.remedy}."
+        )
     sites = c.structure.sites
     above = sorted(
         i.name
@@ -165,10 +207,16 @@ def _doubly_reparameterised(c: Case) -> str | None:
         estimator = c.estimators.get(other.name)
         if estimator is None or estimator.frozen:
             continue
-        if not estimator.scored:
+        if not (estimator.scored or estimator.exhaustive):
             return f"site {other.name!r} of the same row is {_name(estimator)!r}; make both 'dreg' or both 'pathwise'."
+        if estimator.exhaustive and "wake" in c.verbs:
+            return (
+                f"site {other.name!r} of the same row is enumerated, whose weights the surrogate does not know; use "
+                f"'score' there, or 'pathwise' here."
+            )
         if c.site.name in c.structure.ancestors(other.name):
-            return f"score-type site {other.name!r} depends on its draw; use 'pathwise' for this one."
+            kind = "enumerated" if estimator.exhaustive else "score-type"
+            return f"{kind} site {other.name!r} depends on its draw; use 'pathwise' for this one."
     return None
 
 
@@ -191,6 +239,7 @@ RULES: tuple[Rule, ...] = (
     _verb,
     _enough_draws,
     _detached,
+    _choices,
     _doubly_reparameterised,
 )
 
@@ -220,7 +269,8 @@ def plan(
     automatic = [i for i in structure.drawn() if i.name not in estimators]
     for info in automatic:
         chosen = next(
-            (e for e in PREFERRED if refusal(Case(objective, e, info, structure, estimators)) is None), score()
+            (e for e in _preferred(objective) if refusal(Case(objective, e, info, structure, estimators)) is None),
+            score(),
         )
         estimators[info.name] = chosen
         notes.append(f"{info.name}: {_name(chosen)} (chosen by auto)")
@@ -229,13 +279,48 @@ def plan(
         why = refusal(Case(objective, estimators[info.name], info, structure, estimators))
         if why is not None:
             problems.append(f"Site {info.name!r} under estimator {_name(estimators[info.name])!r}: {why}")
-    problems.extend(_whole_program(objective, structure))
+    problems.extend(_whole_program(objective, structure, estimators))
     if problems:
         raise LegalityError(
             f"Objective {_name(objective)!r} cannot be fitted to this program as asked:\n- " + "\n- ".join(problems)
         )
-    ordered = {i.name: estimators[i.name] for i in structure.drawn()}
-    return Plan(objective.draws, objective.outer, ordered, objective.requests()), notes
+    ordered = {i.name: _stopped(objective, estimators[i.name]) for i in structure.drawn()}
+    kl = frozenset(n for n in structure.sites if _closed_kl(n, structure) is None) if _wants_kl(objective) else None
+    return Plan(
+        objective.draws, objective.outer, ordered, objective.requests(), kl or frozenset(), objective.chunk
+    ), notes
+
+
+def _preferred(objective: Objective) -> tuple[Estimator, ...]:
+    """What "auto" tries, in this order."""
+    own = (resolve("estimator", name, Path(), f"Objective {_name(objective)!r}") for name in objective.prefers)
+    # At fixed draws no estimator has anything to add to a draw.
+    first = (score(),) if objective.detached else ()
+    return (*(kind() for kind in own if issubclass(kind, Estimator)), *first, *PREFERRED)
+
+
+def _stopped(objective: Objective, estimator: Estimator) -> Estimator:
+    """The estimator of a run: where draws are to carry no gradient, a live one is drawn as it is and stopped."""
+    live = not (estimator.scored or estimator.exhaustive or estimator.frozen or estimator.weighted)
+    return Plain() if objective.detached and live and type(estimator).count is Estimator.count else estimator
+
+
+def _wants_kl(objective: Objective) -> bool:
+    return bool({"kl", "kl where known"} & objective.requests())
+
+
+def _closed_kl(name: str, structure: Structure) -> str | None:
+    """Why a site has no closed-form KL here, or None where it has."""
+    info = structure.sites[name]
+    if info.role != "latent" or not info.closed_kl:
+        return f"Site {name!r} has no closed-form KL from guide to prior; use kl = 'sampled', or 'where_known'."
+    moved = sorted(p for p in info.model_parents if name in structure.ancestors(p))
+    if moved:
+        return (
+            f"Site {name!r} has no closed-form KL here: its prior looks at {moved}, which the guide draws after it and "
+            f"from it, so the term is no expectation of a KL; use kl = 'sampled', or 'where_known'."
+        )
+    return None
 
 
 def _named(patterns: Mapping[str, Estimator | None], structure: Structure) -> Iterator[tuple[str, Estimator]]:
@@ -252,7 +337,9 @@ def _named(patterns: Mapping[str, Estimator | None], structure: Structure) -> It
             yield name, chosen
 
 
-def _whole_program(objective: Objective, structure: Structure) -> Iterator[str]:
+def _whole_program(
+    objective: Objective, structure: Structure, estimators: Mapping[str, Estimator]
+) -> Iterator[str]:
     for name, info in structure.sites.items():
         rows = sorted(n for n in info.model_parents | info.guide_parents if structure.sites[n].local)
         if rows and not info.local:
@@ -266,6 +353,18 @@ def _whole_program(objective: Objective, structure: Structure) -> Iterator[str]:
             f"Sites {scaled} are scaled (a scale handler, or a subsampled plate inside a row), which has no meaning "
             f"inside a function of several draws; remove the scale or use 'elbo'."
         )
+    above = sorted(n for n, i in structure.sites.items() if not i.local)
+    if above and not objective.globals:
+        yield (
+            f"Sites {above} are outside data plate {structure.data_plate!r}, and the objective is of one row by "
+            f"itself; pass data_plate='none', which takes the whole program as one row, or use 'elbo' or 'iwae'."
+        )
+    summed = all(estimators[i.name].exhaustive for i in structure.drawn(local=True))
+    if objective.draws < objective.least_draws and not summed:
+        yield (
+            f"draws = {objective.draws}, and the objective compares draws of one row; set draws = "
+            f"{objective.least_draws} or more, or enumerate all sites of a row."
+        )
     still = all(i.point for i in structure.drawn(local=True))
     if objective.draws > 1 and objective.verbs != {"mean"} and still:
         yield (
@@ -278,16 +377,9 @@ def _whole_program(objective: Objective, structure: Structure) -> Iterator[str]:
         yield f"Parameters {shared} are in model and guide, whose losses differ under this objective; separate them."
     if "kl" in objective.requests():
         for info in structure.sites.values():
-            if info.role != "latent":
-                continue
-            if not info.closed_kl:
-                yield f"Site {info.name!r} has no closed-form KL from guide to prior; use kl = 'sampled'."
-            moved = sorted(p for p in info.model_parents if info.name in structure.ancestors(p))
-            if moved:
-                yield (
-                    f"Site {info.name!r} has no closed-form KL here: its prior looks at {moved}, which the guide draws "
-                    f"after it and from it, so the term is no expectation of a KL; use kl = 'sampled'."
-                )
+            why = _closed_kl(info.name, structure)
+            if info.role == "latent" and why is not None:
+                yield why
 
 
 def _name(algorithm: Objective | Estimator) -> str:

@@ -42,6 +42,25 @@ def log_mean_exp(x: Array, axis: int) -> Array:
     return logsumexp(x, axis) - math.log(x.shape[axis])
 
 
+class grouped_log_mean_exp:
+    """`1/G sum_g log mean_{k in g} exp x_k` along an axis of G groups of the same size, one after the other."""
+
+    def __init__(self, groups: int) -> None:
+        self.groups = groups
+
+    def _split(self, x: Array, axis: int) -> Array:
+        shape = tuple(x.shape)
+        size = shape[axis] // self.groups
+        return xp(x).reshape(x, (*shape[:axis], self.groups, size, *shape[axis + 1 :]))
+
+    def __call__(self, x: Array, axis: int) -> Array:
+        return xp(x).mean(log_mean_exp(self._split(x, axis), axis + 1), axis=axis)
+
+    def derivatives(self, x: Array, axis: int) -> tuple[Array, Array]:
+        w = xp(x).reshape(softmax(self._split(x, axis), axis + 1), tuple(x.shape))
+        return w / self.groups, (w - w * w) / self.groups
+
+
 def leave_one_out_mean(x: Array, axis: int = 1) -> Array:
     """For every entry of `axis` the mean of the other entries; the axis needs two or more."""
     return (xp(x).sum(x, axis=axis, keepdims=True) - x) / (x.shape[axis] - 1)

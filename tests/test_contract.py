@@ -30,7 +30,6 @@ from toys import (
     native_rows,
 )
 
-from ppl_lvm import draws
 from ppl_lvm.algorithm import Estimator, Objective
 from ppl_lvm.errors import LegalityError
 from ppl_lvm.estimators.dreg import dreg
@@ -41,29 +40,10 @@ from ppl_lvm.estimators.score import score
 from ppl_lvm.estimators.vimco import vimco
 from ppl_lvm.objectives.elbo import elbo
 from ppl_lvm.objectives.iwae import iwae
+from ppl_lvm.objectives.log_variance import log_variance
+from ppl_lvm.objectives.vis import vis
 
 TO_ROUNDING = 1e-12
-
-
-class vis(Objective):
-    """-log mean w for the model, log mean w^2 for the guide, both self-normalised."""
-
-    verbs = frozenset({"log_mean_exp"})
-    separate = True
-
-    def __call__(self, d: draws.Draws) -> draws.Loss:
-        return draws.Loss(-d.total(d.log_mean_exp(d.log_w)), d.total(d.log_mean_exp(2 * d.log_w)))
-
-
-class log_variance(Objective):
-    """Half the variance of log w over detached draws for the guide; the ELBO's gradient in expectation."""
-
-    verbs = frozenset({"mean", "variance"})
-    separate = True
-    detached = True
-
-    def __call__(self, d: draws.Draws) -> draws.Loss:
-        return draws.Loss(-d.total(d.mean(d.log_w)), d.total(0.5 * d.variance(d.log_w), 0.0 * d.log_w_global))
 
 
 def slow(*cell: object) -> ParameterSet:
@@ -261,7 +241,6 @@ def test_doubly_reparameterised_below_a_scored_class(backend: Backend, y: Estima
         (BERNOULLI, elbo(), {"z": rloo()}, "draws = 1"),
         (BERNOULLI, iwae(), {"z": vimco()}, "draws = 1"),
         (PLATE, elbo(draws=2), {"g": rloo(), "z": rloo()}, "outer = 1"),
-        (GAUSSIANS2, log_variance(draws=2), {"*": pathwise()}, "detached|fixed draws"),
     ],
     ids=name_of,
 )

@@ -35,7 +35,7 @@ ARROWS = {
     "backend_of": {"errors"},
     "program": {"algorithm", "backend_of", "errors", "lookup", "nets", "ops"},
     "backends": {"algorithm", "draws", "errors", "latents", "nets", "ops", "program"},
-    "legality": {"algorithm", "backends", "draws", "errors", "estimators"},  # "auto" prefers some by name
+    "legality": {"algorithm", "backends", "catalogue", "draws", "errors", "estimators"},  # "auto" prefers some by name
     "to_arviz": {"errors"},
     "data": {"backends", "errors", "lookup", "program"},
     "fitted": {"backends", "errors", "lookup", "program"},

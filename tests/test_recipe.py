@@ -184,7 +184,7 @@ def test_a_recipe_is_frozen() -> None:
 def test_unknown_names_list_the_valid_ones_and_suggest_one() -> None:
     assert re.match(r"Unknown recipe 'iwea'\. Did you mean 'iwae'\? Recipes: .*elbo", message("iwea"))
     unknown = message({"objective": "elbw"})
-    assert "unknown objective 'elbw'. Did you mean 'elbo'? Objectives: elbo, iwae" in unknown
+    assert "unknown objective 'elbw'. Did you mean 'elbo'? Objectives: chivi, ciwae" in unknown
     assert "path/to/file.py:elbw" in unknown
     unknown = message("elbo", estimator={"y": "pathwis"})
     assert unknown.startswith("estimator.y of recipe 'elbo' asks for an unknown estimator 'pathwis'")
@@ -207,7 +207,7 @@ def test_wrong_values_name_the_key_the_value_and_what_is_expected() -> None:
         ({"draws": "3"}, "objective.draws is '3', but it should be a valid integer."),
         ({"draws": True}, "objective.draws is True, but it should be a valid integer."),
         ({"steps": 0}, "steps is 0, but it should be greater than or equal to 1."),
-        ({"kl": "closed"}, "objective.kl is 'closed', but it should be 'sampled' or 'closed_form'."),
+        ({"kl": "closed"}, "objective.kl is 'closed', but it should be 'sampled', 'closed_form' or 'where_known'."),
         ({"optimizer": "adm"}, "optimizer.name is 'adm', but it should be 'adam', 'sgd' or 'adamw'."),
         ({"optimizer": 3}, "optimizer is 3, but it should be a name"),
         ({"objective": 3}, "objective is 3, but it should be the name of an objective"),

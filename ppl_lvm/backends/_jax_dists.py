@@ -200,6 +200,17 @@ class GuideSite:
     def log_prob(self, value: Array) -> Array:
         return self._fn.log_prob(value)
 
+    def explore(self, epsilon: float) -> tuple[Array, int]:
+        assert self._support is not None
+        drawn, size = self.sample(), len(self._support)
+        if self._injected is not None:
+            return drawn, size
+        where, which = (jax.random.fold_in(self._key, i) for i in (1, 2))
+        batch = self._fn.batch_shape
+        stray = jax.random.uniform(where, batch) < epsilon
+        index = jax.random.randint(which, batch, 0, size)
+        return jnp.where(stray.reshape(batch + (1,) * len(self._fn.event_shape)), self.select(index), drawn), size
+
     def select(self, index: Array) -> Array:
         value = jnp.asarray(self._support)[index]
         if self._as_float and _boolean(self._fn):

@@ -154,6 +154,8 @@ class Trainer:
         mode = self.mode
         if mode == "eager":
             return eager, "eager", []
+        if self._plan.chunk is not None:
+            return eager, "eager", ["compile: eager, as draws in chunks are run again for their gradient"]
         if mode == "auto" and self._steps < FEWEST_TRACED:
             return eager, "eager", [f"compile: eager, as {self._steps} steps are fewer than tracing pays for"]
         try:

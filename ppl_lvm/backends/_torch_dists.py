@@ -175,6 +175,21 @@ class GuideSite:
     def log_prob(self, value: Tensor) -> Tensor:
         return log_prob(self._fn, value)
 
+    def explore(self, epsilon: float) -> tuple[Tensor, int]:
+        assert self._support is not None
+        drawn = self.sample()
+        size, batch = len(self._support), self._fn.batch_shape
+        if self._injected is not None:
+            return drawn, size
+
+        def elsewhere() -> Tensor:
+            index = torch.floor(torch.rand(batch, dtype=torch.float64) * size).long()
+            event = (1,) * len(self._fn.event_shape)
+            stray = (torch.rand(batch) < epsilon).reshape(batch + event)
+            return self._share(torch.where(stray, self.select(index), drawn))
+
+        return self._remember(elsewhere), size
+
     def select(self, index: Tensor) -> Tensor:
         assert self._support is not None
         like = torch.as_tensor(self._support)

@@ -18,7 +18,7 @@ import numpy as np
 from ppl_lvm import ops
 from ppl_lvm.algorithm import Algorithm, Estimator, GuideFamily, Objective, Schedule, SiteDistribution
 from ppl_lvm.draws import Draws, Plate
-from ppl_lvm.errors import BackendError, DataError, ProgramError
+from ppl_lvm.errors import BackendError, DataError, LegalityError, ProgramError
 from ppl_lvm.latents import Discrete, Latent, PlateOf, Sketch, check_plates
 from ppl_lvm.ops import Array
 
@@ -126,6 +126,10 @@ class Plan:
     M: int = 1
     estimators: Mapping[str, Estimator] = field(default_factory=dict)
     requests: frozenset[str] = frozenset()
+    kl: frozenset[str] = frozenset()
+    """Sites whose KL is found in closed form."""
+    chunk: int | None = None
+    """Draws that are run at a time; None: all."""
 
     @staticmethod
     def of_values(structure: Structure, K: int, M: int) -> Plan:
@@ -135,6 +139,10 @@ class Plan:
     @property
     def frozen(self) -> bool:
         return any(e.frozen for e in self.estimators.values())
+
+    def varied(self, name: str, count: int) -> bool:
+        """Whether a site's value is one of its estimator's variants, of which there are `count`."""
+        return count > 1 or self.estimators[name].weighted
 
     def layout(self, structure: Structure, local: bool) -> tuple[int, dict[str, tuple[int, int]]]:
         """V of a level, and for each of its sites (variants, stride) on the draws axis.
@@ -334,6 +342,39 @@ def row_params(program: Program, ppl: Any, initial: Mapping[str, Any], total: in
     if not program.takes_rows or total is None:
         return frozenset()
     return frozenset(n for n, p in initial.items() if tuple(getattr(p, "shape", ()))[:1] == (total,))
+
+
+def dreamt(
+    program: Program, structure: Structure, batch: Call, values: Mapping[str, Any], cast: Callable[[Any, Any], Any]
+) -> Call:
+    """The data with what the model drew in the place of every observed site's own; `cast(value, like)` gives a dtype.
+
+    Raises:
+        LegalityError: a site's data are no argument of the program, so that the guide could not look at what was drawn.
+    """
+    arguments = batch.named(program.arguments)
+    sites = {n: program.argument_of(n) for n, i in structure.sites.items() if i.role == "observed"}
+    astray = sorted(n for n, a in sites.items() if arguments.get(a) is None)
+    if astray or batch.known:
+        why = f"the data of sites {astray} are no arguments of the program; pass observed={{site: argument}}"
+        raise LegalityError(
+            "The guide is to be trained on data that the model draws (sleep), but "
+            + (why if astray else "entries are missing in the data, and what is drawn is complete")
+            + "; or use an objective without a sleep phase, 'rws' with sleep = 0."
+        )
+    drawn = {a: values[n] for n, a in sites.items()}
+    wrong = {n: (tuple(v.shape), tuple(arguments[n].shape)) for n, v in drawn.items() if v.shape != arguments[n].shape}
+    if wrong:
+        raise LegalityError(f"What the model draws has another shape than the data (drawn, data): {wrong}.")
+    return batch.map_named(program.arguments, lambda n, a: cast(drawn[n], a) if n in drawn else a)
+
+
+def inner_axis(dim: int | None, nesting: int, plate_dim: int | None) -> int | None:
+    """Where a plate's dimension is among the inner axes of `[M, K, B, *inner]`; None for the data plate's own."""
+    if dim is None or dim == plate_dim:
+        return None
+    axis = nesting + dim
+    return axis - 1 if plate_dim is not None and dim > plate_dim else axis
 
 
 def is_real(support: Any) -> bool:
@@ -644,7 +685,7 @@ def with_numbers(objective: Objective, plan: Plan, numbers: Numbers) -> tuple[Ob
 
 def static_key(objective: Objective, plan: Plan) -> Hashable:
     """What a compiled step depends on besides shapes: everything of objective and estimators but their numbers."""
-    return _static(objective), plan.requests, tuple((s, _static(e)) for s, e in plan.estimators.items())
+    return _static(objective), plan.requests, plan.kl, tuple((s, _static(e)) for s, e in plan.estimators.items())
 
 
 def _static(algorithm: Algorithm) -> Hashable:

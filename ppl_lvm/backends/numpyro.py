@@ -54,9 +54,11 @@ from ppl_lvm.backends.base import (
     check_scale,
     check_sites,
     check_value,
+    dreamt,
     example_kinds,
     find_data_plate,
     given_rows,
+    inner_axis,
     is_factor,
     is_point,
     latent_site,
@@ -350,10 +352,13 @@ class NumPyroBound:
         data_plate = self._data_plate(guide | model, asked)
         frames = {f.name: f for s in every for f in s["cond_indep_stack"]}
         dims = {n: f.dim for n, f in frames.items()}
+        plate_dim = dims[data_plate] if data_plate else None
 
         def plates(site: Message) -> tuple[Plate, ...]:
             stack = sorted(site["cond_indep_stack"], key=lambda f: f.dim)
-            return tuple(Plate(f.name, sizes[f.name][0], f.size) for f in stack)
+            return tuple(
+                Plate(f.name, sizes[f.name][0], f.size, inner_axis(f.dim, nesting, plate_dim)) for f in stack
+            )
 
         def local(site: Message) -> bool:
             return data_plate is None or any(f.name == data_plate for f in site["cond_indep_stack"])
@@ -569,7 +574,7 @@ class NumPyroBound:
                 )
                 estimator = plan.estimators[info.name]
                 count, stride = layout[info.name]
-                if count == 1:
+                if not plan.varied(info.name, count):
                     return estimator.sample(site)
                 variant = estimator.variants(site, t // stride % count)
                 variants[info.name] = variant
@@ -605,6 +610,8 @@ class NumPyroBound:
         K, M = plan.K * v_local, plan.M * v_outer
         axes = {"local": 0, "outer": None, "states": 0}
         inner = jax.vmap(run, in_axes=(None, 0, None, 0), out_axes=axes)
+        if plan.chunk is not None and plan.chunk < plan.K:
+            inner = _in_pieces(inner, plan.chunk * v_local)
         with contextlib.nullcontext() if training else evaluation():
             table = jax.vmap(inner, in_axes=(0, None, 0, 0))(
                 jnp.arange(M), jnp.arange(K), given_outer, given_local
@@ -628,8 +635,39 @@ class NumPyroBound:
             batch=batch.leaves[0] if batch.leaves else None,
             states=states or {},
             own=own or {},
+            dream=self._dream(constrained, batch, key, training) if "sleep" in plan.requests else {},
         )
         return table_of_sites, next_states(held, table["states"], v_local * v_outer)
+
+    def _dream(self, constrained: Params, batch: Call, key: Array, training: bool) -> dict[str, Array]:
+        """`log q` of every latent site at values that the model drew, given the data that it drew with them."""
+        key = site_key(key, "$dream")
+
+        def drawn(msg: Message) -> Array:
+            return draw(msg["fn"], message_key(key, msg), self.program.portable)
+
+        def observed(msg: Message) -> Array:
+            return msg["value"] if is_factor(msg["fn"]) else drawn(msg)
+
+        sides = partial(Handler, key=key, still=not training)
+        with contextlib.nullcontext() if training else evaluation():
+            stopped = jax.lax.stop_gradient(constrained)
+            model = self._trace(self._model, sides(stopped, latent=drawn, observed=observed, side="model"), batch)
+            values = {n: s["value"] for n, s in model.items() if s["type"] == "sample"}
+            data = dreamt(self.program, self.structure, batch, values, lambda value, like: value.astype(like.dtype))
+
+            def replayed(msg: Message) -> Array:
+                return of_step(values[msg["name"]], msg)
+
+            plates = plates_of(model)
+            again = sides(constrained, latent=replayed, subsamples=plates, scanned=values)
+            guide = self._trace(self._guide, again, data)
+        sites = self.structure.sites
+        return {
+            n: self._rows(self._full(site_log_prob(s), sites[n]), sites[n])
+            for n, s in guide.items()
+            if s["type"] == "sample"
+        }
 
     def _check_frozen(self) -> None:
         if self._restless:
@@ -670,7 +708,7 @@ class NumPyroBound:
                 if value is not None:
                     value = jnp.broadcast_to(value, site["fn"].batch_shape)
                     row[label] = self._only(self._full(value, info), info)
-        if "kl" in plan.requests and in_guide is not None and in_model is not None:
+        if name in plan.kl and in_guide is not None and in_model is not None:
             row["kl"] = self._rows(self._full(kl(in_guide["fn"], in_model["fn"]), info), info)
         if info.user_scaled:
             for label, message in (("user_scale", in_model), ("guide_scale", in_guide)):
@@ -705,17 +743,17 @@ class NumPyroBound:
     def _full(self, x: Array, info: SiteInfo) -> Array:
         """A batch-shaped array as `[B, *inner]` (local) or as it is (global)."""
         n = self.structure.nesting
-        if not info.local or self.structure.plate_dim is None:
+        if not info.local:
             return x
         x = jnp.reshape(x, (1,) * (n - x.ndim) + x.shape)
+        if self.structure.plate_dim is None:
+            return x[None]
         axis = n + self.structure.plate_dim
         x = jnp.moveaxis(x, axis, 0)
         return jnp.broadcast_to(x, (self.structure.rows, *x.shape[1:]))
 
     def _rows(self, full: Array, info: SiteInfo) -> Array:
         """Summed over every plate but the data plate: `[B]`, or a scalar for a global site."""
-        if info.local and self.structure.plate_dim is None:
-            return full.sum()[None]
         return full.reshape(full.shape[0], -1).sum(1) if info.local else full.sum()
 
     def _scale(self, scale: Any, info: SiteInfo) -> Array:
@@ -727,9 +765,7 @@ class NumPyroBound:
 
     def _only(self, full: Array, info: SiteInfo) -> Array:
         """Coefficients of variants: one number a row, as a site with variants is one draw a row."""
-        if info.local and self.structure.plate_dim is not None:
-            return full.reshape(full.shape[0])
-        return full.reshape((1,) if info.local else ())
+        return full.reshape(full.shape[0] if info.local else ())
 
     def _from_site(self, value: Array, event_dim: int, info: SiteInfo) -> Array:
         if not info.local or self.structure.plate_dim is None:
@@ -882,8 +918,25 @@ class NumPyroBound:
         return Gradients(loss, gradient, own_gradient, states_, left)
 
 
+def _in_pieces(inner: Callable[..., Any], size: int) -> Callable[..., Any]:
+    """The same table from `size` entries of the draws axis at a time, computed anew for the gradient."""
+
+    def run(m: Array, k: Array, outer: dict[str, Array], local: dict[str, Array]) -> dict[str, Any]:
+        def cut(a: Array) -> Array:
+            return a.reshape(-1, size, *a.shape[1:])
+
+        def piece(part: tuple[Array, dict[str, Array]]) -> dict[str, Any]:
+            return inner(m, part[0], outer, part[1])
+
+        table = jax.lax.map(jax.checkpoint(piece), (cut(k), jax.tree.map(cut, local)))
+        first = jax.tree.map(lambda a: a[0], table["outer"])
+        return jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), table) | {"outer": first}
+
+    return run
+
+
 def _static(plan: Plan) -> Hashable:
-    return plan.K, plan.M, plan.requests, tuple(plan.estimators.items())
+    return plan.K, plan.M, plan.requests, plan.kl, plan.chunk, tuple(plan.estimators.items())
 
 
 def _is_set(value: Any) -> bool:

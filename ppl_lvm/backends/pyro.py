@@ -23,6 +23,7 @@ from pyro.ops.provenance import get_provenance, track_provenance
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.distributions import biject_to, transform_to
+from torch.utils.checkpoint import checkpoint
 
 from ppl_lvm.algorithm import GuideFamily, Objective, Variant
 from ppl_lvm.backends import _pyro_forward
@@ -53,9 +54,11 @@ from ppl_lvm.backends.base import (
     check_scale,
     check_sites,
     check_value,
+    dreamt,
     example_kinds,
     find_data_plate,
     given_rows,
+    inner_axis,
     is_factor,
     is_point,
     latent_site,
@@ -281,6 +284,8 @@ class PyroBound:
         self._ranks = {n: len(s["fn"].batch_shape) for t in (model, guide) for n, s in t.items()}
         data_plate = self._data_plate(model, asked)
 
+        plate_dim = frames[data_plate].dim if data_plate else None
+
         def local(site: Message) -> bool:
             return data_plate is None or any(f.name == data_plate for f in site["cond_indep_stack"])
 
@@ -293,7 +298,7 @@ class PyroBound:
             given = [self._user_scale(s, data_plate) for s in (site, of_model)]
             scales = [torch.as_tensor(scale, dtype=torch.get_default_dtype()) for scale in given]
             for scale in scales:
-                check_scale(name, scale.shape, frames[data_plate].dim if data_plate and local(site) else None)
+                check_scale(name, scale.shape, plate_dim if local(site) else None)
             infos[name] = SiteInfo(
                 name=name,
                 role=role,
@@ -301,7 +306,7 @@ class PyroBound:
                 reparameterised=bool(site["fn"].has_rsample),
                 support=finite_support(site["fn"]) if role != "observed" and not site["is_observed"] else None,
                 plates=tuple(
-                    Plate(f.name, f.full_size or f.size, f.size)
+                    Plate(f.name, f.full_size or f.size, f.size, inner_axis(f.dim, nesting, plate_dim))
                     for f in sorted(site["cond_indep_stack"], key=lambda f: f.dim or 0)
                 ),
                 local_in_model=local(of_model),
@@ -318,7 +323,7 @@ class PyroBound:
             plate_size=frame.full_size if frame is not None and frame.full_size != frame.size else None,
             rows=frame.size if frame is not None else 1,
             nesting=nesting,
-            plate_dim=frame.dim if frame is not None else None,
+            plate_dim=plate_dim,
             groups={},
         )
 
@@ -468,7 +473,36 @@ class PyroBound:
             batch=next((a for a in batch.leaves if isinstance(a, Tensor)), None),
             states=states or {},
             own=own or {},
+            dream=self._dream(params, batch) if "sleep" in plan.requests else {},
         )
+
+    def _dream(self, params: Params, batch: Call) -> dict[str, Tensor]:
+        """`log q` of every latent site at values that the model drew, given the data that it drew with them."""
+        self._sizes = 1, 1
+
+        def drawn(msg: Message) -> None:
+            msg["value"] = draw(msg["fn"]).detach()
+
+        def observed(msg: Message) -> None:
+            if not is_factor(msg["fn"]):
+                drawn(msg)
+
+        stopped = {n: p.detach() for n, p in params.items()}
+        handler = Handler(self.constrain(stopped), drawn, observed=observed)
+        model = self._trace(self._model, handler, batch, stopped)
+        values = {n: s["value"] for n, s in model.items()}
+        data = dreamt(self.program, self.structure, batch, values, lambda value, like: value.to(like.dtype))
+
+        def replayed(msg: Message) -> None:
+            msg["value"] = of_step(values[msg["name"]], msg)
+
+        guide = self._trace(self._guide, Handler(self.constrain(params), replayed, handler.subsamples), data, params)
+        found = {}
+        for name, site in guide.items():
+            info = self.structure.sites[name]
+            log_q = self._rows(self._full(site_log_prob(site), info), info)
+            found[name] = log_q[0, 0] if info.local else log_q[0]
+        return found
 
     def broadcasts(self, plan: Plan, batch: Call) -> tuple[bool, bool]:
         """Whether this program broadcasts over outer draws and over draws; where it does not, they run one by one.
@@ -521,11 +555,37 @@ class PyroBound:
             [range(n)] if at_once else [range(i, i + 1) for i in range(n)]
             for n, at_once in zip(sizes, whole, strict=True)
         )
-        tables = [
-            joined([self._run(params, constrained, batch, plan, given, m, k, memo, subsamples) for k in inner], 1)
-            for m in outer
-        ]
-        return joined(tables, 0)
+        if plan.chunk is not None and plan.chunk < plan.K and whole[1]:
+            size = plan.chunk * plan.layout(self.structure, True)[0]
+            inner = [range(i, i + size) for i in range(0, sizes[1], size)]
+
+        def table(m: range, k: range) -> dict[str, Site]:
+            run = partial(self._run, params, constrained, batch, plan, given, m, k)
+            if plan.chunk is None:
+                return run(memo, subsamples)
+            return self._in_piece(run, params, memo, subsamples)
+
+        return joined([joined([table(m, k) for k in inner], 1) for m in outer], 0)
+
+    def _in_piece(
+        self,
+        run: Callable[[dict[Any, Tensor], dict[str, Tensor]], dict[str, Site]],
+        params: Params,
+        memo: dict[Any, Tensor],
+        subsamples: dict[str, Tensor],
+    ) -> dict[str, Site]:
+        """A run that keeps nothing for the gradient but its table: the gradient runs it again, on the same noise."""
+        before = dict(memo), dict(subsamples)
+
+        def again(*_: Tensor) -> tuple[dict[str, Site], dict[Any, Tensor], dict[str, Tensor]]:
+            now = dict(before[0]), dict(before[1])
+            with sealed(self.dtype):
+                return run(*now), *now
+
+        table, memo_, subsamples_ = checkpoint(again, *params.values(), use_reentrant=False)
+        memo |= memo_
+        subsamples |= subsamples_
+        return table
 
     def _run(
         self,
@@ -570,7 +630,7 @@ class PyroBound:
             axis = -(n + 1) if info.local else -(n + 2)
             site = GuideSite(fn, injected, info.support, span if len(entries) > 1 else 1, axis, remember)
             estimator = plan.estimators[info.name]
-            if count == 1:
+            if not plan.varied(info.name, count):
                 msg["value"] = estimator.sample(site)
                 return
             t = torch.arange(entries.start, entries.stop)
@@ -649,7 +709,7 @@ class PyroBound:
                     value = torch.as_tensor(value).expand(site["fn"].batch_shape)
                     row[label] = self._only(self._full(value, info), info)
         extra = {}
-        if "kl" in plan.requests and in_guide is not None and in_model is not None:
+        if name in plan.kl and in_guide is not None and in_model is not None:
             extra["kl"] = self._rows(self._full(kl(in_guide, in_model), info), info)
         scales: dict[str, Any] = {}
         for label, message in (("user_scale", in_model), ("guide_scale", in_guide)):
@@ -694,8 +754,10 @@ class PyroBound:
 
     def _full(self, x: Tensor, info: SiteInfo) -> Tensor:
         x = self._pad(x, 0, info.local)
-        if not info.local or self.structure.plate_dim is None:
+        if not info.local:
             return x
+        if self.structure.plate_dim is None:
+            return x.unsqueeze(2)
         x = x.movedim(2 + self.structure.nesting + self.structure.plate_dim, 2)
         return x.expand(x.shape[:2] + (self.structure.rows,) + x.shape[3:])
 
