@@ -189,9 +189,8 @@ def test_unknown_names_list_the_valid_ones_and_suggest_one() -> None:
     unknown = message("elbo", estimator={"y": "pathwis"})
     assert unknown.startswith("estimator.y of recipe 'elbo' asks for an unknown estimator 'pathwis'")
     assert "Did you mean 'pathwise'?" in unknown
-    assert "has no option 'drwas'. Did you mean 'draws'? Options: batch_size, check_every, clip, draws" in message(
-        "iwae", drwas=3
-    )
+    unknown = message("iwae", drwas=3)
+    assert "has no option 'drwas'. Did you mean 'draws'? Options: batch_size, check_every, chunk, clip" in unknown
     assert "objective, 'elbo', has no option 'draw'. Did you mean 'draws'?" in message(
         "elbo", **{"objective.draw": 3}
     )

@@ -7,8 +7,8 @@ from ppl_lvm.ops import Array
 class enumerate(Estimator):
     """`sum_v q(v) h(v)` over the whole support: no sampling noise, cost V program evaluations per draw.
 
-    Legal where the expectation is of one draw (`mean`, and `log_mean_exp` with weight `log q`). Laid out as more draws
-    of a joint function it would be another bound, so that is refused.
+    In a function f of K draws the sum is over all choices of one value for each draw, `sum_v1..vK q(v1)..q(vK)
+    f(log_w_1(v1), .., log_w_K(vK))`: V^K evaluations of f, none more of the program, up to 4,096.
 
     Example:
         >>> enumerate().count(support=10)
@@ -17,10 +17,6 @@ class enumerate(Estimator):
 
     exhaustive = True
     site = "finite"
-    refuses = {
-        "joint": "its values are no draws: laid out as more of them the bound would be another one",
-        "variance": "it has no detached draws",
-    }
 
     def count(self, support: int) -> int:
         return support

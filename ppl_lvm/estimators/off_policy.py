@@ -8,11 +8,11 @@ from ppl_lvm.ops import Array, stop_gradient
 
 
 class off_policy(Estimator):
-    """`b(z) = (1 - epsilon) q(z) + epsilon / V`: uniform on the V values with probability epsilon.
+    """`b(z) = (1 - epsilon) q(z) + epsilon / V`: uniform on the V values of the support with probability epsilon.
 
     Objectives at fixed draws (`trajectory_balance`, `log_variance`) take the draws as they are: guides that have lost a
-    mode find it again. Elsewhere a draw is weighed by `q / b`, at most `1 / (1 - epsilon)`, which is unbiased for a mean
-    over draws; its gradient is a score, `q / b h grad log q`.
+    mode find it again. Elsewhere a draw is weighed by `q / b`, at most `1 / (1 - epsilon)`, which is unbiased for a
+    mean over draws; its gradient is a score, `q / b h grad log q`.
 
     Source: exploration in Hu, Malkin, Jain, Everett, Graikos, Bengio (2023), GFlowNet-EM, arXiv:2302.06576.
 
