@@ -57,6 +57,25 @@ class Schedule(BaseModel):
         return float(self.start * (self.end / self.start) ** t)
 
 
+@dataclass(frozen=True)
+class Turn:
+    """One in a block of steps and zero in the others: `first .. first + length - 1` of every `period`.
+
+    Example:
+        >>> [Turn(first=1, length=2, period=3).at(step) for step in range(4)]
+        [0.0, 1.0, 1.0, 0.0]
+    """
+
+    first: int
+    length: int
+    period: int
+    end: ClassVar[float] = 1.0
+
+    def at(self, step: int) -> float:
+        """Whether an optimiser step, counted from 0, is in the block."""
+        return float(0 <= step % self.period - self.first < self.length)
+
+
 def _reach(number: float | Schedule) -> tuple[float, float]:
     return (number.start, number.end) if isinstance(number, Schedule) else (number, number)
 
@@ -219,6 +238,10 @@ class Objective(Algorithm):
         """What the backend must find besides densities, decided before the run: "kl" (every latent site's KL in closed
         form, in `Site.extra`), "kl where known" (of those that have one), "sleep" (`Draws.dream`)."""
         return frozenset()
+
+    def model_first(self) -> bool:
+        """Whether the guide's gradient of a step is taken at the model's new parameters, on the same draws."""
+        return False
 
     def smooth(self) -> bool:
         """Whether its functions of all draws are twice differentiable."""

@@ -28,6 +28,11 @@ def _without_loop(asker: str, asked: Any, options: Mapping[str, Any]) -> tuple[R
             f"{', '.join(theirs)} was given to {asker}, but the loop and its optimiser are those of SVI; give it to "
             f"them."
         )
+    if how.objective is not None and how.objective.model_first():
+        raise RecipeError(
+            f"{asker} was asked for objective {type(how.objective).__name__!r} with the model moved first in every "
+            f"step, and SVI moves all parameters at once; leave sequential out, or train with fit."
+        )
     if how.objective is None:
         raise RecipeError(f"Recipe {how.name!r} has a method, which is no loss of SVI; run it with fit.")
     return how, how.objective

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from ppl_lvm import backends, legality, progress
-from ppl_lvm.algorithm import GuideFamily, Schedule
+from ppl_lvm.algorithm import GuideFamily, Schedule, Turn
 from ppl_lvm.backends.base import Call, numbers_of, parameter_groups
 from ppl_lvm.data import Batches, Missing, check_missing, check_observed, is_batches, observe, read
 from ppl_lvm.errors import DataError, LegalityError, PplLvmError, ProgramError, RecipeError
@@ -187,7 +187,7 @@ def fit(
     messages += _about_restarts(how, trainer, tree, seeds, state)
 
     held = bound.batch(training)
-    numbers = numbers_of(how.objective, plan, moved.optimizers)
+    numbers = numbers_of(how.objective, plan, moved.optimizers, moved.turns)
     watch = Watch(
         trainer,
         _runs(how, held_out, seeds, state),
@@ -599,8 +599,8 @@ def _index(rows: int | None, size: int | None, seed: int, first: int, steps: int
     return np.stack([next(batches) for _ in range(steps)])
 
 
-def _values(number: float | Schedule, first: int, steps: int) -> np.ndarray:
-    at = number.at if isinstance(number, Schedule) else lambda _: number
+def _values(number: float | Schedule | Turn, first: int, steps: int) -> np.ndarray:
+    at = number.at if isinstance(number, Schedule | Turn) else lambda _: number
     return np.array([at(step) for step in range(first, first + steps)], dtype=np.float64)
 
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ppl_lvm import lookup
-from ppl_lvm.algorithm import best_pattern
+from ppl_lvm.algorithm import Turn, best_pattern
 from ppl_lvm.backends.base import Descent, check_value
 from ppl_lvm.errors import DataError, ProgramError, RecipeError
 
@@ -61,9 +62,21 @@ def descent(how: Recipe, groups: Groups) -> Descent:
     owner = {pattern: "optimizer" if single else f"optimizer.{pattern}" for pattern in how.optimizers}
     stay = frozen(how.freeze, groups)
     chosen = optimizer_of(how.optimizers, groups)
+    assert how.objective is not None
     return Descent(
-        {owner[p]: o for p, o in how.optimizers.items()}, {n: owner[p] for n, p in chosen.items() if n not in stay}
+        {owner[p]: o for p, o in how.optimizers.items()},
+        {n: owner[p] for n, p in chosen.items() if n not in stay},
+        {n: group_of(used) for n, used in groups.items()},
+        turns({str(group): steps for group, steps in (how.alternate or {}).items()}),
+        how.objective.model_first(),
     )
+
+
+def turns(blocks: Mapping[str, int]) -> dict[str, Turn]:
+    """When each group moves, from the lengths of its blocks in their order."""
+    period = sum(blocks.values())
+    first = dict(zip(blocks, accumulate(blocks.values(), initial=0), strict=False))
+    return {group: Turn(first[group], length, period) for group, length in blocks.items()}
 
 
 def frozen(patterns: Sequence[str], groups: Groups) -> set[str]:

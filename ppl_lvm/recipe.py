@@ -6,7 +6,7 @@ import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Self, TypeGuard, TypeVar, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, TypeGuard, TypeVar, get_args
 
 from pydantic import (
     BaseModel,
@@ -80,6 +80,8 @@ class Recipe(BaseModel):
             itself: a name, a pattern ("encoder.*"), the group "model" or "guide", or "*" for the rest; the most
             specific wins, in this order. A parameter that model and guide share is the model's; those of estimators
             and of the objective itself ("estimator.<site>.<name>", "objective.<name>") go with the guide.
+        alternate: blocks of steps that move one group only, as in `{"guide": 400, "model": 400}`: E and M steps in this
+            order, from the beginning again. What does not move keeps its optimiser's state too. None: both, every step.
         freeze: patterns of parameters that stay as they are, names and groups as for `optimizer`.
         check_every: steps between two looks at validation, and between two calls of callbacks.
         patience: early stopping after this many checks without improvement, with the best parameters kept; needs
@@ -102,6 +104,7 @@ class Recipe(BaseModel):
     steps: int = Field(default=1000, ge=1)
     batch_size: int | None = Field(default=None, ge=1)
     optimizer: InstanceOf[Optimizer] | dict[str, InstanceOf[Optimizer]] = Optimizer()
+    alternate: dict[Literal["model", "guide"], Annotated[int, Field(ge=1)]] | None = None
     freeze: tuple[str, ...] = ()
     check_every: int = Field(default=100, ge=1)
     patience: int | None = Field(default=None, ge=1)
@@ -121,6 +124,13 @@ class Recipe(BaseModel):
     @classmethod
     def _patterns(cls, given: object) -> object:
         return (given,) if isinstance(given, str) else tuple(given) if isinstance(given, list) else given
+
+    @field_validator("alternate", mode="after")
+    @classmethod
+    def _both_take_turns(cls, blocks: dict[str, int] | None) -> dict[str, int] | None:
+        if blocks is not None and len(blocks) < 2:
+            raise ValueError(f"a block of {' and '.join(blocks) or 'nothing'} alone; give both, or freeze the other")
+        return blocks
 
     @model_validator(mode="after")
     def _objective_or_method(self) -> Self:
@@ -168,7 +178,7 @@ class Recipe(BaseModel):
             "batch_size": self.batch_size,
             "optimizer": plain["*"] if isinstance(self.optimizer, Optimizer) else plain,
         }
-        rest = ("freeze", "check_every", "patience", "min_delta", "restarts")
+        rest = ("alternate", "freeze", "check_every", "patience", "min_delta", "restarts")
         changed = [name for name in rest if getattr(self, name) != type(self).model_fields[name].default]
         table |= {name: getattr(self, name) for name in changed}
         if self.freeze:

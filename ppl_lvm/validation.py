@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from ppl_lvm.algorithm import Schedule
+from ppl_lvm.algorithm import Schedule, Turn
 from ppl_lvm.backends.base import Call
 from ppl_lvm.errors import DataError
 
@@ -88,10 +88,10 @@ class HeldOut:
             raise DataError("The validation data have no rows.")
 
     def look(
-        self, trainer: Any, numbers: Mapping[str, float | Schedule]
+        self, trainer: Any, numbers: Mapping[str, float | Schedule | Turn]
     ) -> Callable[[Any], np.ndarray]:
         """A function of the trainer's tree: the loss `[R]` in nats per row."""
-        final = {n: v.end if isinstance(v, Schedule) else v for n, v in numbers.items()}
+        final = {n: v.end if isinstance(v, Schedule | Turn) else v for n, v in numbers.items()}
 
         def loss(tree: Any) -> np.ndarray:
             parts = [

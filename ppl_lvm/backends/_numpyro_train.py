@@ -18,6 +18,7 @@ from ppl_lvm.backends.base import (
     RECORDS,
     Call,
     Descent,
+    Gradients,
     Numbers,
     Plan,
     Steps,
@@ -107,7 +108,7 @@ class Trainer:
         keys = [jax.random.key(seed) for seed in seeds]
         self._key = keys[0] if len(keys) == 1 else jnp.stack(keys)
         self._descent = descent
-        self._transforms = {place: _TRANSFORMS[_name(o)]() for place, o in descent.used.items()}
+        self._transforms = {unit: _TRANSFORMS[_name(u.optimizer)]() for unit, u in descent.units.items()}
         shapes = tuple((np.shape(a), np.asarray(a).dtype.str) for a in example.leaves)
         names = (len(example.args), tuple(example.kwargs))
         self._cached = (
@@ -127,20 +128,21 @@ class Trainer:
             tree: Tree, batch: Call, numbers: Mapping[str, Any], key: Any, rows: Any
         ) -> tuple[Tree, dict[str, Any]]:
             here, planned = with_numbers(objective, plan, numbers)
-            step = bound.gradients(
-                tree["params"],
-                batch,
-                key,
-                planned,
-                here,
-                total_rows=rows,
-                states=tree["states"],
-                own=tree["own"],
-                mutable=tree["mutable"],
-            )
-            values, optimizer, norm = descend(
-                merged(tree["params"], tree["own"]), merged(step.params, step.own), tree["optimizer"], numbers
-            )
+
+            def gradients(params: Any) -> Gradients:
+                states, own, mutable = tree["states"], tree["own"], tree["mutable"]
+                options = {"total_rows": rows, "states": states, "own": own, "mutable": mutable}
+                return bound.gradients(params, batch, key, planned, here, **options)
+
+            step = gradients(tree["params"])
+            before, found = merged(tree["params"], tree["own"]), merged(step.params, step.own)
+            if self._descent.model_first:
+                moved, *_ = descend(before, found, tree["optimizer"], numbers)
+                groups = self._descent.groups
+                step_ = gradients({n: moved[n] if groups[n] == "model" else p for n, p in tree["params"].items()})
+                later = merged(step_.params, step_.own)
+                found = {n: g if groups[n] == "model" else later[n] for n, g in found.items()}
+            values, optimizer, norm = descend(before, found, tree["optimizer"], numbers)
             total = bound.structure.plate_size or (bound.structure.rows if rows is None else rows)
             tree = {
                 "params": {n: values[n] for n in tree["params"]},
@@ -169,8 +171,8 @@ class Trainer:
                 "states": {s: jnp.asarray(v, float) for s, v in states.items()},
                 "mutable": self._bound.states,
                 "optimizer": {
-                    place: transform.init({n: every[n] for n in self._descent.names(place)})
-                    for place, transform in self._transforms.items()
+                    unit: self._transforms[unit].init({n: every[n] for n in u.names})
+                    for unit, u in self._descent.units.items()
                 },
             }
 
@@ -272,21 +274,32 @@ def _descend(
         values: dict[str, Any], gradients: Mapping[str, Any], states: Mapping[str, Any], numbers: Mapping[str, Any]
     ) -> tuple[dict[str, Any], dict[str, Any], Any]:
         values, states_, squares = dict(values), {}, []
-        for place, optimizer in descent.used.items():
-            names = descent.names(place)
+        for unit, u in descent.units.items():
+            place, names = u.place, u.names
             gradient = {n: gradients[n] for n in names}
-            squares.append(sum(jnp.sum(g**2) for g in jax.tree.leaves(gradient)))
-            norm = jnp.sqrt(squares[-1])
+            square = sum(jnp.sum(g**2) for g in jax.tree.leaves(gradient))
+            norm = jnp.sqrt(square)
             if f"{place}.clip" in numbers:
                 factor = jnp.minimum(1.0, numbers[f"{place}.clip"] / norm)
                 gradient = jax.tree.map(lambda g, c=factor: g * c, gradient)
             now = {n: values[n] for n in names}
-            update, states_[place] = transforms[place].update(gradient, states[place], now)
+            update, state = transforms[unit].update(gradient, states[unit], now)
             rate = numbers[f"{place}.learning_rate"]
-            decay = numbers.get(f"{place}.weight_decay", WEIGHT_DECAY.get(_name(optimizer), 0.0))
-            values |= jax.tree.map(
+            decay = numbers.get(f"{place}.weight_decay", WEIGHT_DECAY.get(_name(u.optimizer), 0.0))
+            moved = jax.tree.map(
                 lambda p, u, rate=rate, decay=decay: (p - rate * (u + decay * p)).astype(p.dtype), now, update
             )
+            if u.turn in numbers:
+                mine = numbers[u.turn] > 0
+
+                def chosen(new: Any, old: Any, mine: Any = mine) -> Any:
+                    return jnp.where(mine, new, old)
+
+                moved, state = jax.tree.map(chosen, (moved, state), (now, states[unit]))
+                square = square * mine
+            squares.append(square)
+            states_[unit] = state
+            values |= moved
         return values, states_, jnp.sqrt(sum(squares))
 
     return descend

@@ -229,8 +229,8 @@ class Trainer:
     ) -> Tree:
         every = merged(params, own)
         optimizers = {
-            place: _OPTIMIZERS[o.name]([every[n] for n in self._descent.names(place)])  # type: ignore[attr-defined]
-            for place, o in self._descent.used.items()
+            unit: _OPTIMIZERS[u.optimizer.name]([every[n] for n in u.names])  # type: ignore[attr-defined]
+            for unit, u in self._descent.units.items()
         }
         return {"params": params, "own": own, "states": states, "optimizer": optimizers}
 
@@ -281,23 +281,36 @@ class Trainer:
                         key, lambda: self._prepare(leaves, structure, rows)  # noqa: B023 - called at once
                     )
                     self.notes.extend(notes)
-                seed_generators(_step_seed(seed, start + i))
-                loss, norm, *rest = self._step(*leaves)
-                found.append(loss)
+                now = {name: float(v[i]) for name, v in numbers.items()}
+                values, following = [], tree
+                # The optimisers work in place, so a second run is at what the first has moved.
+                for moving in ("model", "guide") if self._descent.model_first else (None,):
+                    seed_generators(_step_seed(seed, start + i))
+                    value, norm, *rest = self._step(*leaves)
+                    values.append(value)
+                    following = self._update(tree, rest, now, moving)
+                found.append(values[0])
                 norms.append(norm)
-                tree = self._update(tree, rest, {name: float(v[i]) for name, v in numbers.items()})
+                tree = following
         return tree, torch.stack(found), torch.stack(norms)
 
-    def _update(self, tree: Tree, out: list[Tensor], numbers: Mapping[str, float]) -> Tree:
+    def _update(
+        self, tree: Tree, out: list[Tensor], numbers: Mapping[str, float], moving: str | None
+    ) -> Tree:
+        """Moves the parameters whose turn it is, of one group or of all."""
         rest = iter(out)
-        for place, optimizer in tree["optimizer"].items():
+        for unit, u in self._descent.units.items():
+            optimizer = tree["optimizer"][unit]
+            still = not numbers.get(u.turn, 1.0) or moving not in (None, u.group)
             for group in optimizer.param_groups:
-                group["lr"] = numbers[f"{place}.learning_rate"]
-                if f"{place}.weight_decay" in numbers:
-                    group["weight_decay"] = numbers[f"{place}.weight_decay"]
+                group["lr"] = numbers[f"{u.place}.learning_rate"]
+                if f"{u.place}.weight_decay" in numbers:
+                    group["weight_decay"] = numbers[f"{u.place}.weight_decay"]
                 for parameter in group["params"]:
-                    parameter.grad = next(rest)
-            optimizer.step()
+                    gradient = next(rest)
+                    parameter.grad = None if still else gradient
+            if not still:
+                optimizer.step()
         return {**tree, "states": dict(zip(tree["states"], rest, strict=True))}
 
     def loss(
@@ -329,10 +342,10 @@ class Trainer:
         own = {s: {n: held[f"own/{s}/{n}"] for n in ps} for s, ps in tree["own"].items()}
         states = {s: held[f"states/{s}"] for s in tree["states"]}
         tree = self._with_optimizers(params, own, states)
-        for place, optimizer in tree["optimizer"].items():
-            moments: dict[int, dict[str, Tensor]] = {}
-            for i, name in enumerate(self._descent.names(place)):
-                prefix = f"optimizer/{place}/{name}/"
+        for unit, u in self._descent.units.items():
+            optimizer, moments = tree["optimizer"][unit], dict[int, dict[str, Tensor]]()
+            for i, name in enumerate(u.names):
+                prefix = f"optimizer/{unit}/{name}/"
                 moments[i] = {n.removeprefix(prefix): v for n, v in held.items() if n.startswith(prefix)}
             optimizer.load_state_dict(
                 {
@@ -352,12 +365,12 @@ def _clipped(
     """Gradients of the trained parameters, in the optimisers' order, and their norm before clipping."""
     found: list[Tensor] = []
     norms = []
-    for place in descent.used:
-        mine = [gradients[n] for n in descent.names(place)]
+    for u in descent.units.values():
+        mine = [gradients[n] for n in u.names]
         norm = torch.stack([torch.linalg.vector_norm(g) for g in mine]).norm()
-        norms.append(norm)
-        if f"{place}.clip" in numbers:
-            factor = (numbers[f"{place}.clip"] / norm).clamp(max=1.0)
+        norms.append(norm * (numbers[u.turn] > 0) if u.turn in numbers else norm)
+        if f"{u.place}.clip" in numbers:
+            factor = (numbers[f"{u.place}.clip"] / norm).clamp(max=1.0)
             mine = [g * factor for g in mine]
         found += mine
     return found, torch.stack(norms).norm()
@@ -368,9 +381,9 @@ def _packed(tree: Tree) -> dict[str, np.ndarray]:
     arrays |= {f"own/{s}/{n}": p for s, ps in tree["own"].items() for n, p in ps.items()}
     arrays |= {f"states/{s}": v for s, v in tree["states"].items()}
     known = {id(p): n for n, p in merged(tree["params"], tree["own"]).items()}
-    for place, optimizer in tree["optimizer"].items():
+    for unit, optimizer in tree["optimizer"].items():
         for parameter, state in optimizer.state.items():
-            prefix = f"optimizer/{place}/{known[id(parameter)]}"
+            prefix = f"optimizer/{unit}/{known[id(parameter)]}"
             arrays |= {f"{prefix}/{n}": v for n, v in state.items() if isinstance(v, Tensor)}
     return {n: v.detach().cpu().numpy().copy() for n, v in arrays.items()}
 

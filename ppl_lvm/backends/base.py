@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 import numpy as np
 
 from ppl_lvm import ops
-from ppl_lvm.algorithm import Algorithm, Estimator, GuideFamily, Objective, Schedule, SiteDistribution
+from ppl_lvm.algorithm import Algorithm, Estimator, GuideFamily, Objective, Schedule, SiteDistribution, Turn
 from ppl_lvm.draws import Draws, Plate
 from ppl_lvm.errors import BackendError, DataError, LegalityError, ProgramError
 from ppl_lvm.latents import Discrete, Latent, PlateOf, Sketch, check_plates
@@ -650,27 +650,58 @@ class Descent:
     """ "optimizer" or "optimizer.<pattern>" -> name and options."""
     of: Mapping[str, str]
     """Parameter -> place; those that stay as they are have none."""
-
-    def names(self, place: str) -> list[str]:
-        """The parameters of one optimiser, sorted."""
-        return sorted(name for name, found in self.of.items() if found == place)
+    groups: Mapping[str, str]
+    """Parameter -> "model" or "guide"."""
+    turns: Mapping[str, Turn]
+    """When each group moves, where they take turns."""
+    model_first: bool
+    """The guide's gradient is taken at the model's new parameters, on the same draws."""
 
     @property
-    def used(self) -> dict[str, Algorithm]:
-        """The optimisers that have parameters."""
-        return {place: o for place, o in self.optimizers.items() if place in self.of.values()}
+    def units(self) -> dict[str, Unit]:
+        """Optimisers with parameters, by name; where groups move apart, each place has one for each."""
+        apart = bool(self.turns) or self.model_first
+        found: dict[str, Unit] = {}
+        for place, optimizer in self.optimizers.items():
+            for group in ("model", "guide") if apart else (None,):
+                mine = (n for n, p in self.of.items() if p == place and group in (None, self.groups[n]))
+                if names := sorted(mine):
+                    found[place if group is None else f"{place}|{group}"] = Unit(place, optimizer, names, group)
+        return found
 
     def static_key(self) -> Hashable:
-        return tuple(sorted(self.of.items())), tuple((p, _static(o)) for p, o in self.optimizers.items())
+        return (
+            tuple(sorted(self.of.items())),
+            tuple((p, _static(o)) for p, o in self.optimizers.items()),
+            tuple(self.turns),
+            self.model_first,
+        )
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Parameters that one optimiser moves together."""
+
+    place: str
+    optimizer: Algorithm
+    names: list[str]
+    group: str | None
+    """The group that all of them are of, where groups move apart."""
+
+    @property
+    def turn(self) -> str:
+        """The number that says whether it is this group's turn; there is none where groups take none."""
+        return f"turn.{self.group}"
 
 
 def numbers_of(
-    objective: Objective, plan: Plan, optimizers: Mapping[str, Algorithm]
-) -> dict[str, float | Schedule]:
-    """The numbers of a recipe: "objective.beta", "estimator.z.temperature", "optimizer.learning_rate"."""
+    objective: Objective, plan: Plan, optimizers: Mapping[str, Algorithm], turns: Mapping[str, Turn] | None = None
+) -> dict[str, float | Schedule | Turn]:
+    """The numbers of a recipe: "objective.beta", "estimator.z.temperature", "optimizer.learning_rate", "turn.guide"."""
     owners = {"objective": objective, **optimizers}
     owners |= {f"estimator.{site}": e for site, e in plan.estimators.items()}
-    return {f"{owner}.{name}": v for owner, a in owners.items() for name, v in a.numbers().items()}
+    numbers = {f"{owner}.{name}": v for owner, a in owners.items() for name, v in a.numbers().items()}
+    return {**numbers, **{f"turn.{group}": turn for group, turn in (turns or {}).items()}}
 
 
 def with_numbers(objective: Objective, plan: Plan, numbers: Numbers) -> tuple[Objective, Plan]:

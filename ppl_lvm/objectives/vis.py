@@ -34,5 +34,8 @@ class vis(Objective):
     draws: int = Field(default=50, ge=1)
     sequential: bool = False
 
+    def model_first(self) -> bool:
+        return self.sequential
+
     def __call__(self, d: Draws) -> Loss:
         return Loss(-d.total(d.log_mean_exp(d.log_w)), d.total(d.log_mean_exp(d.log_w, 2.0)))
