@@ -247,7 +247,7 @@ class Objective(Algorithm):
         """Whether its functions of all draws are twice differentiable."""
         return True
 
-    def initial_own(self, features: int) -> dict[str, list[float]]:
+    def initial_own(self, features: int) -> dict[str, Any]:
         """Parameters of the objective itself, trained by `Loss.extra` and found in `d.own["objective"]`."""
         return {}
 
@@ -355,7 +355,7 @@ class Estimator(Algorithm):
         """The next state; baselines read the state as it was before this step's signal."""
         return state
 
-    def initial_own(self, features: int) -> dict[str, list[float]]:
+    def initial_own(self, features: int) -> dict[str, Any]:
         """Parameters of the estimator itself, trained to predict the signal; `features` numbers make a row."""
         return {}
 

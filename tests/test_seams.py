@@ -267,16 +267,17 @@ def test_an_inner_plate_is_summed_into_its_row(backend: Backend) -> None:
 
 @on_both
 def test_the_score_of_an_inner_plate(backend: Backend) -> None:
-    """Each site's score, summed over its plate, times what is downstream of it in its own row."""
+    """Each element's score times what is downstream of it: the row for a site of the row, its column for one of it."""
     engine = portable(backend, nested_model, nested_guide, {"x": GRID})
     eps_z, eps_w, values = nested_noise(2)
 
     def loss(p: Numbers) -> Any:
         t, fixed = nested_terms(p, eps_z, eps_w, values), nested_terms(NESTED, eps_z, eps_w)
         rows = {n: t[f"p_{n}"].sum(-1) - t[f"q_{n}"].sum(-1) for n in "zw"} | {"x": t["p_x"].sum(-1)}
-        cost = {n: fixed[f"p_{n}"].sum(-1) - fixed[f"q_{n}"].sum(-1) for n in "zw"} | {"x": fixed["p_x"].sum(-1)}
-        of_z, of_w = ((t[f"q_{n}"] - fixed[f"q_{n}"]).sum(-1) for n in "zw")
-        surrogate = of_z * (cost["z"] + cost["w"] + cost["x"]) + of_w * (cost["w"] + cost["x"])
+        of_z, of_w = (t[f"q_{n}"] - fixed[f"q_{n}"] for n in "zw")
+        columns = fixed["p_w"] - fixed["q_w"] + fixed["p_x"]
+        row = (fixed["p_z"] - fixed["q_z"]).sum(-1) + columns.sum(-1)
+        surrogate = of_z.sum(-1) * row + (of_w * columns).sum(-1)
         return -(rows["z"] + rows["w"] + rows["x"] + surrogate).mean(1).sum()
 
     assert_equal(engine.loss(elbo(draws=2), {"*": score()}, values=values), differentiated(loss, NESTED))

@@ -833,7 +833,7 @@ def parameter_groups(
 
 def initial_extras(
     objective: Objective, plan: Plan, batch: Call
-) -> tuple[dict[str, float], dict[str, dict[str, list[float]]]]:
+) -> tuple[dict[str, float], dict[str, dict[str, Any]]]:
     """States of the estimators, and parameters of the estimators and the objective themselves, as plain numbers."""
     features = int(np.prod(batch.leaves[0].shape[1:], dtype=int)) if batch.leaves else 0
     states = {s: e.initial_state() for s, e in plan.estimators.items()}

@@ -1,5 +1,7 @@
 """Trajectory balance, the objective of generative flow networks."""
 
+from typing import Any
+
 from pydantic import Field
 
 from ppl_lvm import ops
@@ -32,7 +34,7 @@ class trajectory_balance(Objective):
 
     draws: int = Field(default=8, ge=1)
 
-    def initial_own(self, features: int) -> dict[str, list[float]]:
+    def initial_own(self, features: int) -> dict[str, Any]:
         return {"a": [0.0], "v": [0.0] * features}
 
     def __call__(self, d: Draws) -> Loss:
