@@ -750,3 +750,17 @@ def test_nothing_of_the_process_has_changed() -> None:
     assert before == after
     assert nnx.merge is merge
     assert not numpyro.primitives._PYRO_STACK
+
+
+def test_a_number_is_observed_as_it_is() -> None:
+    """A program without data may observe a Python number."""
+
+    def model() -> None:
+        z = numpyro.sample("z", dist.Normal(0.0, 1.0))
+        numpyro.sample("x", dist.Normal(z, 1.0), obs=1.5)
+
+    def guide() -> None:
+        numpyro.sample("z", dist.Normal(numpyro.param("loc", 0.2), 0.7))
+
+    run = fit(model, guide, None, "elbo", steps=2, backend="numpyro", estimator="dreg")
+    assert run.posterior(3).values["z"].shape == (3, 1)

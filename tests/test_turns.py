@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -26,7 +27,7 @@ def run(backend: Backend, objective: Any, steps: int, **options: Any) -> Fit:
                steps=steps, **how)  # fmt: skip
 
 
-def assert_params(found: Fit, expected: dict[str, np.ndarray], tolerance: float = 1e-12) -> None:
+def assert_params(found: Fit, expected: Mapping[str, np.ndarray], tolerance: float = 1e-12) -> None:
     for name, value in expected.items():
         np.testing.assert_allclose(found.params[name], value, rtol=0, atol=tolerance, err_msg=name)
 

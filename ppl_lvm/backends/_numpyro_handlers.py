@@ -178,6 +178,8 @@ class Handler(Messenger):
         kind = msg["type"]
         if self._step is not None:
             msg["step"] = self._step[0]
+        if kind == "sample" and msg["is_observed"] and isinstance(msg["value"], bool | int | float):
+            msg["value"] = jnp.asarray(msg["value"])
         if kind == "sample" and self.missing is not None:
             self.missing.before(msg)
         if kind == "param" and msg["name"] in self.params:
