@@ -298,3 +298,20 @@ def test_portable_rows_and_a_mini_batch_of_them(backend: Backend, toy: Toy) -> N
     batch = {"x": toy.data["x"][3:8]}
     part = Engine.of(backend, toy, batch).loss(objective, estimators, total_rows=20, runs=40)
     assert_unbiased(part, *exact(toy, "iwae", 16, data=batch, scale=4.0))
+
+
+@on_both
+def test_more_draws_drown_the_signal_of_one_estimator_and_not_of_the_other(backend: Backend) -> None:
+    """Signal to noise of a guide's gradient in the bound of K draws: pathwise falls with K, `dreg` rises.
+
+    Rainforth et al. (2018), arXiv:1802.04537: the ratio falls like 1 / sqrt(K); Tucker et al. (2018), arXiv:1810.04152.
+    """
+    ratio: dict[tuple[str, int], float] = {}
+    for estimator in (pathwise(), dreg()):
+        for K in (4, 100):
+            found = Engine.of(backend, GAUSSIANS2).loss(iwae(draws=K, outer=100), {"*": estimator}, runs=100)
+            gradient = found.gradient["q_z1_loc"]
+            ratio[type(estimator).__name__, K] = float(abs(gradient.mean()) / gradient.std())
+    # A ratio from 100 runs has a relative standard error below a tenth, and 4 to 100 draws are a factor of five.
+    assert ratio["pathwise", 100] < 0.6 * ratio["pathwise", 4], ratio
+    assert ratio["dreg", 100] > 1.2 * ratio["dreg", 4], ratio

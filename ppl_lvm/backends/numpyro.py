@@ -907,11 +907,13 @@ class NumPyroBound:
         def towards(*names: str) -> tuple[dict[str, Any], Any]:
             return pull({n: jnp.ones_like(p) if n in names else jnp.zeros_like(p) for n, p in parts.items()})
 
+        # Each loss reaches its own group alone, however it was computed.
+        own_gradient = towards("extra")[1] if own else {}
         if "guide" not in parts:
-            gradient, own_gradient = towards("model", "extra")
+            gradient, _ = towards("model")
         else:
             from_model, _ = towards("model")
-            from_guide, own_gradient = towards("guide", "extra")
+            from_guide, _ = towards("guide")
             gradient = {
                 n: from_model[n] if "model" in self.structure.groups[n] else from_guide[n] for n in params
             }
