@@ -53,6 +53,7 @@ from ppl_lvm.backends.base import (
     check_scale,
     check_sites,
     check_value,
+    density,
     example_kinds,
     find_data_plate,
     given_rows,
@@ -276,7 +277,7 @@ class PyroBound:
         every = [*guide.values(), *model.values()]
         frames = {f.name: f for s in every for f in s["cond_indep_stack"] if f.vectorized}
         # A batch dimension without a plate counts too: rows and draws must not meet it.
-        ranks = [site_log_prob(s).dim() for s in every]
+        ranks = [density(s, site_log_prob).dim() for s in every]
         nesting = max([*ranks, *(-f.dim for f in frames.values())], default=0)
         self._ranks = {n: len(s["fn"].batch_shape) for t in (model, guide) for n, s in t.items()}
         data_plate = self._data_plate(model, asked)
