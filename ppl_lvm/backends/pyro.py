@@ -495,7 +495,8 @@ class PyroBound:
             return self._sites(self.initial, constrained, batch, plan, given, sizes, whole, subsamples)
 
         one_by_one = run({}, (False, False))
-        values = {n: one_by_one[n].value for n in plan.estimators}
+        # Points are left to the program: a given one that differs in rounding would have no density.
+        values = {n: one_by_one[n].value for n in plan.estimators if not self.structure.sites[n].point}
         for whole in ((True, True), (False, True)) if outer and inner else ((True, True),):
             # Whatever a program raises on shapes it was not written for, and warns about, it is not to be run on them.
             with contextlib.suppress(Exception), warnings.catch_warnings():
