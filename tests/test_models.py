@@ -40,10 +40,14 @@ def test_probabilistic_pca_reaches_its_optimum(backend: str) -> None:
 
 @pytest.mark.parametrize("backend", [pytest.param("pyro", marks=pytest.mark.slow), "numpyro"])
 def test_factor_analysis_reaches_its_optimum(backend: str) -> None:
-    """Within 1e-3 nat a row of the maximum that scikit-learn finds by EM; noise scales differ between features."""
+    """Within 1e-3 nat a row of the maximum that scikit-learn finds by EM, and the covariance that made the data.
+
+    Noise scales differ between features. An entry of a covariance has standard error sqrt((S_ii S_jj + S_ij^2) / N).
+    """
     rng = np.random.default_rng(1)
     scales = np.array([0.3, 0.5, 0.8, 0.4, 0.6, 1.0])
-    x = rng.normal(size=(300, 2)) @ rng.normal(size=(2, 6)) + scales * rng.normal(size=(300, 6)) + rng.normal(size=6)
+    z, A = rng.normal(size=(300, 2)), rng.normal(size=(2, 6))
+    x = z @ A + scales * rng.normal(size=(300, 6)) + rng.normal(size=6)
     best = FactorAnalysis(n_components=2, tol=1e-10, max_iter=20_000, svd_method="lapack").fit(x).score(x)
     run = fit(
         program("factor_analysis", latent=2),
@@ -59,6 +63,9 @@ def test_factor_analysis_reaches_its_optimum(backend: str) -> None:
     reached = run.log_likelihood(x, draws=200)
     assert best - 1e-3 < reached.mean <= best + 1e-3
     assert best - 1e-3 < -run.history["loss"][-1] <= best + 1e-3
+    S, W = A.T @ A + np.diag(scales**2), run.params["W"]
+    errors = np.sqrt((np.outer(np.diag(S), np.diag(S)) + S**2) / len(x))
+    assert np.abs((W @ W.T + np.diag(run.params["sigma"] ** 2) - S) / errors).max() < 4.0
 
 
 @pytest.mark.parametrize("backend", [pytest.param("pyro", marks=pytest.mark.slow), "numpyro"])
