@@ -9,7 +9,6 @@ import importlib.util
 from collections.abc import Callable
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import numpyro
@@ -92,12 +91,12 @@ def process() -> list[Any]:
     """All that is global: stores, generators, precision, validation, handlers."""
     validated = (
         torch.distributions.Distribution._validate_args,
-        numpyro.distributions.distribution.validation_enabled,  # type: ignore[attr-defined]
+        numpyro.distributions.distribution.validation_enabled,
     )
     return [
         {name: value.tolist() for name, value in pyro.get_param_store().items()},
         *(torch.get_rng_state().tolist(), repr(np.random.get_state(legacy=False))),
-        *(torch.get_default_dtype(), torch.is_grad_enabled(), jnp.zeros(1).dtype, jax.config.jax_enable_x64, validated),
+        *(torch.get_default_dtype(), torch.is_grad_enabled(), jnp.zeros(1).dtype, validated),
         *(list(pyro.poutine.runtime._PYRO_STACK), list(numpyro.primitives._PYRO_STACK)),
     ]
 
