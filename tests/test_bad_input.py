@@ -91,7 +91,7 @@ def process() -> list[Any]:
     """All that is global: stores, generators, precision, validation, handlers."""
     validated = (
         torch.distributions.Distribution._validate_args,
-        numpyro.distributions.distribution.validation_enabled,
+        numpyro.distributions.Distribution._validate_args,
     )
     return [
         {name: value.tolist() for name, value in pyro.get_param_store().items()},
