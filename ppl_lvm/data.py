@@ -273,6 +273,7 @@ class _Arguments:
     def call(self, data: object, notes: list[str] | None) -> dict[tuple[str | None, int | None], object]:
         """Values by (name, position); one of the two may be None."""
         if data is None:
+            self._check_names([])
             return {}
         if _is_frame(data):
             data = self._of_frame(data, notes)

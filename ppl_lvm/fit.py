@@ -12,6 +12,7 @@ import numpy as np
 
 from ppl_lvm import backends, legality, progress
 from ppl_lvm.algorithm import GuideFamily, Schedule, Turn
+from ppl_lvm.arguments import check_kinds, check_loop
 from ppl_lvm.backends.base import Call, numbers_of, parameter_groups
 from ppl_lvm.data import Batches, Missing, check_missing, check_observed, is_batches, observe, read
 from ppl_lvm.errors import DataError, LegalityError, PplLvmError, ProgramError, RecipeError
@@ -112,12 +113,13 @@ def fit(
         (20,)
     """
     started = time.perf_counter()
+    check_kinds(seed, device, observed, state, start, callbacks)
     if isinstance(guide, str | GuideFamily):
         guide, overrides = None, {"guide": guide, **overrides}
     chosen = _program(model, guide)
     how = load_recipe(chosen.recipe if recipe is None else recipe, **overrides)
     given = {"state": state, "validation": validation, "callbacks": callbacks or None, "device": device}
-    _check_given(how, given)
+    check_loop(how, given)
     messages: list[str] = []
     chosen = _guided(chosen, how, messages)
     name = _backend(chosen, backend)
@@ -323,7 +325,8 @@ def _split(
 def _program(model: Program | str | Callable[..., Any], guide: Callable[..., Any] | None) -> Program:
     if isinstance(model, Program | str):
         if guide is not None:
-            raise ProgramError(f"Program {model!r} brings its guide; pass a guide only beside a native model.")
+            name = model if isinstance(model, str) else model.name
+            raise ProgramError(f"Program {name!r} brings its guide; pass a guide only beside a native model.")
         found = load_program(model)
     else:
         found = Program.from_callables(model, guide)
@@ -345,16 +348,6 @@ def _guided(chosen: Program, how: Recipe, messages: list[str]) -> Program:
             f"laplace, nuts, svgd."
         )
     return chosen
-
-
-def _check_given(how: Recipe, of_loop: Mapping[str, object]) -> None:
-    """Refuses arguments of the loop beside a method."""
-    found = [f"{name}=" for name, value in of_loop.items() if value is not None]
-    if found and how.method is not None:
-        raise RecipeError(
-            f"{', '.join(found)} was given, but recipe {how.name!r} has a method, which has no steps to go on from or "
-            f"to look at; leave it out."
-        )
 
 
 def _sample(

@@ -45,11 +45,13 @@ ARROWS = {
     "progress": set[str](),
     "parameters": {"algorithm", "backends", "errors", "lookup"},
     "monitor": {"backends"},
+    "arguments": {"errors", "posterior", "recipe", "to_arviz"},
     "validation": {"algorithm", "backends", "errors"},
     "stages": {"errors", "posterior", "recipe"},
     "fit": {
-        *("algorithm", "backend_of", "backends", "data", "draws", "errors", "legality", "lookup", "monitor", "ops"),
-        *("parameters", "posterior", "program", "progress", "recipe", "sampled", "stages", "to_arviz", "validation"),
+        *("algorithm", "arguments", "backend_of", "backends", "data", "draws", "errors", "legality", "lookup"),
+        *("monitor", "ops", "parameters", "posterior", "program", "progress", "recipe", "sampled", "stages"),
+        *("to_arviz", "validation"),
     },
     "facades": {
         *("algorithm", "backends", "catalogue", "draws", "errors", "estimators", "legality", "lookup", "ops"),

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from toys import GLOBAL_ROWS, ROWS
 
-from ppl_lvm import Fit, State, backends, fit
+from ppl_lvm import Fit, State, backends, fit, progress
 from ppl_lvm.backends.base import Call, Plan
 from ppl_lvm.errors import BackendError, DataError, PplLvmError, RecipeError
 from ppl_lvm.monitor import EarlyStopping, Moment, restart_seeds
@@ -428,6 +428,23 @@ def test_a_restart_that_diverges_is_dropped(backend: str) -> None:
     if not fates[0]:
         with pytest.raises(PplLvmError, match="loss at step 0 is"):
             run(backend, DOOMED, **options)
+
+
+# Progress.
+
+
+@on_both
+def test_progress_is_shown_on_a_terminal_or_on_request(
+    backend: str, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is written where the output is no terminal; where it is one, unless it is not wanted."""
+    run(backend, steps=2, progress_bar=None)
+    assert capfd.readouterr() == ("", "")
+    run(backend, steps=2, progress_bar=True)
+    out, err = capfd.readouterr()
+    assert not out and "2/2" in err and "loss" in err
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    assert progress.wanted(None) and not progress.wanted(False)
 
 
 # Callbacks.

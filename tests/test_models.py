@@ -40,10 +40,14 @@ def test_probabilistic_pca_reaches_its_optimum(backend: str) -> None:
 
 @pytest.mark.parametrize("backend", [pytest.param("pyro", marks=pytest.mark.slow), "numpyro"])
 def test_factor_analysis_reaches_its_optimum(backend: str) -> None:
-    """Within 1e-3 nat a row of the maximum that scikit-learn finds by EM; noise scales differ between features."""
+    """Within 1e-3 nat a row of the maximum that scikit-learn finds by EM, and the covariance that made the data.
+
+    Noise scales differ between features. An entry of a covariance has standard error sqrt((S_ii S_jj + S_ij^2) / N).
+    """
     rng = np.random.default_rng(1)
     scales = np.array([0.3, 0.5, 0.8, 0.4, 0.6, 1.0])
-    x = rng.normal(size=(300, 2)) @ rng.normal(size=(2, 6)) + scales * rng.normal(size=(300, 6)) + rng.normal(size=6)
+    z, A = rng.normal(size=(300, 2)), rng.normal(size=(2, 6))
+    x = z @ A + scales * rng.normal(size=(300, 6)) + rng.normal(size=6)
     best = FactorAnalysis(n_components=2, tol=1e-10, max_iter=20_000, svd_method="lapack").fit(x).score(x)
     run = fit(
         program("factor_analysis", latent=2),
@@ -59,6 +63,9 @@ def test_factor_analysis_reaches_its_optimum(backend: str) -> None:
     reached = run.log_likelihood(x, draws=200)
     assert best - 1e-3 < reached.mean <= best + 1e-3
     assert best - 1e-3 < -run.history["loss"][-1] <= best + 1e-3
+    S, W = A.T @ A + np.diag(scales**2), run.params["W"]
+    errors = np.sqrt((np.outer(np.diag(S), np.diag(S)) + S**2) / len(x))
+    assert np.abs((W @ W.T + np.diag(run.params["sigma"] ** 2) - S) / errors).max() < 4.0
 
 
 @pytest.mark.parametrize("backend", [pytest.param("pyro", marks=pytest.mark.slow), "numpyro"])
@@ -92,13 +99,11 @@ def test_a_mixture_recovers_its_parameters(backend: str) -> None:
 @pytest.mark.slow
 @on_both
 def test_eight_schools_against_nuts(backend: str) -> None:
-    """Means within 0.1 standard deviations of NUTS; standard deviations of mu and theta within 0.8 to 1.25 times.
+    """Of every site, with tau as it is and as its logarithm: means within 0.1 standard deviations of NUTS, and spreads
+    within 0.8 to 1.25 times.
 
     100,000 draws of NUTS and 200,000 of the guide: a standard error of a difference near 0.005 standard deviations.
-    School A's mean is off by about 0.09 at the optimum, so the fit has to end close to it: `dreg`, and a rate that
-    decays to zero. The spread of log tau is out of a
-    Gaussian's reach: its posterior has a long tail towards tau = 0, of which q keeps about 0.63 of the standard
-    deviation, and the test says so.
+    Two draws a bound: one makes tau too narrow (0.82 times, its mean 0.13 too small), eight make theta too wide (1.3).
     """
     y, sigma = np.array(eight()["y"], float), np.array(eight()["sigma"], float)
 
@@ -118,24 +123,22 @@ def test_eight_schools_against_nuts(backend: str) -> None:
     run = fit(
         program("eight_schools"),
         data=eight(),
-        recipe="elbo",
+        recipe="iwae",
         backend=backend,
-        draws=32,
+        draws=2,
+        outer=16,
         estimator="dreg",
-        learning_rate={"schedule": "cosine", "start": 0.02, "end": 0.0, "steps": 12_000},
-        steps=12_000,
+        learning_rate={"schedule": "cosine", "start": 0.02, "end": 0.0, "steps": 6000},
+        steps=6000,
         dtype="float64",
     )
     draws = run.posterior(draws=200_000, seed=1)
     found = quantities({n: np.asarray(draws.values[n]) for n in ("mu", "tau", "eta")})
     for name, ours in found.items():
-        spread = reference[name].std(0)
-        assert np.abs((ours.mean(0) - reference[name].mean(0)) / spread).max() <= 0.1, name
-        if name != "log tau":
-            assert (ours.std(0) / spread).min() >= 0.8 and (ours.std(0) / spread).max() <= 1.25, name
-    skewed = reference["log tau"]
-    assert (((skewed - skewed.mean()) / skewed.std()) ** 3).mean() < -0.5
-    assert found["log tau"].std() < 0.8 * skewed.std()
+        mean, spread = reference[name].mean(0), reference[name].std(0)
+        assert np.abs((ours.mean(0) - mean) / spread).max() <= 0.1, name
+        ratio = ours.std(0) / spread
+        assert ratio.min() >= 0.8 and ratio.max() <= 1.25, (name, ratio)
 
 
 def eight() -> dict[str, np.ndarray]:
@@ -146,7 +149,7 @@ def eight() -> dict[str, np.ndarray]:
 
 def quantities(draws: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     mu, tau, eta = (draws[n].reshape(len(draws[n]), -1) for n in ("mu", "tau", "eta"))
-    return {"mu": mu, "log tau": np.log(tau), "theta": mu + tau * eta}
+    return {"mu": mu, "tau": tau, "log tau": np.log(tau), "eta": eta, "theta": mu + tau * eta}
 
 
 @pytest.mark.slow

@@ -53,11 +53,13 @@ class Fitted:
         found = jax.jit(f)(self.params, jax.random.key(3)) if self.jax else f(self.params, 3)
         return {k: np.asarray(v.detach() if isinstance(v, torch.Tensor) else v) for k, v in found.items()}
 
-    def table(self, M: int, K: int) -> Arrays:
+    def table(self, M: int, K: int, values: Arrays | None = None) -> Arrays:
         plan = self.plan(elbo(draws=K, outer=M))
 
+        given = {n: jnp.asarray(v) if self.jax else torch.as_tensor(v) for n, v in (values or {}).items()}
+
         def table(params: Any, key: Any) -> dict[str, Any]:
-            draws = self.bound.draws(params, self.batch, key, plan)
+            draws = self.bound.draws(params, self.batch, key, plan, values=given)
             sites = {name: site.value for name, site in draws.sites.items()}
             log_p = {f"log_p({n})": s.log_p for n, s in draws.sites.items() if s.log_p is not None}
             return sites | log_p | {"log_w": draws.log_w}
@@ -167,3 +169,20 @@ def test_densities_of_the_mixture(backend: str) -> None:
         w, mu, sigma = (table[n][m] for n in ("w", "mu", "sigma"))
         parts = [np.log(w[k]) + norm.logpdf(x, mu[k], sigma[k]).sum(-1) for k in range(2)]
         np.testing.assert_allclose(table["log_p(x)"][m, 0], np.logaddexp(*parts), rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_eight_schools_draw_tau_by_a_softplus(backend: str) -> None:
+    """Its density is that of a change of variables, from both tails; u itself is a standard normal here."""
+    u = np.random.default_rng(3).normal(size=(1, 6, 1, 10))
+    u[0, :, 0, 1] = [-30.0, -4.0, 0.0, 2.0, 9.0, 60.0]
+    with precision("float64"):
+        fitted = Fitted("eight_schools", backend, {n: v.astype(float) for n, v in example("eight_schools").items()})
+        fitted.set({"loc": np.zeros(10), "L": np.eye(10)})
+        table = fitted.table(1, 6, {"u": u})
+    v = u[0, :, 0, 1]
+    tau = 5 * np.log1p(np.exp(v))
+    np.testing.assert_allclose(table["tau"][0, :, 0], tau, rtol=1e-12)
+    log_q = norm.logpdf(u).sum(-1)[0, :, 0] - np.log(5) - v + np.log1p(np.exp(v))
+    log_p = np.sum([table[f"log_p({n})"] for n in ("mu", "tau", "eta", "y")], axis=0)
+    np.testing.assert_allclose((log_p - table["log_w"])[0, :, 0], log_q, rtol=1e-10)

@@ -161,6 +161,17 @@ def test_arviz_statistics_work(tree: "DataTree") -> None:
     assert arviz("stats").loo(tree).n_data_points == ROWS
 
 
+@pytest.mark.parametrize("backend", ["pyro", pytest.param("numpyro", marks=pytest.mark.slow)])
+def test_arviz_leaves_rows_out_under_an_approximate_posterior(backend: str) -> None:
+    """From the tree alone, as users call it; the estimate is that of the fit itself."""
+    run = PROGRAMS["shared_wide"](backend)
+    tree = run.to_arviz(DRAWS, particles=50, predictive=0)
+    stats = tree.sample_stats
+    found = arviz("stats").loo_approximate_posterior(tree, stats["log_p"], stats["log_q"])
+    assert found.n_data_points == ROWS
+    assert float(found.elpd) == pytest.approx(float(run.loo(DRAWS, particles=50).elpd), rel=1e-10)
+
+
 def test_arviz_plots_work(tree: "DataTree") -> None:
     plots = arviz("plots")
     for plot, options in (

@@ -5,8 +5,9 @@
     y_j | theta_j ~ Normal(theta_j, sigma_j)
 
 Eight numbers are the whole data, so the program is one row: mu, tau and eta are drawn together by the full-rank guide,
-whose u = (mu, log tau, eta) has the posterior's correlations. Means, and the spread of mu and theta, are close to those
-of Markov chains; log tau has a long tail towards tau = 0 that a Gaussian has not, so its spread comes out too small.
+whose u = (mu, v, eta) has the posterior's correlations, with tau = 5 log(1 + exp v): a logarithm near zero, where the
+posterior of log tau has a long tail, and linear above its prior's scale, where that of tau has one. `elbo` makes the
+spread of tau too small by a fifth; `iwae` with two draws has means and spreads close to those of Markov chains.
 
 Source: Rubin (1981), Estimation in Parallel Randomized Experiments, Journal of Educational Statistics 6(4) (data);
 Gelman (2006), Prior Distributions for Variance Parameters in Hierarchical Models, Bayesian Analysis 1(3) (half-Cauchy
@@ -40,9 +41,10 @@ def guide(ppl, y, sigma):
     loc = ppl.param("loc", lambda: np.zeros(size))
     L = ppl.param("L", lambda: 0.5 * np.eye(size), constraint=dist.constraints.lower_cholesky)
     u = ppl.sample("u", dist.MultivariateNormal(loc, scale_tril=L), infer={"is_auxiliary": True})
-    log_tau = u[..., 1]
+    v = u[..., 1]
+    softplus = xp.logaddexp(0.0 * v, v)
     ppl.sample("mu", dist.Delta(u[..., 0]))
-    ppl.sample("tau", dist.Delta(xp.exp(log_tau), log_density=-log_tau))
+    ppl.sample("tau", dist.Delta(5.0 * softplus, log_density=softplus - v - np.log(5.0)))  # less log dtau/dv
     ppl.sample("eta", dist.Delta(u[..., 2:], event_dim=1))
 
 

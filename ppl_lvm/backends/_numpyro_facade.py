@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from ppl_lvm.algorithm import Estimator, Objective
+from ppl_lvm.backends._numpyro_guides import by_noise
 from ppl_lvm.backends.base import Call, Plan, Structure, losses
 from ppl_lvm.backends.numpyro import NumPyroBound
 from ppl_lvm.draws import Draws
@@ -37,7 +38,7 @@ class _Bound(NumPyroBound):
         return self._cast(value)
 
     def _own(self, guide: Callable[..., Any]) -> Callable[..., Any]:
-        return guide
+        return by_noise(guide)
 
 
 class NumPyroLoss:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Hashable
+from functools import partial
 from typing import Any
 
 import jax
 import numpy as np
+import numpyro
+import numpyro.distributions as dist
 from numpyro.infer import autoguide
 
 from ppl_lvm.errors import BackendError
@@ -48,7 +51,27 @@ def own_guide(guide: Callable[..., Any]) -> Callable[..., Any]:
             setattr(mine, name, own_guide(value))
         elif isinstance(value, list):
             setattr(mine, name, [own_guide(part) for part in value])
+    return by_noise(mine)
+
+
+def by_noise(guide: Any) -> Any:
+    """A guide whose flow has no inverse, with the flow's noise as a site; any other as it is."""
+    if not isinstance(guide, autoguide.AutoBNAFNormal):
+        return guide
+    mine = copy.copy(guide)
+    mine._sample_latent = partial(_forward, mine)
     return mine
+
+
+def _forward(guide: Any, *args: Any, **kwargs: Any) -> Any:
+    """The latent vector as a point above its noise: NumPyro's site has a density at its own draw alone."""
+    flow, auxiliary = guide._get_posterior(), {"is_auxiliary": True}
+    x = numpyro.sample(f"_{guide.prefix}_noise", flow.base_dist, infer=auxiliary)
+    log_det = 0.0
+    for transform in flow.transforms:
+        y, inside = transform.call_with_intermediates(x)
+        x, log_det = y, log_det + transform.log_abs_det_jacobian(x, y, inside)
+    return numpyro.sample(f"_{guide.prefix}_latent", dist.Delta(x, -log_det, event_dim=1), infer=auxiliary)
 
 
 def prototype_supports(guide: Any) -> list[Any]:

@@ -603,6 +603,24 @@ def check_param(name: str, known: Any, offered: Any) -> None:
     )
 
 
+def density(site: Mapping[str, Any], log_prob: Callable[[Any], Any]) -> Any:
+    """`log_prob(site)`, or an error that says so where value and distribution do not fit each other."""
+    try:
+        return log_prob(site)
+    except (RuntimeError, TypeError, ValueError) as error:
+        fn, shape = site["fn"], tuple(site["value"].shape)
+        drawn = (*fn.batch_shape, *fn.event_shape)
+        try:
+            np.broadcast_shapes(shape, drawn)
+        except ValueError:
+            sizes = {f.name: f.size for f in site["cond_indep_stack"]}
+            raise ProgramError(
+                f"Site {site['name']!r} has a value of shape {shape}, and its distribution draws {tuple(drawn)} in "
+                f"plates {sizes}; size plates and parameters by the data (len(x))."
+            ) from error
+        raise
+
+
 def check_scale(name: str, shape: Sequence[int], plate_dim: int | None) -> None:
     """Refuse a scale handler's array unless it is a number a row."""
     if any(size > 1 and dim != plate_dim for dim, size in enumerate(shape, -len(shape))):

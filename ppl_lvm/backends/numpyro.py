@@ -54,6 +54,7 @@ from ppl_lvm.backends.base import (
     check_scale,
     check_sites,
     check_value,
+    density,
     dreamt,
     example_kinds,
     find_data_plate,
@@ -347,7 +348,7 @@ class NumPyroBound:
         sizes = {n: s["args"] for t in (guide, model) for n, s in t.items() if s["type"] == "plate"}
         every = [*guide_sites.values(), *model_sites.values()]
         # A batch dimension without a plate counts too: rows and draws must not meet it.
-        ranks = [len(jax.eval_shape(partial(site_log_prob, s)).shape) for s in every]
+        ranks = [len(jax.eval_shape(partial(density, s, site_log_prob)).shape) for s in every]
         nesting = max([*ranks, *(-f.dim for s in every for f in s["cond_indep_stack"])], default=0)
         data_plate = self._data_plate(guide | model, asked)
         frames = {f.name: f for s in every for f in s["cond_indep_stack"]}

@@ -54,6 +54,7 @@ from ppl_lvm.backends.base import (
     check_scale,
     check_sites,
     check_value,
+    density,
     dreamt,
     example_kinds,
     find_data_plate,
@@ -279,7 +280,7 @@ class PyroBound:
         every = [*guide.values(), *model.values()]
         frames = {f.name: f for s in every for f in s["cond_indep_stack"] if f.vectorized}
         # A batch dimension without a plate counts too: rows and draws must not meet it.
-        ranks = [site_log_prob(s).dim() for s in every]
+        ranks = [density(s, site_log_prob).dim() for s in every]
         nesting = max([*ranks, *(-f.dim for f in frames.values())], default=0)
         self._ranks = {n: len(s["fn"].batch_shape) for t in (model, guide) for n, s in t.items()}
         data_plate = self._data_plate(model, asked)
@@ -528,7 +529,8 @@ class PyroBound:
             return self._sites(self.initial, constrained, batch, plan, given, sizes, whole, subsamples)
 
         one_by_one = run({}, (False, False))
-        values = {n: one_by_one[n].value for n in plan.estimators}
+        # Points are left to the program: a given one that differs in rounding would have no density.
+        values = {n: one_by_one[n].value for n in plan.estimators if not self.structure.sites[n].point}
         for whole in ((True, True), (False, True)) if outer and inner else ((True, True),):
             # Whatever a program raises on shapes it was not written for, and warns about, it is not to be run on them.
             with contextlib.suppress(Exception), warnings.catch_warnings():
