@@ -247,6 +247,11 @@ class Objective(Algorithm):
         """Whether its functions of all draws are twice differentiable."""
         return True
 
+    def alike(self, roles: Mapping[str, str]) -> bool:
+        """Whether it treats the densities of these sites (name -> "latent" or "observed") alike, so that one density of
+        all of them serves it: that of sites which look at one that is summed out (`Site.joint`)."""
+        return True
+
     def initial_own(self, features: int) -> dict[str, Any]:
         """Parameters of the objective itself, trained by `Loss.extra` and found in `d.own["objective"]`."""
         return {}
@@ -306,8 +311,12 @@ class SiteDistribution(Protocol):
 class Estimator(Algorithm):
     """How the draw of a guide site carries gradient to the guide's parameters.
 
-    A subclass defines `sample`, or `variants` together with `count`, and declares what follows.
+    A subclass defines `sample`, or `variants` together with `count`, and declares what follows. One that is `marginal`
+    defines neither, as it is for sites that are not drawn.
     """
+
+    marginal: ClassVar[bool] = False
+    """It is for a site that only the model has, and the engine sums the site out of `log p`."""
 
     scored: ClassVar[bool] = False
     """The verbs add this site's score terms."""

@@ -75,6 +75,11 @@ class Site:
     """What `poutine.scale` or `handlers.scale` multiply the model's density by, the plates' part divided out."""
     guide_scale: Array | float = 1.0
     """The same of the guide's density."""
+    joint: tuple[str, ...] = ()
+    """Of a site that is summed out and that several look at: those, as `log_p` is the log of the sum over this site of
+    their joint density with it. They have no `log_p` of their own, and the observed ones no row."""
+    mixed: bool = False
+    """That density is of latent and of observed sites, so neither prior nor likelihood."""
 
     @property
     def log_weight(self) -> Array:
@@ -144,17 +149,17 @@ class Draws:
     @cached_property
     def log_prior(self) -> Array:
         """`sum log p` over local latent sites."""
-        return self._sum(s.log_p for s in self._local() if s.role == "latent")
+        return self._log_p_of("latent")
 
     @cached_property
     def log_lik(self) -> Array:
         """`sum log p` over local observed sites."""
-        return self._sum(s.log_p for s in self._local() if s.role == "observed")
+        return self._log_p_of("observed")
 
     @cached_property
     def log_p(self) -> Array:
-        """`log p(x, z)` per row."""
-        return self.log_prior + self.log_lik
+        """`log p(x, z)` per row, sites that only the model has summed out."""
+        return self._sum(s.log_p for s in self._local() if s.log_p is not None)
 
     @cached_property
     def log_q(self) -> Array:
@@ -336,6 +341,16 @@ class Draws:
 
     def _local(self) -> list[Site]:
         return [s for s in self.sites.values() if s.local]
+
+    def _log_p_of(self, role: str) -> Array:
+        both = [s for s in self._local() if s.mixed]
+        if both:
+            raise LegalityError(
+                f"The objective takes log p of latent and of observed sites apart, and {both[0].joint} look at "
+                f"{both[0].name!r}, which is summed out, so that only their joint density exists; use `log_p`, or "
+                f"sample {both[0].name!r} in the guide."
+            )
+        return self._sum(s.log_p for s in self._local() if s.role == role and s.log_p is not None)
 
     def _sum(self, terms: Iterable[Array]) -> Array:
         terms = list(terms)

@@ -7,15 +7,18 @@ site at fault.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 
 from ppl_lvm.algorithm import Estimator, Objective, best_pattern
-from ppl_lvm.backends.base import LARGEST_SUPPORT, Plain, Plan, SiteInfo, Structure
+from ppl_lvm.backends.base import CHAINS, LARGEST_SUPPORT, Plain, Plan, SiteInfo, Structure
+from ppl_lvm.backends.marginal import Group, groups
 from ppl_lvm.catalogue import resolve
 from ppl_lvm.errors import LegalityError
 from ppl_lvm.estimators.enumerate import enumerate as enumerated
+from ppl_lvm.estimators.marginalize import marginalize
 from ppl_lvm.estimators.pathwise import pathwise
 from ppl_lvm.estimators.rloo import rloo
 from ppl_lvm.estimators.score import score
@@ -76,6 +79,12 @@ class Case:
 
 
 Rule = Callable[[Case], str | None]
+
+
+def _drawn(c: Case) -> str | None:
+    if c.estimator.marginal:
+        return f"it is for sites that only the model has, and the guide draws this one; {c.remedy}."
+    return None
 
 
 def _kind_of_site(c: Case) -> str | None:
@@ -194,7 +203,9 @@ def _doubly_reparameterised(c: Case) -> str | None:
             f"use 'pathwise' here{instead}."
         )
     for other in sites.values():
-        if not other.local or other.role == "observed" or other.name == c.site.name or c.moved(other.name):
+        if not other.local or other.role == "observed" or not other.in_guide:
+            continue
+        if other.name == c.site.name or c.moved(other.name):
             continue
         if other.fixed or other.point:
             what = "a factor" if other.fixed else "a point"
@@ -232,6 +243,7 @@ def _level(c: Case) -> str | None:
 
 
 RULES: tuple[Rule, ...] = (
+    _drawn,
     _level,
     _inside_a_scan,
     _kind_of_site,
@@ -266,6 +278,12 @@ def plan(
             estimators[info.name] = pathwise()
             if asked != pathwise():
                 notes.append(f"{info.name}: pathwise (its distribution is a point, which {_name(asked)} cannot draw)")
+    for info in structure.undrawn():
+        if info.enumerated and not estimators.get(info.name, score()).marginal:
+            estimators[info.name] = marginalize()
+            notes.append(f"{info.name}: marginalize (only the model has it, which marks it to be enumerated)")
+    summed = [i.name for i in structure.undrawn() if estimators.get(i.name, score()).marginal]
+    sums = groups(structure, summed)
     automatic = [i for i in structure.drawn() if i.name not in estimators]
     for info in automatic:
         chosen = next(
@@ -274,20 +292,27 @@ def plan(
         )
         estimators[info.name] = chosen
         notes.append(f"{info.name}: {_name(chosen)} (chosen by auto)")
-    problems = []
+    problems = list(_undrawn(objective, structure, estimators, sums))
     for info in structure.drawn():
         why = refusal(Case(objective, estimators[info.name], info, structure, estimators))
         if why is not None:
             problems.append(f"Site {info.name!r} under estimator {_name(estimators[info.name])!r}: {why}")
-    problems.extend(_whole_program(objective, structure, estimators))
+    problems.extend(_whole_program(objective, structure, estimators, sums))
     if problems:
         raise LegalityError(
             f"Objective {_name(objective)!r} cannot be fitted to this program as asked:\n- " + "\n- ".join(problems)
         )
     ordered = {i.name: _stopped(objective, estimators[i.name]) for i in structure.drawn()}
-    kl = frozenset(n for n in structure.sites if _closed_kl(n, structure) is None) if _wants_kl(objective) else None
+    ordered |= {name: estimators[name] for name in summed}
+    kl = frozenset(n for n in structure.sites if _closed_kl(n, structure, sums) is None)
     return Plan(
-        objective.draws, objective.outer, ordered, objective.requests(), kl or frozenset(), objective.chunk
+        objective.draws,
+        objective.outer,
+        ordered,
+        objective.requests(),
+        kl if _wants_kl(objective) else frozenset(),
+        objective.chunk,
+        sums,
     ), notes
 
 
@@ -309,11 +334,17 @@ def _wants_kl(objective: Objective) -> bool:
     return bool({"kl", "kl where known"} & objective.requests())
 
 
-def _closed_kl(name: str, structure: Structure) -> str | None:
+def _closed_kl(name: str, structure: Structure, sums: Sequence[Group]) -> str | None:
     """Why a site has no closed-form KL here, or None where it has."""
     info = structure.sites[name]
     if info.role != "latent" or not info.closed_kl:
         return f"Site {name!r} has no closed-form KL from guide to prior; use kl = 'sampled', or 'where_known'."
+    summed = sorted(n for g in sums for n in info.model_parents.intersection(g.sites))
+    if summed:
+        return (
+            f"Site {name!r} has no closed-form KL here: its prior looks at {summed}, over which it is summed; use kl = "
+            f"'sampled', or 'where_known'."
+        )
     moved = sorted(p for p in info.model_parents if name in structure.ancestors(p))
     if moved:
         return (
@@ -324,11 +355,11 @@ def _closed_kl(name: str, structure: Structure) -> str | None:
 
 
 def _named(patterns: Mapping[str, Estimator | None], structure: Structure) -> Iterator[tuple[str, Estimator]]:
-    names = [i.name for i in structure.drawn()]
+    names = [i.name for i in (*structure.drawn(), *structure.undrawn())]
     for pattern in patterns:
         if pattern != "*" and all(best_pattern([pattern], n) is None for n in names):
             raise LegalityError(
-                f"estimator has an entry for {pattern!r}, which matches none of the guide's sites {names}."
+                f"estimator has an entry for {pattern!r}, which matches none of the latent sites {names}."
             )
     for name in names:
         best = best_pattern(patterns, name)
@@ -337,8 +368,95 @@ def _named(patterns: Mapping[str, Estimator | None], structure: Structure) -> It
             yield name, chosen
 
 
+def _undrawn(
+    objective: Objective, structure: Structure, estimators: Mapping[str, Estimator], sums: Sequence[Group]
+) -> Iterator[str]:
+    """Sites that only the model has: what is not summed out, or cannot be."""
+    group_of = {name: group for group in sums for name in group.sites}
+    for info in structure.undrawn():
+        if info.name in group_of:
+            continue
+        [alone] = groups(structure, [info.name])
+        guide = [i.name for i in structure.sites.values() if i.role != "observed" and i.in_guide]
+        possible = _not_summed(objective, structure, alone) is None
+        instead = f"with estimator={{{info.name!r}: 'marginalize'}}" if possible else "in the model"
+        asked = estimators.get(info.name)
+        under = "" if asked is None else f", so that {_name(asked)!r} has no draw of it"
+        yield (
+            f"Latent site {info.name!r} is in the model but not in the guide (guide sites: {guide}){under}. Sample it "
+            f"in the guide, condition on it, or sum it out {instead}."
+        )
+    for group in sums:
+        why = _not_summed(objective, structure, group)
+        if why is not None:
+            yield f"Site {group.sites[0]!r} under estimator {_name(estimators[group.sites[0]])!r}: {why}"
+
+
+def _not_summed(objective: Objective, structure: Structure, group: Group) -> str | None:
+    """Why these sites cannot be summed out together, or None where they can."""
+    sites, plate = structure.sites, structure.data_plate
+    for name in group.sites:
+        info = sites[name]
+        if not info.local:
+            return (
+                f"{name!r} is outside data plate {plate!r}, and its sum would be outside the product over rows; sample "
+                f"it in the guide ('enumerate' sums over it exactly there), or pass data_plate='none', which takes the "
+                f"whole program as one row."
+            )
+        if info.undeclared:
+            return (
+                f"{name!r} has several elements along a dimension that is no plate's, so it is unknown whether they "
+                f"are independent; declare them with a plate, or as one event with to_event."
+            )
+    if group.count > LARGEST_SUPPORT:
+        values = " x ".join(map(str, group.sizes))
+        return (
+            f"densities tie {list(group.sites)} together, whose joint support has {values} = {group.count} values, "
+            f"more than {LARGEST_SUPPORT}; sample some of them in the guide, or {CHAINS}."
+        )
+    inner = dict(zip(group.sites, group.axes, strict=True))
+    nested = sorted(group.sites, key=lambda n: len(inner[n]))
+    for one, other in pairwise(nested):
+        if not inner[one] <= inner[other]:
+            plates = [_inner(structure, n) for n in (one, other)]
+            return (
+                f"{one!r} in plates {plates[0]} and {other!r} in plates {plates[1]} are summed out together, and "
+                f"neither's plates are among the other's; declare the elements of one with to_event, or sample it in "
+                f"the guide."
+            )
+    for name, looks in group.looks:
+        at = max(looks, key=lambda n: len(inner[n]))
+        if not inner[at] <= sites[name].model_axes:
+            return (
+                f"{name!r} looks at {at!r} and is outside of its plates {_inner(structure, at)}, so that the elements "
+                f"are tied together; put {name!r} inside too, declare the elements with to_event instead of a plate "
+                f"(their joint support is summed over), or sample {at!r} in the guide."
+            )
+    scaled = sorted(n for n, _ in group.looks if sites[n].user_scaled)
+    if scaled:
+        return (
+            f"{scaled} are scaled (a scale handler, or a subsampled plate inside a row), which has no meaning inside "
+            f"the sum; remove the scale."
+        )
+    roles = {n: sites[n].role for n in group.members}
+    if len(roles) > 1 and not objective.alike(roles):
+        return (
+            f"{list(roles)} look at it, so only their joint density exists, and the objective weighs them apart with "
+            f"these options (weights, beta, free bits); give them one, or sample {group.sites[0]!r} in the guide."
+        )
+    return None
+
+
+def _inner(structure: Structure, name: str) -> list[str]:
+    """Plates inside a row."""
+    return [p.name for p in structure.sites[name].plates if p.axis is not None]
+
+
 def _whole_program(
-    objective: Objective, structure: Structure, estimators: Mapping[str, Estimator]
+    objective: Objective,
+    structure: Structure,
+    estimators: Mapping[str, Estimator],
+    sums: Sequence[Group],
 ) -> Iterator[str]:
     for name, info in structure.sites.items():
         rows = sorted(n for n in info.model_parents | info.guide_parents if structure.sites[n].local)
@@ -377,8 +495,8 @@ def _whole_program(
         yield f"Parameters {shared} are in model and guide, whose losses differ under this objective; separate them."
     if "kl" in objective.requests():
         for info in structure.sites.values():
-            why = _closed_kl(info.name, structure)
-            if info.role == "latent" and why is not None:
+            why = _closed_kl(info.name, structure, sums)
+            if info.role == "latent" and info.in_guide and why is not None:
                 yield why
 
 

@@ -95,7 +95,8 @@ class Posterior:
     log_q: np.ndarray
     """`[draws, rows]`: `log p(x_n, z_n | g)` and `log q(z_n | x_n, g)` of each row's draw."""
     log_likelihood: Mapping[str, np.ndarray]
-    """Observed site -> `[draws, rows]`, given that draw of the row's latents."""
+    """Observed site -> `[draws, rows]`, given that draw of the row's latents. Where several look at a site that is
+    summed out, there is only their joint one, under that site's name, and none if latent sites look at it too."""
     log_p_global: np.ndarray | None = None
     log_q_global: np.ndarray | None = None
     """`[draws]`: `log p(g)`, observed global sites included, and `log q(g)`; None without global latents."""
@@ -349,6 +350,7 @@ class Fit:
 
         Raises:
             DataError: unknown sites, wrong shapes, values outside a site's support.
+            ProgramError: a counterfactual would keep a site that is summed out, which has no posterior.
 
         Source: Pearl (2009), Causality, section 7.1.
         """
@@ -444,7 +446,8 @@ class Fit:
         stats["log_weight"] = stats["log_p"] - stats["log_q"]
         again = min(draws, 100) if predictive is None else predictive
         before = predict.prior(fitted, call, prior, seed) if prior else {}
-        dims = {n: self._dims(n, v.ndim) for n, v in observed.items()} | dict(found.dims)
+        dims = {n: self._dims(n, v.ndim - 1) for n, v in before.items()}
+        dims |= {n: self._dims(n, v.ndim) for n, v in observed.items()} | dict(found.dims)
         plate = fitted.structure.data_plate or "row"
         dims |= {n: (plate,) for n in ("row_log_p", "row_log_q", "row_log_weight")}
         dims |= {n: (plate,) for n in constant if len(constant[n]) == rows}
@@ -555,7 +558,7 @@ class Fit:
 
         sides = ("log_p", "log_q")
         drawn = [n for n in fitted.drawn if sites[n].local]
-        observed = [n for n, i in sites.items() if i.role == "observed" and i.local]
+        observed = [n for n in table if sites[n].local and plan.facts(fitted.structure, n).role == "observed"]
         return {
             "value": {n: flat(n, table[n]["value"]) for n in drawn},
             "rows": {side: total(side, True) for side in sides},

@@ -106,7 +106,7 @@ def predictive(fitted: Fitted, call: Call, draws: int, seed: int) -> Arrays:
 
 
 def encode(fitted: Fitted, call: Call, draws: int, seed: int) -> Codes:
-    names = fitted.sites("latent", local=True)
+    names = [n for n in fitted.sites("latent", local=True) if fitted.structure.sites[n].in_guide]
     given = fitted.global_draws(call, draws, seed)
     means, sds = [], []
     for block in fitted.blocks(call):
@@ -151,6 +151,13 @@ def do(fitted: Fitted, values: Values, call: Call, factual: bool, draws: int, se
         given = _untouched(fitted, values, call, draws, seed)
         return forward(fitted, call, draws, seed, Forward(prior=True), values, given=given)
     changed = _changed(fitted, values)
+    summed = sorted(i.name for i in fitted.structure.undrawn() if i.name not in changed | values.keys())
+    if summed:
+        raise ProgramError(
+            f"A counterfactual keeps what the rows say of every site that the intervention does not reach, and "
+            f"{summed} are summed out, without a posterior to draw from; sample them in the guide, give them values, "
+            f"or leave the data out."
+        )
     fresh = frozenset(fitted.sites("latent")) & changed
     keep = frozenset(fitted.sites("observed")) - changed - frozenset(values)
     # Globals that the intervention changes are drawn with the rows, so all rows must be in one run.
@@ -290,7 +297,9 @@ def _log_weights(
 ) -> np.ndarray:
     """`[draws, rows]`."""
     sites = fitted.structure.sites
-    terms = [v for n, v in made["log_p"].items() if sites[n].local and (weighing is None or n in weighing)]
+    # What the guide does not draw, the model drew from this density.
+    drawn = {n for n, i in sites.items() if i.in_guide}
+    terms = [v for n, v in made["log_p"].items() if sites[n].local and n in (drawn if weighing is None else weighing)]
     terms += [-v for n, v in made["log_q"].items() if sites[n].local and weighing is None]
     return np.asarray(sum(terms[1:], terms[0]), dtype=np.float64)
 

@@ -120,6 +120,12 @@ def finite_support(fn: Any) -> np.ndarray | None:
     return product_support(atoms.reshape(len(atoms), *base.event_shape), fn.event_shape)
 
 
+def support_value(fn: Any, support: np.ndarray | None, index: Any, as_float: bool) -> Array:
+    """The values of a finite support at `index`; zeros and ones as `draw` has them."""
+    value = jnp.asarray(support)[index]
+    return value.astype(jnp.zeros(()).dtype) if as_float and _boolean(fn) else value
+
+
 def _family(fn: Any) -> str:
     """The name that probabilities and logits have in common."""
     return type(fn).__name__.removesuffix("Probs").removesuffix("Logits")
@@ -212,7 +218,5 @@ class GuideSite:
         return jnp.where(stray.reshape(batch + (1,) * len(self._fn.event_shape)), self.select(index), drawn), size
 
     def select(self, index: Array) -> Array:
-        value = jnp.asarray(self._support)[index]
-        if self._as_float and _boolean(self._fn):
-            value = value.astype(jnp.zeros(()).dtype)
+        value = support_value(self._fn, self._support, index, self._as_float)
         return jnp.broadcast_to(value, self._fn.batch_shape + self._fn.event_shape)

@@ -158,15 +158,15 @@ class Modules:
         return self._held[id(module)]
 
     def refuse_noise(self) -> None:
-        """Refuses modules that draw noise inside, which a replay (see `Dropout`) cannot repeat."""
+        """Refuses modules that draw noise inside, which a replay in training (see `Dropout`) cannot repeat."""
         inside = (torch.nn.RNNBase, torch.nn.MultiheadAttention)
         own = (torch.nn.AlphaDropout, torch.nn.FeatureAlphaDropout, torch.nn.RReLU)
         for m in self._all:
             if m.training and (isinstance(m, own) or (isinstance(m, inside) and m.dropout > 0)):
                 raise BackendError(
                     f"A {type(m).__name__} draws noise of its own, and an estimator replays the guide on its values, "
-                    f"which must meet the same noise; use 'pathwise', torch.nn.Dropout layers, or put the module into "
-                    f"eval()."
+                    f"or the model on all values of a site, which must meet the same noise; use 'pathwise', "
+                    f"torch.nn.Dropout layers, or put the module into eval()."
                 )
 
     def run(self, f: Callable[[], Any], params: Mapping[str, Tensor], evaluating: bool) -> Any:
@@ -245,6 +245,11 @@ class Dropout(TorchFunctionMode):
         super().__init__()
         self._factors: list[Tensor] = []
         self._next: int | None = None
+
+    @property
+    def used(self) -> bool:
+        """Whether there was any."""
+        return bool(self._factors)
 
     def replay(self) -> Dropout:
         self._next = 0

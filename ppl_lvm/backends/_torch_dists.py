@@ -132,6 +132,13 @@ def finite_support(fn: Any) -> np.ndarray | None:
     return product_support(atoms.reshape(len(atoms), *base.event_shape).numpy(), fn.event_shape)
 
 
+def support_value(support: np.ndarray | None, index: Any) -> Tensor:
+    """The values of a finite support at `index`, in the default dtype where they are floats."""
+    assert support is not None
+    like = torch.as_tensor(support)
+    return (like.to(torch.get_default_dtype()) if like.is_floating_point() else like)[index]
+
+
 def _solve(lower: Tensor, b: Tensor) -> Tensor:
     return torch.linalg.solve_triangular(lower, b.unsqueeze(-1), upper=False).squeeze(-1)
 
@@ -191,7 +198,4 @@ class GuideSite:
         return self._remember(elsewhere), size
 
     def select(self, index: Tensor) -> Tensor:
-        assert self._support is not None
-        like = torch.as_tensor(self._support)
-        support = like.to(torch.get_default_dtype()) if like.is_floating_point() else like
-        return support[index].expand(self._fn.batch_shape + self._fn.event_shape)
+        return support_value(self._support, index).expand(self._fn.batch_shape + self._fn.event_shape)

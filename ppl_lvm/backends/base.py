@@ -9,14 +9,15 @@ from __future__ import annotations
 import inspect
 import itertools
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 
 from ppl_lvm import ops
 from ppl_lvm.algorithm import Algorithm, Estimator, GuideFamily, Objective, Schedule, SiteDistribution, Turn
+from ppl_lvm.backends.marginal import Group, groups
 from ppl_lvm.draws import Draws, Plate
 from ppl_lvm.errors import BackendError, DataError, LegalityError, ProgramError
 from ppl_lvm.latents import Discrete, Latent, PlateOf, Sketch, check_plates
@@ -47,7 +48,7 @@ class SiteInfo:
     local: bool
     reparameterised: bool = False
     support: np.ndarray | None = None
-    """All values `[V, *event]` of a finite guide site, or None."""
+    """All values `[V, *event]` of a finite latent site, or None."""
     plates: tuple[Plate, ...] = ()
     guide_parents: frozenset[str] = frozenset()
     """Sites whose values the guide's density of this site looks at."""
@@ -65,6 +66,14 @@ class SiteInfo:
     """A point whose value or density looks at parameters, whatever else it looks at."""
     scanned: bool = False
     """The guide draws it inside the library's own scan, which no estimator reaches."""
+    in_guide: bool = True
+    """False for a latent site of the model that the guide does not draw; its support is finite."""
+    model_axes: frozenset[int] = frozenset()
+    """The axes of its plates inside a row, in the model."""
+    undeclared: bool = False
+    """Of a site that the guide does not draw: it has several elements that are in no plate."""
+    enumerated: bool = False
+    """The model says `infer={"enumerate": "parallel"}`, by which both libraries mean that it is summed out."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +81,7 @@ class Structure:
     """The static facts of a program on a batch, found by a probe run."""
 
     sites: Mapping[str, SiteInfo]
-    """The guide's sites in the order in which they are drawn, then the observed ones."""
+    """The guide's sites in the order in which they are drawn, then those that only the model has, as it meets them."""
     data_plate: str | None
     plate_size: int | None
     """The data plate's own size where the program subsamples it itself, otherwise None."""
@@ -107,8 +116,21 @@ class Structure:
         return [
             i
             for i in self.sites.values()
-            if i.role != "observed" and not i.fixed and (local is None or i.local == local)
+            if i.role != "observed" and i.in_guide and not i.fixed and (local is None or i.local == local)
         ]
+
+    def undrawn(self) -> list[SiteInfo]:
+        """Latent sites of the model that the guide does not draw, in the model's order."""
+        return [i for i in self.sites.values() if not i.in_guide]
+
+
+class Facts(NamedTuple):
+    """See `draws.Site`."""
+
+    role: Role
+    downstream: frozenset[str]
+    joint: tuple[str, ...] = ()
+    mixed: bool = False
 
 
 class Plain(Estimator):
@@ -130,11 +152,52 @@ class Plan:
     """Sites whose KL is found in closed form."""
     chunk: int | None = None
     """Draws that are run at a time; None: all."""
+    marginal: tuple[Group, ...] = ()
+    """Sums over sites that only the model has."""
 
     @staticmethod
     def of_values(structure: Structure, K: int, M: int) -> Plan:
         """Plain draws, for evaluation."""
-        return Plan(K, M, {i.name: Plain() for i in structure.drawn()})
+        marginal = groups(structure, [i.name for i in structure.undrawn()])
+        return Plan(K, M, {i.name: Plain() for i in structure.drawn()}, marginal=marginal)
+
+    @property
+    def values_summed(self) -> int:
+        """Runs of the model, each at other values of the sites that are summed out; independent sums share them."""
+        return max((g.count for g in self.marginal), default=1)
+
+    @property
+    def in_sums(self) -> frozenset[str]:
+        """Sites whose densities are inside a sum."""
+        return frozenset(name for g in self.marginal for name, _ in g.looks)
+
+    def rows(self, structure: Structure) -> list[SiteInfo]:
+        """The sites that the table has a row of."""
+        absent = frozenset[str]().union(*(g.absent for g in self.marginal))
+        return [i for i in structure.sites.values() if i.name not in absent]
+
+    def facts(self, structure: Structure, name: str) -> Facts:
+        """What a row of the table says of its site besides arrays."""
+        facts = Facts(structure.sites[name].role, structure.downstream(name))
+        for group in self.marginal:
+            if group.carrier == name and name in group.sites:
+                role: Role = "observed" if group.observed and not group.mixed else "latent"
+                facts = facts._replace(role=role, joint=group.members, mixed=group.mixed)
+            if group.carrier is not None and not facts.downstream.isdisjoint({*group.sites, *group.members}):
+                facts = facts._replace(downstream=facts.downstream | {group.carrier})
+        return facts
+
+    def value_at(self, structure: Structure, name: str, s: Array | int) -> Array | int:
+        """Which of its values a site has in the model's run s."""
+        return next(g for g in self.marginal if name in g.sites).index(name, s)
+
+    def sums(self, terms: Mapping[str, Array], lead: int) -> dict[str, Array]:
+        """Densities `[*lead, *inner]` by the site that carries them, from those of all runs `[S, *lead, *inner]`."""
+        return {
+            g.carrier: g.summed({n: terms[n][: g.count] for n, _ in g.looks}, lead)
+            for g in self.marginal
+            if g.carrier is not None
+        }
 
     @property
     def frozen(self) -> bool:
@@ -588,6 +651,17 @@ def is_factor(fn: Any) -> bool:
     return _kind(fn) == "Unit"
 
 
+def is_chain_of_classes(fn: Any) -> bool:
+    """Whether a site is inside a scan and has a finite support at every step."""
+    return isinstance(fn, Chain) and bool(fn.of.has_enumerate_support)
+
+
+def undeclared(fn: Any, plates: Iterable[Any]) -> bool:
+    """Whether a site has several elements along a batch dimension that is no plate's."""
+    dims = {f.dim for f in plates}
+    return any(size > 1 and dim not in dims for dim, size in enumerate(fn.batch_shape, -len(fn.batch_shape)))
+
+
 def is_point(fn: Any) -> bool:
     """Whether a site's value is a function of the distribution's parameters."""
     return _kind(fn) == "Delta"
@@ -621,6 +695,15 @@ def density(site: Mapping[str, Any], log_prob: Callable[[Any], Any]) -> Any:
         raise
 
 
+UNOBSERVED = "_unobserved"
+"""How both libraries end the name of the latent site that `obs_mask` makes."""
+
+CHAINS = (
+    "sum it out in the model by the library's own variable elimination (pyro.distributions.DiscreteHMM; on NumPyro a "
+    "factor of a scan with logsumexp, or numpyro.contrib.funsor in an SVI of its own)"
+)
+
+
 def check_scale(name: str, shape: Sequence[int], plate_dim: int | None) -> None:
     """Refuse a scale handler's array unless it is a number a row."""
     if any(size > 1 and dim != plate_dim for dim, size in enumerate(shape, -len(shape))):
@@ -630,8 +713,18 @@ def check_scale(name: str, shape: Sequence[int], plate_dim: int | None) -> None:
         )
 
 
-def check_sites(guide: Mapping[str, bool], model: Mapping[str, bool], auxiliary: Sequence[str]) -> None:
-    """Refuse sites that only one of model and guide has, or both observe (`guide`, `model`: site -> observed)."""
+def check_sites(
+    guide: Mapping[str, bool],
+    model: Mapping[str, bool],
+    auxiliary: Sequence[str],
+    supports: Mapping[str, np.ndarray | None],
+    chains: Sequence[str],
+) -> None:
+    """Refuse sites that only one of model and guide has, or both observe (`guide`, `model`: site -> observed).
+
+    Of latent sites that only the model has, `supports` holds all values or None; those with values may be summed out,
+    which is for legality to say. `chains` are those that are discrete and inside a scan.
+    """
     for name, observed in guide.items():
         if name in model and (observed or model[name]):
             raise ProgramError(
@@ -640,11 +733,13 @@ def check_sites(guide: Mapping[str, bool], model: Mapping[str, bool], auxiliary:
                 f"terms of its own (factor) need names of their own."
             )
     latent = [name for name, observed in model.items() if not observed]
-    missing = [name for name in latent if name not in guide]
+    missing = [name for name in latent if name not in guide and (name.endswith(UNOBSERVED) or supports[name] is None)]
     if missing:
         way = "Sample it in the guide, condition on it, or sum it out in the model."
-        if missing[0].endswith("_unobserved"):
+        if missing[0].endswith(UNOBSERVED):
             way = "If obs_mask made it, observe under a mask instead (poutine.mask, handlers.mask or dist.mask)."
+        elif missing[0] in chains:
+            way = f"It is a discrete chain inside a scan; sample it in the guide, or {CHAINS}."
         raise ProgramError(
             f"Latent site {missing[0]!r} is in the model but not in the guide (guide sites: {list(guide)}). {way}"
         )
@@ -734,7 +829,8 @@ def with_numbers(objective: Objective, plan: Plan, numbers: Numbers) -> tuple[Ob
 
 def static_key(objective: Objective, plan: Plan) -> Hashable:
     """What a compiled step depends on besides shapes: everything of objective and estimators but their numbers."""
-    return _static(objective), plan.requests, plan.kl, tuple((s, _static(e)) for s, e in plan.estimators.items())
+    estimators = tuple((s, _static(e)) for s, e in plan.estimators.items())
+    return _static(objective), plan.requests, plan.kl, estimators, plan.marginal
 
 
 def _static(algorithm: Algorithm) -> Hashable:

@@ -24,6 +24,7 @@ from ppl_lvm.backends._jax_dists import (
     has_kl,
     kl,
     site_log_prob,
+    support_value,
 )
 from ppl_lvm.backends._jax_missing import JaxMissing, feasible
 from ppl_lvm.backends._numpyro_guides import constants, own_guide, prototype_supports
@@ -60,11 +61,13 @@ from ppl_lvm.backends.base import (
     find_data_plate,
     given_rows,
     inner_axis,
+    is_chain_of_classes,
     is_factor,
     is_point,
     latent_site,
     losses,
     row_params,
+    undeclared,
     written,
 )
 from ppl_lvm.backends.forward import Anatomy, Forward
@@ -180,6 +183,8 @@ class NumPyroBound:
             known, key, replayed, plates, side="model", scanned=values, cast=self._cast, unrolled=True
         )
         model = self._traced(self._model, model_handler, batch)
+        of_model = {n: s for n, s in model.items() if s["type"] == "sample" and not s["is_observed"]}
+        values |= {n: s["value"] for n, s in of_model.items() if n not in values}
         self._supports = {
             n: s["fn"].support
             for n, s in model.items()
@@ -344,7 +349,11 @@ class NumPyroBound:
             if n not in model_sites and (s["infer"].get("is_auxiliary") or s["is_observed"])
         ]
         in_guide, in_model = ({n: bool(s["is_observed"]) for n, s in t.items()} for t in (guide_sites, model_sites))
-        check_sites(in_guide, in_model, auxiliary)
+        alone = {n: s for n, s in model_sites.items() if n not in guide_sites and not s["is_observed"]}
+        supports = {n: finite_support(s["fn"]) for n, s in alone.items()}
+        check_sites(
+            in_guide, in_model, auxiliary, supports, [n for n, s in alone.items() if is_chain_of_classes(s["fn"])]
+        )
         sizes = {n: s["args"] for t in (guide, model) for n, s in t.items() if s["type"] == "plate"}
         every = [*guide_sites.values(), *model_sites.values()]
         # A batch dimension without a plate counts too: rows and draws must not meet it.
@@ -365,7 +374,7 @@ class NumPyroBound:
             return data_plate is None or any(f.name == data_plate for f in site["cond_indep_stack"])
 
         infos: dict[str, SiteInfo] = {}
-        for name, site in {**guide_sites, **observed}.items():
+        for name, site in {**guide_sites, **{n: s for n, s in model_sites.items() if n not in guide_sites}}.items():
             role: Role = "observed" if name in observed and name not in guide_sites else "latent"
             if name in auxiliary:
                 role = "auxiliary"
@@ -381,7 +390,12 @@ class NumPyroBound:
                 support=finite_support(site["fn"]) if role != "observed" and not site["is_observed"] else None,
                 plates=plates(site),
                 local_in_model=local(of_model),
+                in_guide=name not in alone,
+                model_axes=frozenset(p.axis for p in plates(of_model) if p.axis is not None),
+                undeclared=name in alone and undeclared(site["fn"], site["cond_indep_stack"]),
+                enumerated=name in alone and site["infer"].get("enumerate") == "parallel",
                 closed_kl=role == "latent"
+                and name in guide_sites
                 and not any(name in names for names in scanned)
                 and np.array_equal(scales[0], scales[1])
                 and has_kl(site["fn"], of_model["fn"]),
@@ -594,17 +608,35 @@ class NumPyroBound:
             def replayed(msg: Message) -> Array:
                 return of_step(drawn[msg["name"]], msg)
 
-            replay = partial(Handler, key=key, latent=replayed, subsamples=plates, still=not training, scanned=drawn)
-            modelled = replay({**constrained, **guided.states}, side="model")
-            model = self._trace(self._model, modelled, batch)
+            portable = self.program.portable
+
+            def at(s: Array | int, msg: Message) -> Array:
+                info = structure.sites[msg["name"]]
+                if info.in_guide:
+                    return replayed(msg)
+                value = support_value(msg["fn"], info.support, plan.value_at(structure, info.name, s), portable)
+                return jnp.broadcast_to(value, msg["fn"].batch_shape + msg["fn"].event_shape)
+
+            replay = partial(Handler, key=key, subsamples=plates, still=not training, scanned=drawn)
+
+            def of_model(s: Array | int) -> tuple[dict[str, Message], Handler]:
+                handler = replay({**constrained, **guided.states}, latent=partial(at, s), side="model")
+                return self._trace(self._model, handler, batch), handler
+
+            def terms(s: Array) -> dict[str, Array]:
+                run, _ = of_model(s)
+                return {n: self._full(site_log_prob(run[n]), structure.sites[n]) for n in plan.in_sums}
+
+            model, modelled = of_model(0)
+            sums = plan.sums(jax.vmap(terms)(jnp.arange(plan.values_summed)), 1) if plan.marginal else {}
             frozen: dict[str, Message] = {}
             if stopped is not None:
-                frozen = self._trace(self._guide, replay(stopped), batch)
+                frozen = self._trace(self._guide, replay(stopped, latent=replayed), batch)
             sizes = {n: s["args"] for t in (guide, model) for n, s in t.items() if s["type"] == "plate"}
             left = after_run(held, {**guided.states, **modelled.states})
             table: dict[str, dict[str, Any]] = {"local": {}, "outer": {}, "states": left}
-            for info in structure.sites.values():
-                row = self._row(info, guide, model, frozen, plan, variants.get(info.name), sizes)
+            for info in plan.rows(structure):
+                row = self._row(info, guide, model, frozen, plan, sums, variants.get(info.name), sizes)
                 table["local" if info.local else "outer"][info.name] = row
             return table
 
@@ -621,7 +653,7 @@ class NumPyroBound:
             info.name: self._site(
                 info, table["local" if info.local else "outer"][info.name], plan, local_layout | outer_layout
             )
-            for info in structure.sites.values()
+            for info in plan.rows(structure)
         }
         rows = structure.rows
         N = structure.plate_size or (rows if total_rows is None else total_rows)
@@ -638,7 +670,7 @@ class NumPyroBound:
             own=own or {},
             dream=self._dream(constrained, batch, key, training) if "sleep" in plan.requests else {},
         )
-        return table_of_sites, next_states(held, table["states"], v_local * v_outer)
+        return table_of_sites, next_states(held, table["states"], v_local * v_outer * plan.values_summed)
 
     def _dream(self, constrained: Params, batch: Call, key: Array, training: bool) -> dict[str, Array]:
         """`log q` of every latent site at values that the model drew, given the data that it drew with them."""
@@ -685,6 +717,7 @@ class NumPyroBound:
         model: dict[str, Message],
         frozen: dict[str, Message],
         plan: Plan,
+        sums: Mapping[str, Array],
         variant: Variant | None,
         sizes: Mapping[str, tuple[int, Any]],
     ) -> dict[str, Any]:
@@ -695,9 +728,10 @@ class NumPyroBound:
         assert site is not None
         row: dict[str, Any] = {"value": self._from_site(site["value"], site["fn"].event_dim, info)}
         for label, message in (("log_p", in_model), ("log_q", in_guide)):
-            if message is not None:
-                row[label + "_full"] = self._full(site_log_prob(message), info)
-                row[label] = self._rows(row[label + "_full"], info)
+            if message is None or (label == "log_p" and name in plan.in_sums and name not in sums):
+                continue
+            full = sums[name] if label == "log_p" and name in sums else self._full(site_log_prob(message), info)
+            row[label + "_full"], row[label] = full, self._rows(full, info)
         if in_guide is not None and "drawn" in in_guide and name in plan.estimators:
             fn, drawn = in_guide["drawn"]
             row["log_q_drawn"] = self._rows(self._full(fn.log_prob(drawn), info), info)
@@ -722,16 +756,19 @@ class NumPyroBound:
     ) -> Site:
         extra = {"kl": row["kl"]} if "kl" in row else {}
         optional = ("log_q_frozen", "log_q_drawn", "weight", "credit", "through", "log_p_full", "log_q_full")
+        facts = plan.facts(self.structure, info.name)
         return Site(
             name=info.name,
-            role=info.role,
+            role=facts.role,
+            downstream=facts.downstream,
+            joint=facts.joint,
+            mixed=facts.mixed,
             local=info.local,
             value=row["value"],
             log_p=row.get("log_p"),
             log_q=row.get("log_q"),
             estimator=plan.estimators.get(info.name),
             plates=info.plates,
-            downstream=self.structure.downstream(info.name),
             variants=layout.get(info.name, (1, 1))[0],
             extra=extra,
             user_scale=row.get("user_scale", 1.0),
@@ -939,7 +976,7 @@ def _in_pieces(inner: Callable[..., Any], size: int) -> Callable[..., Any]:
 
 
 def _static(plan: Plan) -> Hashable:
-    return plan.K, plan.M, plan.requests, plan.kl, plan.chunk, tuple(plan.estimators.items())
+    return plan.K, plan.M, plan.requests, plan.kl, plan.chunk, tuple(plan.estimators.items()), plan.marginal
 
 
 def _is_set(value: Any) -> bool:

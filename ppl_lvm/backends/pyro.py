@@ -39,7 +39,16 @@ from ppl_lvm.backends._pyro_handlers import (
     seeded,
 )
 from ppl_lvm.backends._pyro_modules import Dropout, Modules
-from ppl_lvm.backends._torch_dists import GuideSite, draw, finite_support, has_kl, kl, log_prob, site_log_prob
+from ppl_lvm.backends._torch_dists import (
+    GuideSite,
+    draw,
+    finite_support,
+    has_kl,
+    kl,
+    log_prob,
+    site_log_prob,
+    support_value,
+)
 from ppl_lvm.backends._torch_missing import TorchMissing, feasible
 from ppl_lvm.backends._torch_tables import equal, joined
 from ppl_lvm.backends.base import (
@@ -60,11 +69,13 @@ from ppl_lvm.backends.base import (
     find_data_plate,
     given_rows,
     inner_axis,
+    is_chain_of_classes,
     is_factor,
     is_point,
     latent_site,
     losses,
     row_params,
+    undeclared,
     written,
 )
 from ppl_lvm.backends.forward import Anatomy, Forward
@@ -114,6 +125,7 @@ class PyroBound:
         self._anatomy: Anatomy | None = None
         self.forward_broadcasts: dict[Any, bool] = {}
         self._broadcasts: dict[tuple[bool, bool], tuple[bool, bool]] = {}
+        self._at_once: dict[tuple[bool, bool], bool] = {}
         with sealed(dtype), seeded(seed):
             self._probe(self.batch(example), data_plate, family)
         self.row_params = row_params(program, ppl, self.initial, self.total)
@@ -210,6 +222,7 @@ class PyroBound:
             model_handler = Handler(None, replayed, guide_handler.subsamples)
             model_handler.offered, model_handler.plates = guide_handler.offered, guide_handler.plates
             model = self._trace(self._model, model_handler, batch)
+            values |= {n: s["value"] for n, s in model.items() if n not in values and not s["is_observed"]}
             again = self._modules.hold(model_handler.offered)
         self._supports = {
             n: s["fn"].support for n, s in model.items() if s["is_observed"] or self._missing.fills(n)
@@ -276,7 +289,11 @@ class PyroBound:
             n for n, s in guide.items() if n not in model and (s["infer"].get("is_auxiliary") or s["is_observed"])
         ]
         in_guide, in_model = ({n: bool(s["is_observed"]) for n, s in t.items()} for t in (guide, model))
-        check_sites(in_guide, in_model, auxiliary)
+        alone = {n: s for n, s in model.items() if n not in guide and not s["is_observed"]}
+        supports = {n: finite_support(s["fn"]) for n, s in alone.items()}
+        check_sites(
+            in_guide, in_model, auxiliary, supports, [n for n, s in alone.items() if is_chain_of_classes(s["fn"])]
+        )
         every = [*guide.values(), *model.values()]
         frames = {f.name: f for s in every for f in s["cond_indep_stack"] if f.vectorized}
         # A batch dimension without a plate counts too: rows and draws must not meet it.
@@ -290,8 +307,14 @@ class PyroBound:
         def local(site: Message) -> bool:
             return data_plate is None or any(f.name == data_plate for f in site["cond_indep_stack"])
 
+        def plates(site: Message) -> tuple[Plate, ...]:
+            stack = sorted(site["cond_indep_stack"], key=lambda f: f.dim or 0)
+            return tuple(
+                Plate(f.name, f.full_size or f.size, f.size, inner_axis(f.dim, nesting, plate_dim)) for f in stack
+            )
+
         infos: dict[str, SiteInfo] = {}
-        for name, site in {**guide, **observed}.items():
+        for name, site in {**guide, **{n: s for n, s in model.items() if n not in guide}}.items():
             role: Role = "observed" if name in observed and name not in guide else "latent"
             if name in auxiliary:
                 role = "auxiliary"
@@ -306,12 +329,13 @@ class PyroBound:
                 local=local(site),
                 reparameterised=bool(site["fn"].has_rsample),
                 support=finite_support(site["fn"]) if role != "observed" and not site["is_observed"] else None,
-                plates=tuple(
-                    Plate(f.name, f.full_size or f.size, f.size, inner_axis(f.dim, nesting, plate_dim))
-                    for f in sorted(site["cond_indep_stack"], key=lambda f: f.dim or 0)
-                ),
+                plates=plates(site),
                 local_in_model=local(of_model),
-                closed_kl=role == "latent" and torch.equal(*scales) and has_kl(site, of_model),
+                in_guide=name not in alone,
+                model_axes=frozenset(p.axis for p in plates(of_model) if p.axis is not None),
+                undeclared=name in alone and undeclared(site["fn"], site["cond_indep_stack"]),
+                enumerated=name in alone and site["infer"].get("enumerate") == "parallel",
+                closed_kl=role == "latent" and name in guide and torch.equal(*scales) and has_kl(site, of_model),
                 # A tensor's values are those of this batch, and others in the next one.
                 user_scaled=any(isinstance(scale, Tensor) or abs(scale - 1.0) > 1e-9 for scale in given),
                 fixed=site["is_observed"] and role == "auxiliary",
@@ -518,7 +542,28 @@ class PyroBound:
         if any(many) and many not in self._broadcasts:
             with sealed(self.dtype), seeded(0), self.evaluation():
                 self._broadcasts[many] = self._try(*many, batch)
-        return self._broadcasts.get(many, (True, True))
+        whole = self._broadcasts.get(many, (True, True))
+        run = many[0] and whole[0], many[1] and whole[1]
+        if plan.values_summed > 2 and run not in self._at_once:
+            with sealed(self.dtype), seeded(0), self.evaluation():
+                self._at_once[run] = self._sums_at_once(run, batch)
+        return whole
+
+    def _sums_at_once(self, run: tuple[bool, bool], batch: Call) -> bool:
+        """Whether the values of sites that are summed out can stand on the outer axis in runs of these axes."""
+        plan, sizes = Plan.of_values(self.structure, 1, 1), (3 if run[0] else 1, 2 if run[1] else 1)
+        subsamples, constrained = dict[str, Tensor](), self.constrain(self.initial)
+
+        def table(given: Mapping[str, Tensor]) -> dict[str, Site]:
+            return self._sites(self.initial, constrained, batch, plan, given, sizes, (True, True), subsamples)
+
+        self._at_once[run] = False
+        one_by_one = table({})
+        self._at_once[run] = True
+        with contextlib.suppress(Exception), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return equal(table({n: one_by_one[n].value for n in plan.estimators}), one_by_one)
+        return False
 
     def _try(self, outer: bool, inner: bool, batch: Call) -> tuple[bool, bool]:
         plan = Plan.of_values(self.structure, 1, 1)
@@ -607,14 +652,18 @@ class PyroBound:
         M, K = self._sizes = len(outer), len(inner)
         variants: dict[str, Variant] = {}
 
-        def latent(msg: Message) -> None:
-            info = self._known(msg["name"])
+        def of_draws(msg: Message, info: SiteInfo, M: int = M) -> Any:
+            """The message's distribution for every draw."""
             fn = msg["fn"]
             lead = ((M, K) if M > 1 else (K,) if K > 1 else ()) if info.local else (M, 1) if M > 1 else ()
             if lead:
                 base = tuple(fn.batch_shape)[-n:] if n else ()
-                fn = fn.expand(torch.Size(lead + (1,) * (n - len(base)) + base))
-                msg["fn"] = fn
+                msg["fn"] = fn = fn.expand(torch.Size(lead + (1,) * (n - len(base)) + base))
+            return fn
+
+        def latent(msg: Message) -> None:
+            info = self._known(msg["name"])
+            fn = of_draws(msg, info)
             injected = None
             if info.name in given:
                 injected = of_step(self._to_site(given[info.name], info, outer, inner), msg)
@@ -650,8 +699,48 @@ class PyroBound:
         def replayed(msg: Message) -> None:
             msg["value"] = of_step(drawn[self._known(msg["name"]).name], msg)
 
-        model_handler = Handler(constrained, replayed, handler.subsamples)
-        model = self._trace(self._model, model_handler, batch, params)
+        def at(runs: range, msg: Message) -> None:
+            """Values in these runs of the model, laid along the outer axis; the draws are the same in every run."""
+            info, S = self._known(msg["name"]), len(runs)
+            if info.in_guide:
+                value = drawn[info.name]
+                if S > 1:
+                    value = self._pad(value, guide[info.name]["fn"].event_dim, info.local)
+                    value = value.expand(S, *value.shape).flatten(0, 1)
+                msg["value"] = of_step(value, msg)
+                return
+            fn = of_draws(msg, info, S * M)
+            index = torch.arange(runs.start, runs.stop).repeat_interleave(M) if S > 1 else torch.tensor(runs.start)
+            value = support_value(info.support, plan.value_at(structure, info.name, index))
+            if S > 1:
+                event = len(fn.event_shape)
+                value = value.reshape(S * M, *(1,) * (len(fn.batch_shape) - 1), *value.shape[value.dim() - event :])
+            msg["value"] = value.expand(fn.batch_shape + fn.event_shape)
+
+        def densities(runs: range, trace: Mapping[str, Message]) -> dict[str, Tensor]:
+            """Those inside a sum, `[S, M, K, B, *inner]`."""
+            self._sizes = len(runs) * M, K
+            every = {n: self._full(site_log_prob(trace[n]), structure.sites[n]) for n in plan.in_sums}
+            self._sizes = M, K
+            return {n: x.reshape(len(runs), M, *x.shape[1:]) for n, x in every.items()}
+
+        model_handler = Handler(constrained, partial(at, range(1)), handler.subsamples)
+        model_dropout = Dropout() if plan.values_summed > 1 else contextlib.nullcontext()
+        with model_dropout:
+            model = self._trace(self._model, model_handler, batch, params)
+        parts = [densities(range(1), model)]
+        if isinstance(model_dropout, Dropout):
+            if not self._evaluating:
+                self._modules.refuse_noise()
+            rest = range(1, plan.values_summed)
+            # Factors of dropout, which all runs share, fit an outer axis of several runs if it has no draws of its own.
+            at_once = self._at_once.get((M > 1, K > 1), False) and not (model_dropout.used and M > 1)
+            for runs in [rest] if at_once else [range(s, s + 1) for s in rest]:
+                other = Handler(constrained, partial(at, runs), model_handler.subsamples)
+                with model_dropout.replay():
+                    trace = self._trace(self._model, other, batch, params)
+                parts.append(densities(runs, trace))
+        sums = plan.sums({n: torch.cat([part[n] for part in parts]) for n in plan.in_sums}, 3)
         for name in {*guide, *model} ^ set(structure.sites):
             self._known(name, missing=name in structure.sites)
         subsamples.update(model_handler.subsamples)
@@ -664,9 +753,9 @@ class PyroBound:
                 frozen = self._trace(self._guide, again, batch, stopped)
         return {
             info.name: self._site(
-                info, guide, model, frozen, plan, variants.get(info.name), layouts.get(info.name, (1, 1))[0]
+                info, guide, model, frozen, plan, sums, variants.get(info.name), layouts.get(info.name, (1, 1))[0]
             )
-            for info in structure.sites.values()
+            for info in plan.rows(structure)
         }
 
     def _known(self, name: str, missing: bool = False) -> SiteInfo:
@@ -687,6 +776,7 @@ class PyroBound:
         model: dict[str, Message],
         frozen: dict[str, Message],
         plan: Plan,
+        sums: Mapping[str, Tensor],
         variant: Variant | None,
         count: int,
     ) -> Site:
@@ -696,9 +786,10 @@ class PyroBound:
         assert site is not None
         row: dict[str, Any] = {}
         for label, message in (("log_p", in_model), ("log_q", in_guide)):
-            if message is not None:
-                row[label + "_full"] = self._full(site_log_prob(message), info)
-                row[label] = self._rows(row[label + "_full"], info)
+            if message is None or (label == "log_p" and name in plan.in_sums and name not in sums):
+                continue
+            full = sums[name] if label == "log_p" and name in sums else self._full(site_log_prob(message), info)
+            row[label + "_full"], row[label] = full, self._rows(full, info)
         if in_guide is not None and "drawn" in in_guide and name in plan.estimators:
             fn, drawn = in_guide["drawn"]
             row["log_q_drawn"] = self._rows(self._full(log_prob(fn, drawn), info), info)
@@ -729,14 +820,17 @@ class PyroBound:
             *("log_p", "log_q", "log_q_frozen", "log_q_drawn", "weight", "credit", "through"),
             *("log_p_full", "log_q_full"),
         )
+        facts = plan.facts(self.structure, name)
         return Site(
             name=name,
-            role=info.role,
+            role=facts.role,
+            downstream=facts.downstream,
+            joint=facts.joint,
+            mixed=facts.mixed,
             local=info.local,
             value=self._from_site(site["value"], site["fn"].event_dim, info),
             estimator=plan.estimators.get(name),
             plates=info.plates,
-            downstream=self.structure.downstream(name),
             variants=count,
             extra=extra,
             **scales,

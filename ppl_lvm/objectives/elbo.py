@@ -1,5 +1,6 @@
 """The evidence lower bound."""
 
+from collections.abc import Mapping
 from typing import Literal
 
 from pydantic import Field
@@ -21,7 +22,8 @@ class elbo(Objective):
     `weights = { "z*" = 0.5, x = 2.0 }` multiplies the term of a site (its log likelihood, or its part of the KL).
     `free_bits = f` counts a local site's KL as `max(f, mean over the batch's rows)`, in nats per row, so that a KL
     below f has no gradient; where it is sampled, the comparison is of estimates. With any of these the value is no
-    bound.
+    bound. A site that only the model has and that is summed out has no term: its sum is the term of the site that looks
+    at it.
 
     Source: Jordan, Ghahramani, Jaakkola, Saul (1999); Kingma and Welling (2013), arXiv:1312.6114; beta: Higgins et al.
     (2017); free bits: Kingma, Salimans, Jozefowicz, Chen, Sutskever, Welling (2016), arXiv:1606.04934.
@@ -43,6 +45,13 @@ class elbo(Objective):
 
     def requests(self) -> frozenset[str]:
         return frozenset({"sampled": (), "closed_form": ("kl",), "where_known": ("kl where known",)}[self.kl])
+
+    def alike(self, roles: Mapping[str, str]) -> bool:
+        """One weight, and beta and free bits for all of them or for none."""
+        apart = self.beta != 1.0 and len(set(roles.values())) > 1
+        return len({self.weight(name) for name in roles}) == 1 and not apart and not (
+            self.free_bits and "latent" in roles.values()
+        )
 
     def weight(self, site: str) -> float:
         """What the term of a site is multiplied by."""
@@ -70,7 +79,7 @@ class elbo(Objective):
 
     def _term(self, d: Draws, site: Site) -> Array:
         """What one site adds; scale handlers of the program multiply the densities of their side."""
-        weight, scale = self.weight(site.name), site.user_scale
+        weight, scale = self.weight((*site.joint, site.name)[0]), site.user_scale
         log_p, log_q = d.terms(site)
         if log_p is not None:
             log_p = weight * trailing(scale, log_p) * log_p
