@@ -26,9 +26,10 @@ from _pytest.mark import ParameterSet
 from harness import BACKENDS, Engine, Loss, assert_equal
 from toys import Array, Backend, Ppl, Values
 
-from ppl_lvm import Fit, fit, numpyro_loss, pyro_loss
+from ppl_lvm import Fit, fit, numpyro_loss, pyro_loss, recipe
 from ppl_lvm.algorithm import Estimator, Objective
 from ppl_lvm.backends.base import LARGEST_SUPPORT
+from ppl_lvm.catalogue import objectives
 from ppl_lvm.draws import Draws
 from ppl_lvm.draws import Loss as Losses
 from ppl_lvm.errors import LegalityError, ProgramError
@@ -255,6 +256,20 @@ def test_values_and_gradients_are_those_of_the_sum_written_by_hand(
     pair = PAIRS[name]
     found = pair.engine(backend).loss(objective, pair.estimators, values=noise(pair, objective), total_rows=30)
     assert_same(found, truth(name, objective, 30))
+
+
+@pytest.mark.parametrize("name", sorted(set(objectives()) - {"wake_sleep", "trajectory_balance"}))
+def test_every_objective_takes_the_sum_as_it_is(name: str) -> None:
+    """All but `wake_sleep`, which would have to draw data from a factor, and one with parameters of its own."""
+    own: dict[str, dict[str, Any]] = {"rws": {"sleep": 0.0}, "miwae": {"groups": 2}, "piwae": {"groups": 2}}
+    options: dict[str, Any] = {"draws": 4, **own.get(name, {})}
+    chosen = recipe(name, steps=1, **options)
+    assert chosen.objective is not None
+    pair, patterns = PAIRS["mixture"], chosen.estimator
+    values = noise(pair, chosen.objective)
+    expected = pair.engine("pyro", by_hand=True).loss(chosen.objective, patterns, values=values)
+    found = pair.engine("pyro").loss(chosen.objective, {**patterns, "y": SUMMED}, values=values)
+    assert_same(found, expected)
 
 
 @pytest.mark.parametrize("backend", ["pyro", slow("numpyro")])
