@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
+from dataclasses import replace
 from importlib import import_module
 from typing import Any
 
@@ -21,7 +22,7 @@ import pytest
 import torch
 from _pytest.mark import ParameterSet
 from harness import BACKENDS, Engine, Loss, assert_unbiased
-from toys import GLOBAL_ROWS, Array, Backend, Ppl, Values, native_rows
+from toys import GLOBAL_ROWS, ROWS, Array, Backend, Ppl, Values, native_rows
 
 from ppl_lvm import fit
 from ppl_lvm.algorithm import Estimator, Objective
@@ -36,6 +37,7 @@ from ppl_lvm.estimators.rloo import rloo
 from ppl_lvm.estimators.score import score
 from ppl_lvm.objectives.elbo import elbo
 from ppl_lvm.objectives.iwae import iwae
+from ppl_lvm.objectives.trajectory_balance import trajectory_balance
 from ppl_lvm.program import Program, program
 
 TO_ROUNDING = 1e-10
@@ -1159,3 +1161,27 @@ def test_one_name_is_one_parameter(backend: Backend, where: str) -> None:
 
     with pytest.raises(ProgramError, match=r"Parameter 'a' is given initial values of shapes \(\) and \([23],\)"):
         portable(backend, model, guide, {"x": np.zeros(4)})
+
+
+# A third loss that is one of the other two: the amortised log Z of trajectory balance.
+
+
+@pytest.mark.parametrize("estimator", [score(), pathwise()], ids=["score", "pathwise"])
+def test_a_third_loss_that_is_the_guides(estimator: Estimator) -> None:
+    """Quadratic in the objective's own parameters, so that a central difference is its derivative to rounding."""
+    objective, engine = trajectory_balance(draws=3), Engine.of("pyro", ROWS)
+    chosen, bound, h = engine.plan(objective, {"z": estimator}), engine.bound, 0.1
+    own = {n: torch.tensor(v, dtype=torch.float64) for n, v in objective.initial_own(1).items()}
+
+    def third(name: str, by: float) -> float:
+        moved = {**own, name: own[name] + by}
+        found = bound.draws(bound.initial, engine.batch, 0, chosen, own={"objective": moved})
+        extra = objective(replace(found, allowed=objective.verbs)).extra
+        assert extra is not None
+        return float(extra)
+
+    found = bound.gradients(bound.initial, engine.batch, 0, chosen, objective, own={"objective": own})
+    for name, gradient in found.own["objective"].items():
+        assert float(gradient[0]) == pytest.approx((third(name, h) - third(name, -h)) / (2 * h), rel=1e-9)
+        assert abs(float(gradient[0])) > 0.1
+    assert all(bool(g.abs().sum() > 0) for g in found.params.values())

@@ -1001,12 +1001,14 @@ class PyroBound:
             draws = replace(draws, allowed=objective.verbs)
             model, guide, extra, states_ = losses(draws, objective, plan)
         gradient: dict[str, Tensor] = {}
+        # A third loss may be one of the other two, or share parts of them.
+        keep = extra is not None
         if guide is None:
-            gradient = self._pull(model, leaf)
+            gradient = self._pull(model, leaf, keep=keep)
         else:
             of_model = {n: p for n, p in leaf.items() if "model" in self.structure.groups[n]}
             of_guide = {n: p for n, p in leaf.items() if n not in of_model}
-            gradient = self._pull(model, of_model, keep=True) | self._pull(guide, of_guide)
+            gradient = self._pull(model, of_model, keep=True) | self._pull(guide, of_guide, keep=keep)
         flat = {(s, n): p for s, ps in own_leaf.items() for n, p in ps.items()}
         pulled = self._pull(extra, flat) if extra is not None else {k: torch.zeros_like(p) for k, p in flat.items()}
         own_gradient = {s: {n: pulled[s, n] for n in ps} for s, ps in own_leaf.items()}
