@@ -4,7 +4,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
-from ppl_lvm import catalogue, listing
+from ppl_lvm import catalogue, listing, matrix
 from ppl_lvm.catalogue import Kind
 from ppl_lvm.program import program, programs
 from ppl_lvm.recipe import recipes
@@ -98,5 +98,6 @@ LISTINGS: dict[str, Callable[[], str]] = {
     "methods": lambda: algorithms("method", catalogue.available("method")),
     "recipes": toml,
     "programs": gallery,
+    "matrix": matrix.pages,
     "datasets": lambda: "\n".join(table(listing.entries("datasets"), ("name", "what it is"))),
 }

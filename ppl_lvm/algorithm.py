@@ -252,6 +252,10 @@ class Objective(Algorithm):
         all of them serves it: that of sites which look at one that is summed out (`Site.joint`)."""
         return True
 
+    def why_biased(self) -> str:
+        """`bias` under these options."""
+        return self.bias
+
     def initial_own(self, features: int) -> dict[str, Any]:
         """Parameters of the objective itself, trained by `Loss.extra` and found in `d.own["objective"]`."""
         return {}

@@ -50,6 +50,7 @@ class Thing(StrEnum):
     method = "method"
     guide = "guide"
     dataset = "dataset"
+    matrix = "matrix"
 
 
 class Missing(StrEnum):
@@ -341,11 +342,26 @@ def list_(kind: Annotated[Kind | None, typer.Argument(help="All kinds if left ou
 @app.command()
 def show(
     kind: Annotated[Thing, typer.Argument(help="What it is.")],
-    name: Annotated[str, typer.Argument(help="Its name, or its path where it is a file of yours.")],
+    name: Annotated[
+        str | None, typer.Argument(help="Its name, or its path where it is a file of yours; the matrix has none.")
+    ] = None,
+    objective: Annotated[str | None, typer.Option(help="Of the matrix, one objective.")] = None,
+    estimator: Annotated[str | None, typer.Option(help="Of the matrix, one estimator.")] = None,
 ) -> None:
-    """Show one program, recipe, objective, estimator, guide, method or data set: what it is and its options."""
-    from ppl_lvm import listing
+    """Show one program, recipe, objective, estimator, guide, method or data set: what it is and its options.
 
+    `matrix` is what becomes of every objective, estimator and kind of site: unbiased, biased (why), or refused (why,
+    and what to use instead).
+    """
+    from ppl_lvm import listing, matrix
+
+    if (name is None) != (kind is Thing.matrix):
+        raise typer.BadParameter("the matrix has no name" if name else f"which {kind.value}? Give its name")
+    if name is None:
+        typer.echo(matrix.text(objective, estimator))
+        return
+    if objective or estimator:
+        raise typer.BadParameter("--objective and --estimator are of `show matrix`")
     typer.echo(listing.describe(kind.value, name))
 
 

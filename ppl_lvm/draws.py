@@ -409,7 +409,10 @@ class Draws:
         if level.variants == 1:
             return split[:, :, 0], split[:, :, 0] ** 2
         xp = ops.xp(split)
-        w = stop_gradient(xp.exp(self._split(self._log_weight(level) + math.log(level.draws), level)))
+        # Of enumerated values alone: a draw from elsewhere counts as it is.
+        summed = (s for s in level.latents.values() if s.estimator is not None and s.estimator.exhaustive)
+        log_w = sum((self._lift(s, s.log_weight) for s in summed), self._zeros_rows)
+        w = stop_gradient(xp.exp(self._split(log_w, level)))
         return xp.sum(w * split, axis=2), xp.sum(w * split * split, axis=2)
 
     def _joint(

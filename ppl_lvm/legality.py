@@ -58,7 +58,7 @@ class Case:
         if self.moved(name):
             return any(self.live(parent) for parent in self.structure.ancestors(name))
         estimator = self.estimators.get(name)
-        return estimator is not None and not estimator.scored and not estimator.exhaustive
+        return estimator is not None and _live(estimator)
 
     def moved(self, name: str) -> bool:
         """Whether a point is a function of other guide sites alone, so that it moves with their draws."""
@@ -261,14 +261,24 @@ def refusal(case: Case) -> str | None:
     return next((why for rule in RULES if (why := rule(case)) is not None), None)
 
 
-def plan(
-    objective: Objective, patterns: Mapping[str, Estimator | None], structure: Structure
-) -> tuple[Plan, list[str]]:
-    """The run's static choices, and one line a site that "auto" chose for.
+@dataclass(frozen=True)
+class Decision:
+    """What each site of a program gets, and what is wrong with it."""
 
-    Raises:
-        LegalityError: with every refused site and what to use instead.
-    """
+    estimators: Mapping[str, Estimator]
+    notes: list[str]
+    """One line a site that "auto" chose for, or that is a point."""
+    refused: Mapping[str, str]
+    """Site -> why its estimator is refused, and the remedy."""
+    problems: list[str]
+    """What is wrong with the program as a whole."""
+    summed: list[str]
+    """Sites that only the model has, summed out."""
+    sums: tuple[Group, ...]
+
+
+def decide(objective: Objective, patterns: Mapping[str, Estimator | None], structure: Structure) -> Decision:
+    """Every rule applied to every site, estimators chosen where the recipe says "auto"."""
     estimators = dict(_named(patterns, structure))
     notes = []
     for info in structure.drawn():
@@ -292,19 +302,34 @@ def plan(
         )
         estimators[info.name] = chosen
         notes.append(f"{info.name}: {_name(chosen)} (chosen by auto)")
-    problems = list(_undrawn(objective, structure, estimators, sums))
-    for info in structure.drawn():
-        why = refusal(Case(objective, estimators[info.name], info, structure, estimators))
-        if why is not None:
-            problems.append(f"Site {info.name!r} under estimator {_name(estimators[info.name])!r}: {why}")
-    problems.extend(_whole_program(objective, structure, estimators, sums))
+    cases = (Case(objective, estimators[i.name], i, structure, estimators) for i in structure.drawn())
+    refused = {c.site.name: why for c in cases if (why := refusal(c)) is not None}
+    problems = [
+        *_undrawn(objective, structure, estimators, sums),
+        *_whole_program(objective, structure, estimators, sums),
+    ]
+    return Decision(estimators, notes, refused, problems, summed, sums)
+
+
+def plan(
+    objective: Objective, patterns: Mapping[str, Estimator | None], structure: Structure
+) -> tuple[Plan, list[str]]:
+    """The run's static choices, and one line a site that "auto" chose for.
+
+    Raises:
+        LegalityError: with every refused site and what to use instead.
+    """
+    found = decide(objective, patterns, structure)
+    estimators = found.estimators
+    problems = [f"Site {n!r} under estimator {_name(estimators[n])!r}: {why}" for n, why in found.refused.items()]
+    problems += found.problems
     if problems:
         raise LegalityError(
             f"Objective {_name(objective)!r} cannot be fitted to this program as asked:\n- " + "\n- ".join(problems)
         )
     ordered = {i.name: _stopped(objective, estimators[i.name]) for i in structure.drawn()}
-    ordered |= {name: estimators[name] for name in summed}
-    kl = frozenset(n for n in structure.sites if _closed_kl(n, structure, sums) is None)
+    ordered |= {name: estimators[name] for name in found.summed}
+    kl = frozenset(n for n in structure.sites if _closed_kl(n, structure, found.sums) is None)
     return Plan(
         objective.draws,
         objective.outer,
@@ -312,8 +337,8 @@ def plan(
         objective.requests(),
         kl if _wants_kl(objective) else frozenset(),
         objective.chunk,
-        sums,
-    ), notes
+        found.sums,
+    ), found.notes
 
 
 def _preferred(objective: Objective) -> tuple[Estimator, ...]:
@@ -326,8 +351,13 @@ def _preferred(objective: Objective) -> tuple[Estimator, ...]:
 
 def _stopped(objective: Objective, estimator: Estimator) -> Estimator:
     """The estimator of a run: where draws are to carry no gradient, a live one is drawn as it is and stopped."""
-    live = not (estimator.scored or estimator.exhaustive or estimator.frozen or estimator.weighted)
-    return Plain() if objective.detached and live and type(estimator).count is Estimator.count else estimator
+    return Plain() if objective.detached and _live(estimator) and not estimator.frozen else estimator
+
+
+def _live(estimator: Estimator) -> bool:
+    """Whether gradient flows through the value of a draw."""
+    single = type(estimator).count is Estimator.count
+    return single and not (estimator.scored or estimator.exhaustive or estimator.weighted)
 
 
 def _wants_kl(objective: Objective) -> bool:
@@ -493,6 +523,12 @@ def _whole_program(
     shared = sorted(n for n, used in structure.groups.items() if len(used) == 2)
     if objective.separate and shared:
         yield f"Parameters {shared} are in model and guide, whose losses differ under this objective; separate them."
+    unseen = sorted(n for n, i in structure.sites.items() if i.role == "auxiliary")
+    if unseen and "sleep" in objective.requests():
+        yield (
+            f"Sites {unseen} are the guide's alone, so the model draws no values that it could learn from (sleep); use "
+            f"'rws' with sleep = 0, 'elbo' or 'iwae'."
+        )
     if "kl" in objective.requests():
         for info in structure.sites.values():
             why = _closed_kl(info.name, structure, sums)

@@ -31,6 +31,8 @@ class Loss(NamedTuple):
 
     value: np.ndarray
     gradient: dict[str, np.ndarray]
+    own: dict[str, dict[str, np.ndarray]] = {}
+    """Gradients of the parameters of estimators and objective, of one run."""
 
 
 class Row(NamedTuple):
@@ -86,21 +88,25 @@ class Engine:
         values: Values | None = None,
         weight: np.ndarray | None = None,
         total_rows: int | None = None,
+        states: Values | None = None,
+        own: Mapping[str, Values] | None = None,
         runs: int | None = None,
         seed: int = 0,
     ) -> Loss:
         """One run, or `runs` of them with different noise.
 
         Injected `values` are laid out as in the table, behind an axis of runs if there are several; `weight` is the
-        probability of each outer draw.
+        probability of each outer draw. `states` and `own` are what estimators and objective keep and learn.
         """
         chosen, given = self.plan(objective, estimators), values or {}
         if runs is None:
             given = {name: value[None] for name, value in given.items()}
         with self._precision():
             outer_weight = None if weight is None else self._array(weight)
+            kept = {name: self._array(value) for name, value in (states or {}).items()}
+            learned = {s: {n: self._array(p) for n, p in ps.items()} for s, ps in (own or {}).items()}
 
-            def step(run: tuple[Array, dict[str, Array]]) -> tuple[Array, dict[str, Array]]:
+            def step(run: tuple[Array, dict[str, Array]]) -> tuple[Array, dict[str, Array], Any]:
                 found = self.bound.gradients(
                     self.bound.initial,
                     self.batch,
@@ -110,25 +116,29 @@ class Engine:
                     values=run[1],
                     outer_weight=outer_weight,
                     total_rows=total_rows,
+                    states=kept,
+                    own=learned,
                 )
-                return found.loss, found.params
+                return found.loss, found.params, found.own
 
             if self.backend == "numpyro":
                 keys = jax.random.split(jax.random.key(seed), runs or 1)
                 arrays = {name: jnp.asarray(value) for name, value in given.items()}
                 compiled = jax.jit(lambda *every: jax.lax.map(step, every), compiler_options=_QUICK)
-                value, gradient = compiled(keys, arrays)
+                value, gradient, pulled = compiled(keys, arrays)
                 losses, gradients = np.asarray(value), {n: np.asarray(g) for n, g in gradient.items()}
+                of_own = {s: {n: np.asarray(g[0]) for n, g in gs.items()} for s, gs in pulled.items()}
             else:
                 tensors = {name: torch.tensor(value) for name, value in given.items()}
                 every = [
                     step((seed * 100_000 + run, {name: value[run] for name, value in tensors.items()}))
                     for run in range(runs or 1)
                 ]
-                losses = np.stack([value.numpy() for value, _ in every])
-                gradients = {n: np.stack([g[n].numpy() for _, g in every]) for n in self.bound.initial}
+                losses = np.stack([value.numpy() for value, *_ in every])
+                gradients = {n: np.stack([g[n].numpy() for _, g, _ in every]) for n in self.bound.initial}
+                of_own = {s: {n: g.numpy() for n, g in gs.items()} for s, gs in every[0][2].items()}
         if runs is None:
-            return Loss(losses[0], {name: value[0] for name, value in gradients.items()})
+            return Loss(losses[0], {name: value[0] for name, value in gradients.items()}, of_own)
         return Loss(losses, gradients)
 
     def sites(

@@ -13,9 +13,10 @@ and any latents a one-dimensional integral (`log_mean_exp_by_transform`). Gradie
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping
 from functools import cache
-from typing import NamedTuple, TypeAlias
+from typing import Literal, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -40,6 +41,8 @@ class Table(NamedTuple):
     global_log_w: Array  # [G]
     log_mass: Array  # [G, B, S]
     log_w: Array  # [G, B, S]
+    parts: Mapping[str, tuple[Array | None, Array | None]] = {}
+    """log p and log q of every site, `[G]` or `[G, B, S]`; of the discrete toys."""
 
 
 class Exact(NamedTuple):
@@ -47,6 +50,37 @@ class Exact(NamedTuple):
 
     value: float
     gradient: dict[str, np.ndarray]
+
+
+Kind: TypeAlias = Literal["drawn", "enumerated", "measured", "elsewhere"]
+"""Where the values of a discrete site come from: the guide, its support (as variants of one draw), the guide with the
+support behind it (for the gradient), or another distribution."""
+
+
+class Row(NamedTuple):
+    """Some draws of one row as a formula sees them, on the last axis: [..., E]."""
+
+    log_w: jax.Array
+    log_q: jax.Array
+    log_weight: jax.Array
+    """`exp` sums to one over enumerated entries, and averages over draws; live in the guide's parameters, so that a
+    sum of `exp(log_weight) h` has the gradient of `E h`, score included."""
+    parts: Mapping[str, tuple[jax.Array | None, jax.Array | None]]
+    params: Params
+    x: jax.Array
+    kinds: Mapping[str, Kind] = {}
+
+
+Formula: TypeAlias = Callable[[Row], jax.Array]
+"""One number from the draws of a row, [..., E] -> [...]."""
+
+
+class Outcomes(NamedTuple):
+    """Every joint outcome of K draws of one row, T of them, as runs lay them out; see `Tuples`."""
+
+    values: dict[str, np.ndarray]  # of sites that are drawn, [T, K * V, 1, *event]
+    weight: np.ndarray  # [T]
+    index: np.ndarray  # [T, E], entries of the table's last axis: measured values are left out
 
 
 class Tuples(NamedTuple):
@@ -81,28 +115,40 @@ def _local(log_mass: Array, log_w: jax.Array) -> Table:
     return Table(jnp.zeros(1), jnp.zeros(1), jnp.broadcast_to(log_mass, log_w.shape)[None], log_w[None])
 
 
+def _by_site(shape: tuple[int, ...], parts: Mapping[str, tuple[Array | None, Array | None]]) -> Table:
+    """A table without globals, from the densities of its sites, [*shape] or broadcast to it: [B, *support]."""
+
+    def flat(part: Array | None) -> Array | None:
+        return None if part is None else jnp.broadcast_to(part, shape).reshape(1, shape[0], -1)
+
+    full = {name: (flat(log_p), flat(log_q)) for name, (log_p, log_q) in parts.items()}
+    log_q = sum(q for _, q in full.values() if q is not None)
+    log_p = sum(p for p, _ in full.values() if p is not None)
+    return Table(jnp.zeros(1), jnp.zeros(1), log_q, log_p - log_q, full)
+
+
 def _bernoulli(p: Params, x: jax.Array) -> Table:
     z = jnp.arange(2.0)
     log_prior = z * p["prior_logit"] - jnp.logaddexp(0.0, p["prior_logit"])
     log_q = z * p["q_logit"] - jnp.logaddexp(0.0, p["q_logit"])
     log_lik = _normal(x[:, None], p["slope"] * z, p["log_scale"])
-    return _local(log_q, log_prior + log_lik - log_q)
+    return _by_site((len(x), 2), {"z": (log_prior, log_q), "x": (log_lik, None)})
 
 
 def _categoricals(p: Params, x: jax.Array) -> Table:
-    log_prior = jax.nn.log_softmax(p["z1_logits"])[:, None] + jax.nn.log_softmax(p["z2_logits"], axis=-1)
     z2_logits = p["q_z2_logits"] + x[:, None, None] * p["q_z2_gain"]
-    log_q = jax.nn.log_softmax(p["q_z1_logits"])[:, None] + jax.nn.log_softmax(z2_logits, axis=-1)
+    z1 = jax.nn.log_softmax(p["z1_logits"])[:, None], jax.nn.log_softmax(p["q_z1_logits"])[:, None]
+    z2 = jax.nn.log_softmax(p["z2_logits"], axis=-1), jax.nn.log_softmax(z2_logits, axis=-1)
     log_lik = _normal(x[:, None, None], p["x_loc"], p["x_log_scale"])
-    return _local(log_q.reshape(len(x), 6), (log_prior + log_lik - log_q).reshape(len(x), 6))
+    return _by_site((len(x), 2, 3), {"z1": z1, "z2": z2, "x": (log_lik, None)})
 
 
 def _upward(p: Params, x: jax.Array) -> Table:
-    log_prior = jax.nn.log_softmax(p["z2_logits"]) + jax.nn.log_softmax(p["z1_logits"], axis=-1).T
     z1_logits = p["q_z1_logits"] + x[:, None] * p["q_z1_gain"]
-    log_q = jax.nn.log_softmax(z1_logits, axis=-1)[:, :, None] + jax.nn.log_softmax(p["q_z2_logits"], axis=-1)
+    z1 = jax.nn.log_softmax(p["z1_logits"], axis=-1).T, jax.nn.log_softmax(z1_logits, axis=-1)[:, :, None]
+    z2 = jax.nn.log_softmax(p["z2_logits"]), jax.nn.log_softmax(p["q_z2_logits"], axis=-1)
     log_lik = _normal(x[:, None, None], p["x_loc"], p["x_log_scale"])
-    return _local(log_q.reshape(len(x), 6), (log_prior + log_lik - log_q).reshape(len(x), 6))
+    return _by_site((len(x), 2, 3), {"z1": z1, "z2": z2, "x": (log_lik, None)})
 
 
 def _plate(p: Params, x: jax.Array) -> Table:
@@ -111,8 +157,10 @@ def _plate(p: Params, x: jax.Array) -> Table:
     log_q = jax.nn.log_softmax(z_logits, axis=-1)
     log_prior = jax.nn.log_softmax(p["z_logits"], axis=-1)[:, None, :]
     log_lik = _normal(x[:, None], p["x_loc"][:, None, :], p["x_log_scale"])
-    global_log_w = jax.nn.log_softmax(p["g_logits"]) - global_log_q
-    return Table(global_log_q, global_log_w, log_q, log_prior + log_lik - log_q)
+    log_prior = jnp.broadcast_to(log_prior, log_q.shape)
+    global_log_p = jax.nn.log_softmax(p["g_logits"])
+    parts = {"g": (global_log_p, global_log_q), "z": (log_prior, log_q), "x": (log_lik, None)}
+    return Table(global_log_q, global_log_p - global_log_q, log_q, log_prior + log_lik - log_q, parts)
 
 
 def _mixed_yz(p: Params, x: jax.Array) -> Table:
@@ -332,7 +380,7 @@ def _compiled(name: str) -> Density:
 def table(toy: Toy, params: Values | None = None, data: Values | None = None) -> Table:
     """The toy's values, masses and weights as float64 numpy arrays; defaults are the toy's own."""
     with jax.enable_x64(True):
-        return Table(*(np.asarray(entry) for entry in _compiled(toy.name)(*_inputs(toy, params, data))))
+        return jax.tree.map(np.asarray, _compiled(toy.name)(*_inputs(toy, params, data)))
 
 
 def exact(
@@ -363,6 +411,67 @@ def exact(
         values, x = _inputs(toy, params, data)
         value, gradient = _loss_and_gradient(toy.name, objective, K, reach)(values, x, scale)
         return Exact(float(value), {name: np.asarray(entry) for name, entry in gradient.items()})
+
+
+def expected(
+    toy: Toy, K: int, rows: Formula, glob: float = 1.0
+) -> Exact:
+    """`E_q(g)[ glob (log p(g) - log q(g)) + sum_n E rows_n ]` over K draws of each row, and its gradient.
+
+    The masses of all K-tuples are live, so the gradient is that of the expectation. `glob` multiplies the global part.
+    Discrete toys.
+    """
+
+    def value(values: dict[str, jax.Array], x: jax.Array) -> jax.Array:
+        entries = _TABLES[toy.name](values, x)
+        index = np.indices((entries.log_w.shape[-1],) * K).reshape(K, -1).T
+        row = _row(entries, index, jnp.full(len(index[0]), -np.log(K)), values, x)
+        inner = (jnp.exp(entries.log_mass[..., index].sum(-1)) * rows(row)).sum((-1, -2))
+        return (jnp.exp(entries.global_log_mass) * (glob * entries.global_log_w + inner)).sum()
+
+    return _differentiated(value, toy, None)
+
+
+def expected_at(
+    toy: Toy, K: int, kinds: Mapping[str, Kind], rows: Formula, *, own: Values | None = None, epsilon: float = 0.1
+) -> Exact:
+    """`sum_t weight_t rows_t` over the outcomes of K draws, whose weights carry no gradient; toys of one row.
+
+    The gradient is the expectation of a formula's own, as of self-normalised estimators. `own` are parameters of the
+    formula, differentiated along.
+    """
+    laid_out = outcomes(toy, K, kinds, epsilon=epsilon)
+
+    def value(values: dict[str, jax.Array], x: jax.Array) -> jax.Array:
+        entries = _TABLES[toy.name](values, x)
+        log_weight = -np.log(K) * jnp.ones(entries.log_w.shape[-1])
+        for name, kind in kinds.items():
+            log_q = entries.parts[name][1][0, 0]
+            behind = 0.0
+            if kind in ("drawn", "measured"):
+                behind = log_q
+            elif kind == "elsewhere":
+                behind = jnp.log((1 - epsilon) * jnp.exp(log_q) + epsilon / _size(toy, name))
+            log_weight = log_weight + log_q - jax.lax.stop_gradient(behind)
+        row = _row(entries, laid_out.index, log_weight[laid_out.index], values, x)._replace(kinds=kinds)
+        return (laid_out.weight * rows(row)[0, 0]).sum()
+
+    return _differentiated(value, toy, own)
+
+
+def _row(entries: Table, index: np.ndarray, log_weight: jax.Array, params: Params, x: jax.Array) -> Row:
+    parts = {
+        name: tuple(None if a is None else a[..., index] if a.ndim > 1 else a for a in pair)
+        for name, pair in entries.parts.items()
+    }
+    return Row(entries.log_w[..., index], entries.log_mass[..., index], log_weight, parts, params, x)
+
+
+def _differentiated(value: Callable[..., jax.Array], toy: Toy, more: Values | None) -> Exact:
+    with jax.enable_x64(True):
+        values, x = _inputs(toy, {**toy.params, **(more or {})}, None)
+        found, gradient = jax.value_and_grad(value)(values, x)
+        return Exact(float(found), {name: np.asarray(entry) for name, entry in gradient.items()})
 
 
 def log_evidence_rows(toy: Toy, params: Values | None = None, data: Values | None = None) -> np.ndarray:
@@ -425,3 +534,53 @@ def tuples(toy: Toy, K: int, params: Values | None = None, data: Values | None =
     for name, value in local_support.items():
         values[name] = np.tile(value[index], (count,) + (1,) * (value.ndim + 1))
     return Tuples(values, weight)
+
+
+def _size(toy: Toy, name: str) -> int:
+    return len(np.unique(_SUPPORTS[toy.name][1][name], axis=0))
+
+
+def outcomes(toy: Toy, K: int, kinds: Mapping[str, Kind], *, epsilon: float = 0.1) -> Outcomes:
+    """Every outcome of K draws of one row of one or two sites, each of a kind, as runs lay them out.
+
+    A draw of two sites has an entry for every value of the first one; the second is drawn anew in each, and has
+    entries of its own inside. Behind enumerated and measured sites the entries of a draw have the draw's probability;
+    "elsewhere" is the mixture of the guide, and uniform values with probability `epsilon`.
+    """
+    first, *later = kinds
+    rows = len(toy.data["x"])
+    assert rows == 1 and len(later) < 2
+    q = np.exp(table(toy).log_mass[0, 0]).reshape(_size(toy, first), -1)
+    of_first, of_second = q.sum(1), q / q.sum(1, keepdims=True)
+    kind = kinds[first]
+    second: Kind = kinds[later[0]] if later else "drawn"
+
+    def drawn_from(p: np.ndarray, kind: Kind) -> np.ndarray:
+        return (1 - epsilon) * p + epsilon / p.shape[-1] if kind == "elsewhere" else p
+
+    weight, base, inside, index = [], [], [], []
+    starts = [-1] if kind == "enumerated" else range(len(of_first))
+    for start in starts:
+        entries = [start] if kind != "enumerated" else []
+        entries += list(range(len(of_first))) if kind in ("enumerated", "measured") else []
+        at_first = 1.0 if start < 0 else drawn_from(of_first, kind)[start]
+        options = [-1] if second == "enumerated" else range(q.shape[1])
+        for choice in itertools.product(options, repeat=len(entries)):
+            chance = at_first
+            for entry, value in zip(entries, choice, strict=True):
+                chance *= 1.0 if value < 0 else drawn_from(of_second, second)[entry, value]
+            weight.append(chance)
+            base.append([start] * len(entries))
+            inside.append(choice)
+            counted = list(zip(entries, choice, strict=True))[: 1 if kind == "measured" else None]
+            index.append([e * q.shape[1] + v for e, c in counted for v in (range(q.shape[1]) if c < 0 else [c])])
+    draws = np.indices((len(weight),) * K).reshape(K, -1).T  # [T, K]
+    repeats = {"enumerated": q.shape[1], "measured": q.shape[1] + 1}.get(second, 1)
+    values = {}
+    for name, numbers in zip(kinds, (base, inside), strict=False):
+        if kinds[name] != "enumerated":
+            chosen = np.repeat(np.asarray(numbers)[draws].reshape(len(draws), -1), repeats, axis=1)
+            support = np.unique(_SUPPORTS[toy.name][1][name], axis=0)
+            # One-hot values sort from the last class to the first.
+            values[name] = (support[::-1] if support.ndim > 1 else support)[chosen][:, :, None]
+    return Outcomes(values, np.asarray(weight)[draws].prod(1), np.asarray(index)[draws].reshape(len(draws), -1))

@@ -316,6 +316,10 @@ def test_nothing_is_fitted_when_the_result_could_not_be_written(engine: Engine) 
         (["compare", "vae", "--backends", ","], "--backends takes different names"),
         (["show", "estimator", "vimc"], "Did you mean 'vimco'?"),
         (["show", "guide", "lowrank"], "Did you mean 'low_rank'?"),
+        (["show", "objective"], "which objective? Give its name"),
+        (["show", "objective", "elbo", "--estimator", "score"], "are of `show matrix`"),
+        (["show", "matrix", "vae"], "the matrix has no name"),
+        (["show", "matrix", "--objective", "iwea"], "Did you mean 'iwae'?"),
         (["fit", "vae", "--guide", "auto_norml"], "Did you mean 'auto_normal'?"),
         (["fit", "vae", "--validation", "some"], "--validation takes a fraction of the rows, as in 0.1, or own"),
         (["fit", "vae", "--validation", "1.5"], "--validation takes a fraction between 0 and 1"),
@@ -487,6 +491,12 @@ def test_show_explains_programs_algorithms_and_data() -> None:
     assert "  baseline" in done("show", "estimator", "score")
     output = done("show", "dataset", "linear_gaussian")
     assert "rows: 800 to fit, 200 held out, each of shape 10" in output and "labels: none" in output
+
+
+def test_show_matrix_says_what_becomes_of_every_cell() -> None:
+    output = done("show", "matrix", "--objective", "iwae", "--estimator", "rloo")
+    assert output.splitlines()[0] == "iwae" and "inside `joint`" in output
+    assert "unbiased" in done("show", "matrix", "--estimator", "score")
 
 
 def test_every_name_that_is_listed_can_be_shown() -> None:

@@ -36,6 +36,7 @@ ARROWS = {
     "program": {"algorithm", "backend_of", "errors", "lookup", "nets", "ops"},
     "backends": {"algorithm", "draws", "errors", "latents", "nets", "ops", "program"},
     "legality": {"algorithm", "backends", "catalogue", "draws", "errors", "estimators"},  # "auto" prefers some by name
+    "matrix": {"algorithm", "backends", "catalogue", "draws", "legality"},
     "to_arviz": {"errors"},
     "data": {"backends", "errors", "lookup", "program"},
     "fitted": {"backends", "errors", "lookup", "program"},
@@ -67,7 +68,7 @@ ARROWS = {
     "comparison": {"report"},
     "cli": {
         *("algorithm", "catalogue", "cells", "comparison", "datasets", "errors", "fit", "jobs", "listing", "lookup"),
-        *("posterior", "program", "recipe", "report", "to_arviz"),
+        *("matrix", "posterior", "program", "recipe", "report", "to_arviz"),
     },
     "": {
         *("algorithm", "catalogue", "draws", "errors", "facades", "fit", "nets", "posterior"),

@@ -42,6 +42,7 @@ from ppl_lvm.errors import LegalityError, ProgramError
 from ppl_lvm.estimators.dreg import dreg
 from ppl_lvm.estimators.enumerate import enumerate as enumerated
 from ppl_lvm.estimators.measure_valued import measure_valued
+from ppl_lvm.estimators.off_policy import off_policy
 from ppl_lvm.estimators.pathwise import pathwise
 from ppl_lvm.estimators.rloo import rloo
 from ppl_lvm.estimators.score import score
@@ -51,6 +52,8 @@ from ppl_lvm.guides.flow import flow
 from ppl_lvm.guides.multivariate_normal import multivariate_normal
 from ppl_lvm.objectives.elbo import elbo
 from ppl_lvm.objectives.iwae import iwae
+from ppl_lvm.objectives.rws import rws
+from ppl_lvm.objectives.wake_sleep import wake_sleep
 from ppl_lvm.ops import log_mean_exp
 
 X = np.array([0.4, -1.1, 0.9])
@@ -161,6 +164,20 @@ def global_model(ppl: Ppl, x: Array) -> None:
         ppl.sample("x", ppl.dist.Normal(g + z, 1.0), obs=x)
 
 
+def class_above(ppl: Ppl, x: Array) -> None:
+    """A class of all rows, as model and as guide of one."""
+    g = ppl.sample("g", ppl.dist.Bernoulli(logits=ppl.param("logit", 0.1)))
+    with ppl.plate("data", len(x)):
+        z = ppl.sample("z", ppl.dist.Normal(g + 0.0 * x, 1.0))
+        ppl.sample("x", ppl.dist.Normal(g + z, 1.0), obs=x)
+
+
+def class_above_guide(ppl: Ppl, x: Array) -> None:
+    g = ppl.sample("g", ppl.dist.Bernoulli(logits=ppl.param("q_logit", 0.2)))
+    with ppl.plate("data", len(x)):
+        ppl.sample("z", ppl.dist.Normal(g + ppl.param("loc", 0.1) * x, 0.8))
+
+
 def only_global_model(ppl: Ppl, x: Array) -> None:
     g = ppl.sample("g", ppl.dist.Normal(0.0, ppl.xp.exp(ppl.param("log_scale", 0.1))))
     with ppl.plate("data", len(x)):
@@ -255,6 +272,7 @@ PROGRAMS: dict[str, Program] = {
     "factor": (normal_model, factor_guide),
     "half point": (GAUSSIANS2.model, half_point_guide),
     "moved": (normal_model, moved_guide),
+    "class above": (class_above, class_above_guide),
 }
 
 
@@ -428,6 +446,12 @@ def test_dreg_under_a_live_global_site(case: Toy | str) -> None:
     assert_legal(case, elbo(draws=2), {"*": dreg()})
 
 
+@pytest.mark.parametrize("estimator", [measure_valued(), off_policy()], ids=lambda e: type(e).__name__)
+def test_dreg_under_a_global_site_of_values(estimator: Estimator) -> None:
+    """No gradient flows through them."""
+    assert_legal("class above", iwae(draws=2), {"g": estimator, "z": dreg()})
+
+
 def test_dreg_beside_what_is_no_draw() -> None:
     """A factor's and a point's own parameters have no second score that the surrogate could cancel."""
     assert_refused("factor", iwae(draws=2), {"z": dreg()}, "z", "'tilt' of the same row is a factor")
@@ -566,6 +590,14 @@ def test_a_scale_of_the_program_has_no_meaning_inside_a_function_of_draws() -> N
         # The guide is not scaled, so the two scaled densities are no KL of two distributions.
         with pytest.raises(LegalityError, match=r"'z' has no closed-form KL .* kl = 'sampled'"):
             legality.plan(elbo(kl="closed_form"), {"*": pathwise()}, found)
+
+
+def test_sleep_needs_a_model_that_draws_every_site_of_the_guide() -> None:
+    for objective in (wake_sleep(), rws(draws=2, sleep=0.5)):
+        message = refusal("moved", objective, {"u": score()})
+        assert "Sites ['u'] are the guide's alone" in message and "'rws' with sleep = 0" in message
+    assert_legal("moved", rws(draws=2), {"u": score()})
+    assert_legal("normal", wake_sleep(), {"z": score()})
 
 
 def test_two_losses_and_shared_parameters() -> None:

@@ -53,6 +53,9 @@ class elbo(Objective):
             self.free_bits and "latent" in roles.values()
         )
 
+    def why_biased(self) -> str:
+        return "free bits are compared with an estimate of the KL" if self.free_bits else ""
+
     def weight(self, site: str) -> float:
         """What the term of a site is multiplied by."""
         weights = dict(self.weights)
