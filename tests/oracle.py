@@ -21,6 +21,7 @@ from typing import Literal, NamedTuple, TypeAlias
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.lax import stop_gradient
 from jax.scipy.special import logsumexp
 from scipy.special import logsumexp as scipy_logsumexp
 from toys import Toy, Values
@@ -68,7 +69,8 @@ class Row(NamedTuple):
     parts: Mapping[str, tuple[jax.Array | None, jax.Array | None]]
     params: Params
     x: jax.Array
-    kinds: Mapping[str, Kind] = {}
+    per_draw: jax.Array | None = None
+    """Probability of each entry among those of its draw, `[..., K, V]`, without gradient; None where V is one."""
 
 
 Formula: TypeAlias = Callable[[Row], jax.Array]
@@ -445,15 +447,19 @@ def expected_at(
     def value(values: dict[str, jax.Array], x: jax.Array) -> jax.Array:
         entries = _TABLES[toy.name](values, x)
         log_weight = -np.log(K) * jnp.ones(entries.log_w.shape[-1])
+        log_inner = jnp.zeros(entries.log_w.shape[-1])
         for name, kind in kinds.items():
             log_q = entries.parts[name][1][0, 0]
             behind = 0.0
+            if kind == "enumerated":
+                log_inner = log_inner + stop_gradient(log_q)
             if kind in ("drawn", "measured"):
                 behind = log_q
             elif kind == "elsewhere":
                 behind = jnp.log((1 - epsilon) * jnp.exp(log_q) + epsilon / _size(toy, name))
-            log_weight = log_weight + log_q - jax.lax.stop_gradient(behind)
-        row = _row(entries, laid_out.index, log_weight[laid_out.index], values, x)._replace(kinds=kinds)
+            log_weight = log_weight + log_q - stop_gradient(behind)
+        row = _row(entries, laid_out.index, log_weight[laid_out.index], values, x)
+        row = row._replace(per_draw=jnp.exp(log_inner)[laid_out.index].reshape(len(laid_out.index), K, -1))
         return (laid_out.weight * rows(row)[0, 0]).sum()
 
     return _differentiated(value, toy, own)

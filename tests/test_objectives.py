@@ -32,7 +32,11 @@ from ppl_lvm.catalogue import estimators as estimator_files
 from ppl_lvm.catalogue import objectives as objective_files
 from ppl_lvm.catalogue import resolve
 from ppl_lvm.errors import LegalityError
+from ppl_lvm.estimators.enumerate import enumerate as enumerated
+from ppl_lvm.estimators.measure_valued import measure_valued
+from ppl_lvm.estimators.off_policy import off_policy
 from ppl_lvm.estimators.score import score
+from ppl_lvm.estimators.vimco import vimco
 from ppl_lvm.objectives.chivi import chivi
 from ppl_lvm.objectives.ciwae import ciwae
 from ppl_lvm.objectives.cubo import cubo
@@ -105,18 +109,25 @@ def wake(r: Row) -> Array:
     return (stop(jax.nn.softmax(r.log_w + r.log_weight, axis=-1)) * r.log_q).sum(-1)
 
 
+def by_draw(r: Row, h: Array) -> Array:
+    """`[..., K * V] -> [..., K, V]`."""
+    return h.reshape(*h.shape[:-1], *r.per_draw.shape[-2:])  # type: ignore[union-attr]
+
+
 def spread(r: Row) -> Array:
-    """Unbiased variance over draws, or over all values."""
-    if "enumerated" in r.kinds.values():
-        w = stop(jnp.exp(r.log_weight))
-        return (w * r.log_w**2).sum(-1) - (w * r.log_w).sum(-1) ** 2
-    return r.log_w.var(-1, ddof=1)
+    """Unbiased variance over draws, each a mean over its own values; over all values where there is one draw."""
+    h = by_draw(r, r.log_w)
+    first, second = (r.per_draw * h).sum(-1), (r.per_draw * h**2).sum(-1)
+    K = h.shape[-2]
+    if K == 1:
+        return (second - first**2).mean(-1)
+    pairs = first.sum(-1) ** 2 - (first**2).sum(-1)
+    return second.mean(-1) - pairs / (K * (K - 1))
 
 
 def imbalance(r: Row) -> Array:
     log_z = r.params["a"][0] + r.x[0] * r.params["v"][0]
-    w = stop(jnp.exp(r.log_weight)) if "enumerated" in r.kinds.values() else 1.0 / r.log_w.shape[-1]
-    return (w * (log_z - r.log_w) ** 2).sum(-1)
+    return (r.per_draw * (log_z - by_draw(r, r.log_w)) ** 2).sum(-1).mean(-1)
 
 
 F = {
@@ -343,9 +354,81 @@ def test_one_estimator(backend: Backend, toy: Toy, case: Case, estimator: Estima
     if kind_of(estimator) == "measured" and case.objective.draws > 2:
         # Each value that is measured at one site has a draw of the next: too many outcomes for both to be measured.
         estimators |= {name: score() for name in sites[:-1]}
+    check(backend, toy, case, estimators)
+
+
+MIXED_CASES = [
+    c
+    for c in CASES
+    if str(c) in ("elbo(draws=2)", "iwae(draws=2)", "renyi(draws=2)", "tvo(draws=2,partitions=3,smallest=0.2)")
+    or isinstance(c.objective, vis | rws | chivi | log_variance | trajectory_balance | ciwae)
+    and c.objective.draws == 2
+]
+KINDS_OF_ESTIMATORS = (score(), vimco(), enumerated(), measure_valued(), off_policy())
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [pair for pair in itertools.permutations(KINDS_OF_ESTIMATORS, 2)],
+    ids=name_of,
+)
+@pytest.mark.parametrize("case", MIXED_CASES, ids=name_of)
+@pytest.mark.parametrize("toy", [CATEGORICALS, UPWARD], ids=name_of)
+@on_both
+def test_two_estimators_in_one_guide(backend: Backend, toy: Toy, case: Case, first: Estimator, second: Estimator) -> None:
+    """The second site is drawn from the first: in every value of it where it has several."""
+    check(backend, toy, case, {"z1": first, "z2": second})
+
+
+def check(backend: Backend, toy: Toy, case: Case, estimators: Mapping[str, Estimator]) -> None:
     try:
         Engine.of(backend, toy).plan(case.objective, estimators)
     except LegalityError as refused:
         assert_remedied(str(refused), toy, case.objective, estimators)
         return
     assert_exact(case, toy, estimators, in_expectation(backend, toy, case.objective, estimators))
+
+
+@pytest.mark.parametrize("objective", [elbo(), iwae(draws=2)], ids=lambda o: type(o).__name__)
+@pytest.mark.parametrize("estimator", [enumerated(), measure_valued(), off_policy()], ids=name_of)
+@on_both
+def test_a_global_class_over_scored_rows(backend: Backend, estimator: Estimator, objective: Objective) -> None:
+    """The rows are drawn anew under every value of the global site."""
+    if isinstance(estimator, measure_valued):
+        objective = objective.model_copy(update={"draws": 1})  # half a million outcomes otherwise
+    K, kind, entries = objective.draws, kind_of(estimator), table(PLATE)
+    q_g, q_z = np.exp(entries.global_log_mass), np.exp(entries.log_mass)
+    values: dict[str, list[np.ndarray]] = {"g": [], "z": []}
+    weight = []
+    for start in [-1] if kind == "enumerated" else [0, 1]:
+        under = ([start] if start >= 0 else []) + ([0, 1] if kind != "elsewhere" else [])
+        z = np.indices((2,) * (len(under) * K * 3)).reshape(len(under), K, 3, -1)
+        chance = np.ones(z.shape[-1])
+        if start >= 0:
+            chance *= (1 - EPSILON) * q_g[start] + EPSILON / 2 if kind == "elsewhere" else q_g[start]
+        for e, g in enumerate(under):
+            chance *= q_z[g, np.arange(3)[:, None], z[e]].prod((0, 1))
+        weight.append(chance)
+        values["z"].append(np.eye(2)[z.transpose(3, 0, 1, 2)].reshape(-1, K, 3, 2))
+        values["g"].append(np.tile(np.eye(2)[start], (len(values["z"][-1]), 1)))
+    given = {n: np.concatenate(v) for n, v in values.items() if n != "g" or kind != "enumerated"}
+    found = Engine.of(backend, PLATE).loss(
+        objective.model_copy(update={"outer": len(np.concatenate(weight))}),
+        {"g": estimator, "z": score()},
+        values=given,
+        weight=np.concatenate(weight),
+    )
+    assert_equal(found, *expected(PLATE, K, lambda r: -bound(r), -1.0), TO_ROUNDING)
+
+
+@on_both
+def test_published_gradients_of_one_bernoulli(backend: Backend) -> None:
+    """Of the guide's logit, and the same where the site is enumerated."""
+    for objective, estimator, published in (
+        (elbo(), score(), -0.2465),
+        (iwae(draws=4), vimco(), -0.1377),
+        (iwae(draws=5), score(), -0.1164),
+        (iwae(draws=5), enumerated(), -0.1164),
+    ):
+        found = in_expectation(backend, BERNOULLI, objective, {"z": estimator}).gradient["q_logit"]
+        assert found == pytest.approx(published, abs=5e-5)
