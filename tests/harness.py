@@ -13,7 +13,7 @@ import torch
 from toys import Array, Backend, Toy, Values
 
 from ppl_lvm.algorithm import Estimator, Objective
-from ppl_lvm.backends.base import Call, Plan, Structure
+from ppl_lvm.backends.base import Call, Plan, Structure, losses
 from ppl_lvm.backends.numpyro import NumPyroBound
 from ppl_lvm.backends.pyro import PyroBound
 from ppl_lvm.legality import plan
@@ -140,6 +140,18 @@ class Engine:
         if runs is None:
             return Loss(losses[0], {name: value[0] for name, value in gradients.items()}, of_own)
         return Loss(losses, gradients)
+
+    def guide_loss(self, objective: Objective, estimators: Mapping[str, Estimator], seed: int = 0) -> float:
+        """The guide's loss of one run; that of the model is `loss`."""
+        chosen = self.plan(objective, estimators)
+
+        def run(key: Any) -> Array:
+            return losses(self.bound.draws(self.bound.initial, self.batch, key, chosen), objective, chosen)[1]
+
+        with self._precision():
+            if self.backend == "numpyro":
+                return float(jax.jit(run, compiler_options=_QUICK)(jax.random.key(seed)))
+            return float(run(seed))
 
     def sites(
         self, objective: Objective, estimators: Mapping[str, Estimator], *, values: Values | None = None, seed: int = 0
