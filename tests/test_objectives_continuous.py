@@ -56,9 +56,8 @@ from ppl_lvm.objectives.vbis import vbis
 from ppl_lvm.objectives.vis import vis
 from ppl_lvm.objectives.wake_sleep import wake_sleep
 
-TO_ROUNDING = 1e-11
-BY_QUADRATURE = 1e-8
-"""What a rule of half or a quarter of a scale leaves out."""
+BY_QUADRATURE = {"mixed_zy": 1e-10, "mixed_yz": 1e-10, "gaussians2": 1e-8}
+"""What rules with steps of 0.1 scales, or of 0.5 for two Gaussians, leave out."""
 
 on_both = pytest.mark.parametrize("backend", BACKENDS)
 Params = Mapping[str, jax.Array]
@@ -128,7 +127,7 @@ class Grid(NamedTuple):
 
 
 def grid(toy: Toy, K: int, summed: bool) -> Grid:
-    step, reach = (0.5, 7) if toy is GAUSSIANS2 else (0.25, 9)
+    step, reach = (0.5, 7) if toy is GAUSSIANS2 else (0.1, 9)
     half = round(reach / step)
     noise = step * np.arange(-half, half + 1)
     log_mass = np.log(step) - 0.5 * noise**2 - 0.5 * np.log(2 * np.pi)
@@ -349,14 +348,14 @@ def test_expected_gradients_by_quadrature(
         noise = (np.repeat(a[:half], 2, 1) for a in g[1:3])
         classes = Grid(np.tile([0, 1], (half, 1)), *noise, g.log_mass[:half], True)
         found, truth = run(backend, toy, objective, estimators, classes), model(toy, g, z)
-        assert_equal(found, truth.pop(""), truth, BY_QUADRATURE)
+        assert_equal(found, truth.pop(""), truth, BY_QUADRATURE[toy.name])
         return
     found, truth = run(backend, toy, objective, estimators, g), model(toy, g, z)
     value = truth.pop("")
     if guide is not None:
         of_guide = guide(toy, g, z)
         truth = {n: v if n in toy.model_params else of_guide[n] for n, v in truth.items()}
-    assert_equal(found, value, truth, BY_QUADRATURE)
+    assert_equal(found, value, truth, BY_QUADRATURE[toy.name])
 
 
 def test_sticking_the_landing_in_a_bound_of_two_draws_is_biased() -> None:
@@ -373,7 +372,7 @@ def test_sticking_the_landing_in_a_bound_of_two_draws_is_biased() -> None:
     one = grid(GAUSSIANS2, 1, False)
     alike, elbo_ = differentiated(GAUSSIANS2, one, stuck), in_expectation(GAUSSIANS2, one, mean)
     for name in GAUSSIANS2.guide_params:
-        np.testing.assert_allclose(alike[name], elbo_[name], rtol=0, atol=BY_QUADRATURE)
+        np.testing.assert_allclose(alike[name], elbo_[name], rtol=0, atol=BY_QUADRATURE["gaussians2"])
     for backend in BACKENDS:
         with pytest.raises(LegalityError, match="inside `joint` the guide's own score has no mean of zero"):
             Engine.of(backend, GAUSSIANS2).plan(iwae(draws=2), {"*": stl()})
@@ -546,8 +545,12 @@ IMPLICIT: dict[str, tuple[Callable[[Ppl], Any], Callable[..., jax.Array], dict[s
 }
 
 
-@pytest.mark.parametrize("name", ["gamma", slow("beta"), slow("dirichlet")])
-@on_both
+_OTHERS = ("beta", "dirichlet")
+
+
+@pytest.mark.parametrize(
+    ("backend", "name"), [("pyro", "gamma"), slow("numpyro", "gamma"), *(slow(b, n) for b in BACKENDS for n in _OTHERS)]
+)
 def test_implicit_reparameterisation(backend: Backend, name: str) -> None:
     """The ELBO's gradient in the guide's concentrations, per row, of two million draws."""
     of_guide, density, start = IMPLICIT[name]
