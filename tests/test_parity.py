@@ -35,8 +35,10 @@ def variants(name: str) -> Iterator[Objective]:
     kind = resolve("objective", name, Path(), "the test")
     assert issubclass(kind, Objective)
     choices = {n: get_args(f.annotation) for n, f in kind.model_fields.items() if get_origin(f.annotation) is Literal}
+    # As many groups as draws.
+    groups: dict[str, Any] = {"groups": 2} if "groups" in kind.model_fields else {}
     for values in itertools.product(*choices.values()):
-        yield kind(draws=2, **dict(zip(choices, values, strict=True)))
+        yield kind(draws=2, **groups, **dict(zip(choices, values, strict=True)))
 
 
 CASES = [
