@@ -705,8 +705,8 @@ class NumPyroBound:
                 # A site with fewer of them repeats its last, which nothing looks at.
                 js = range(1, plan.inner + 1)
                 named = {n: [inner_name(n, min(j, inner_counts[n])) for j in js] for n in with_inner}
-                at = {n: jnp.stack([local[name] for name in names]) for n, names in named.items()}
-                found = jax.vmap(anew)(jnp.arange(1, plan.inner + 1), at) if plan.inner else ({}, {})
+                stacked = {n: jnp.stack([local[name] for name in names]) for n, names in named.items()}
+                found = jax.vmap(anew)(jnp.arange(1, plan.inner + 1), stacked) if plan.inner else ({}, {})
                 sum_out(table["local"], plan, *found)
             return table
 
