@@ -130,6 +130,12 @@ BySite = Annotated[
 """Type of an option that gives patterns of site names a number of zero or more: `weights = { "z*" = 0.5 }`."""
 
 
+CountBySite = Annotated[
+    tuple[tuple[str, Annotated[int, Field(ge=1)]], ...], BeforeValidator(_pairs), PlainSerializer(_table)
+]
+"""Type of an option that gives patterns of site names a whole number of one or more: `marginal = { u = 5 }`."""
+
+
 class Algorithm(BaseModel):
     """Options of one algorithm; the class, its file and its name in a recipe are called the same.
 
@@ -204,7 +210,8 @@ class Objective(Algorithm):
     """
 
     verbs: ClassVar[frozenset[str]]
-    """The verbs it calls: of "mean", "joint", "log_mean_exp", "weighted", "wake", "variance", "squares", "sleep"."""
+    """The verbs it calls: of "mean", "joint", "log_mean_exp", "weighted", "wake", "variance", "squares", "sleep",
+    "filtered"."""
     detached: ClassVar[bool] = False
     """Draws must carry no gradient (objectives that differentiate densities at fixed values)."""
     separate: ClassVar[bool] = False
@@ -227,6 +234,15 @@ class Objective(Algorithm):
     outer: int = Field(default=1, ge=1)
     chunk: int | None = Field(default=None, ge=1)
     """Draws that are evaluated at a time, the gradient's second pass included; None: all. Divides `draws`."""
+    marginal: CountBySite | None = None
+    """`{ u = J }` sums auxiliary sites of the guide out of its density: `log q(z, u)` becomes the estimate
+    `log (1/J) sum_j q(z | u_j)` with u_0 the draw that z came from and J - 1 fresh draws of u, patterns of site names
+    allowed. Its mean is no less than that of log q(z), so bounds stay on their side. Sites that are drawn from one
+    another, or that one site looks at, are summed out together. With J = 1 the ELBO is the hierarchical bound HVI, with
+    more it is IWHVI, and importance weighting on top is DIWHVI.
+
+    Ranganath, Tran, Blei (2016), arXiv:1511.02386; Sobolev, Vetrov (2019), arXiv:1905.03290; Becker, Lew et al.
+    (2024), Probabilistic Programming with Programmable Variational Inference, arXiv:2406.15742."""
 
     @model_validator(mode="after")
     def _chunks_are_equal(self) -> Self:
@@ -238,6 +254,10 @@ class Objective(Algorithm):
         """What the backend must find besides densities, decided before the run: "kl" (every latent site's KL in closed
         form, in `Site.extra`), "kl where known" (of those that have one), "sleep" (`Draws.dream`)."""
         return frozenset()
+
+    def resampling(self) -> "Resampling | None":
+        """How the draws of a row are resampled between the steps of its scan, for `filtered`; None: they are not."""
+        return None
 
     def model_first(self) -> bool:
         """Whether the guide's gradient of a step is taken at the model's new parameters, on the same draws."""
@@ -262,6 +282,15 @@ class Objective(Algorithm):
 
     def __call__(self, d: "Draws") -> "Loss":
         raise NotImplementedError(f"Objective {type(self).__name__} defines no __call__(d).")
+
+
+@dataclass(frozen=True)
+class Resampling:
+    """Draws of a row as particles: drawn anew from their weights where the effective number of them is small."""
+
+    scheme: Literal["systematic", "multinomial"]
+    threshold: float
+    """A fraction of K at or below which a row's particles are resampled; 0: never, 1: before every step."""
 
 
 @dataclass(frozen=True)

@@ -69,6 +69,9 @@ class Site:
     site is not in."""
     log_q_drawn: Array | None = None
     """Of a partly observed site: log q of the values as drawn, before the observed ones took their places."""
+    log_q_inner: Array | None = None
+    """Of an auxiliary site that the objective's `marginal` sums out: its own density at all of its J draws, summed. Its
+    `log_q` is then minus the log of its estimated posterior given the sites that look at it, over its own density."""
     extra: Mapping[str, Array] = field(default_factory=dict)
     """What the objective requested before the run, by name: "kl" of shape `[M, K, B]` or `[M]`."""
     user_scale: Array | float = 1.0
@@ -86,6 +89,11 @@ class Site:
         """Log probabilities of an exhaustive site's values; they sum to one over them, observed or not."""
         return self.log_q if self.log_q_drawn is None else self.log_q_drawn
 
+    @property
+    def log_score(self) -> Array:
+        """Log density of what was drawn at this site, whose gradient is its score."""
+        return self.log_q if self.log_q_inner is None else self.log_q_inner
+
 
 @dataclass(frozen=True)
 class Loss:
@@ -97,6 +105,16 @@ class Loss:
     model: Array
     guide: Array | None = None
     extra: Array | None = None
+
+
+@dataclass(frozen=True)
+class Particles:
+    """Log weights of draws that were resampled between steps, `[M, K, B, T]`. Resampling has no gradient."""
+
+    before: Array
+    """Before each step, normalised over draws: `-log K` where they have just been resampled."""
+    increments: Array
+    """`log p(x_t, z_t | ..) - log q(z_t | ..)` of the draw that stands at each place in step t."""
 
 
 @dataclass
@@ -136,6 +154,8 @@ class Draws:
     own: Mapping[str, Mapping[str, Array]] = field(default_factory=dict)
     dream: Mapping[str, Array] = field(default_factory=dict)
     """`log q` of each latent site at values that the model drew with its data: `[B]`, or a number for a global site."""
+    particles: Particles | None = None
+    """Where the objective resamples: sites then hold what each place drew in every step, whoever came before it."""
     ledger: Ledger = field(default_factory=Ledger)
     allowed: frozenset[str] | None = None
     """The verbs that the objective declared; None allows all."""
@@ -262,7 +282,7 @@ class Draws:
         terms = power * (1.0 - power) * log_w + self._log_weight(level)
         for site in level.latents.values():
             if site.estimator is not None and (site.estimator.scored or site.estimator.exhaustive):
-                log_q = self._lift(site, site.log_q)
+                log_q = self._lift(site, site.log_score)
                 terms = terms - power**2 * log_q + (log_q if site.estimator.scored else 0.0)
         surrogate = ops.xp(h).sum(stop_gradient(ops.softmax(h, 1)) * terms, axis=1)
         return stop_gradient(value) + surrogate - stop_gradient(surrogate)
@@ -290,7 +310,7 @@ class Draws:
             return value
         terms = (v - v * v) * self._spread(log_w)
         for site in self._scored(level):
-            terms = terms + (2.0 * v - v * v) * self._lift(site, site.log_q)
+            terms = terms + (2.0 * v - v * v) * self._lift(site, site.log_score)
         surrogate = ops.xp(v).sum(terms, axis=1)
         return stop_gradient(value) + surrogate - stop_gradient(surrogate)
 
@@ -312,6 +332,22 @@ class Draws:
         self._declared("squares")
         _, square = self._moments(h)
         return ops.xp(square).mean(square, axis=1)
+
+    def filtered(self) -> Array:
+        """`sum_t log sum_k W_k alpha_k` per row, `[M, B]`, of draws that are resampled between the steps of a scan.
+
+        A score site's signal is the whole sum, and its score that of everything drawn, also by particles that died.
+        """
+        self._declared("filtered")
+        assert self.particles is not None
+        weights = self.particles.before + self.particles.increments
+        rows = ops.xp(weights).sum(ops.logsumexp(weights, 1), axis=-1)
+        value = stop_gradient(rows)[:, None]
+        for site in self._scored(self._level(local=True)):
+            score = self._score(site)
+            baseline = self._baseline(site, Signal(value, value, None, self.batch))
+            rows = rows + ops.xp(score).sum(score * (value - baseline), axis=1)
+        return rows
 
     def sleep(self) -> Array:
         """`log q(z | x)` of latents and data that the model drew together, over all N rows: a scalar."""
@@ -391,7 +427,7 @@ class Draws:
         return [s for s in level.latents.values() if s.estimator is not None and s.estimator.frozen]
 
     def _score(self, site: Site) -> Array:
-        log_q = self._lift(site, site.log_q)
+        log_q = self._lift(site, site.log_score)
         return log_q - stop_gradient(log_q)
 
     def _split(self, h: Array, level: _Level) -> Array:
@@ -578,7 +614,7 @@ class Draws:
         terms = (first - second) * log_w
         for site in level.latents.values():
             if site.estimator is not None and (site.estimator.scored or site.estimator.exhaustive):
-                terms = terms - second * pick(self._lift(site, site.log_q))
+                terms = terms - second * pick(self._lift(site, site.log_score))
         total = ops.xp(log_w).sum(terms, axis=1)
         return total - stop_gradient(total)
 

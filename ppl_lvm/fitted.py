@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from ppl_lvm import backends, lookup
-from ppl_lvm.backends.base import KNOWN, ROWS, Call, Plan
+from ppl_lvm.backends.base import KNOWN, ROWS, Call, Plan, nested
 from ppl_lvm.backends.forward import Anatomy, Forward
 from ppl_lvm.errors import DataError, ProgramError
 from ppl_lvm.program import Program
@@ -52,6 +52,8 @@ class Fitted:
     trained: Mapping[str, Any]
     example: Call
     """The arguments of the fit without their rows: shapes `[0, ...]` and dtypes."""
+    marginal: Mapping[str, int] = field(default_factory=dict)
+    """Auxiliary sites that the objective summed out of the guide's density, and so does every density of the fit."""
     _bounds: dict[Any, Any] = field(default_factory=dict, repr=False)
     _anatomy: list[Anatomy] = field(default_factory=list, repr=False)
 
@@ -199,7 +201,10 @@ class Fitted:
     def plan(self, bound: Any, draws: int) -> Plan:
         """Draws in the inner axis, or in the outer one where every draw has its own globals."""
         globals_ = any(not i.local for i in bound.structure.drawn())
-        return Plan.of_values(bound.structure, *((1, draws) if globals_ else (draws, 1)))
+        return self.plan_of(bound, *((1, draws) if globals_ else (draws, 1)))
+
+    def plan_of(self, bound: Any, K: int, M: int) -> Plan:
+        return Plan.of_values(bound.structure, K, M, nested(bound.structure, self.marginal))
 
     def as_table(self, values: Mapping[str, np.ndarray]) -> dict[str, np.ndarray] | None:
         """Values `[draws, ...]` of sites as a table of `plan` has them; None where there are none."""

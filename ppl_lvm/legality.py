@@ -13,7 +13,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from ppl_lvm.algorithm import Estimator, Objective, best_pattern
-from ppl_lvm.backends.base import CHAINS, LARGEST_SUPPORT, Plain, Plan, SiteInfo, Structure
+from ppl_lvm.backends.base import CHAINS, LARGEST_SUPPORT, Nested, Plain, Plan, SiteInfo, Structure, nested
 from ppl_lvm.backends.marginal import Group, groups
 from ppl_lvm.catalogue import resolve
 from ppl_lvm.errors import LegalityError
@@ -48,6 +48,10 @@ class Case:
     def verbs(self) -> frozenset[str]:
         """The verbs that the site's draws go through; the expectation over globals is a mean."""
         return self.objective.verbs if self.site.local else frozenset({"mean"})
+
+    @property
+    def nested(self) -> tuple[Nested, ...]:
+        return nested(self.structure, dict(self.objective.marginal or ()))
 
     @property
     def draws(self) -> int:
@@ -177,6 +181,39 @@ def _choices(c: Case) -> str | None:
     return None
 
 
+def _summed_out(c: Case) -> str | None:
+    """What an estimate of the guide's density, over inner draws of auxiliary sites, asks of the sites in it."""
+    for m in c.nested:
+        if c.site.name in m.sites:
+            support = 0 if c.site.support is None else len(c.site.support)
+            if c.estimator.exhaustive or c.estimator.weighted or c.estimator.count(support) > 1:
+                return f"`marginal` sums it out over draws, and it has values besides its draw; {c.remedy}."
+        if c.estimator.frozen and c.site.local:
+            live = [n for n in m.sites if c.structure.sites[n].trained or c.structure.ancestors(n)]
+            if live:
+                return (
+                    f"`marginal` sums out {live[0]!r}, whose density looks at parameters or at other sites, so that "
+                    f"the estimated density has a score that is not this site's; use 'pathwise' or 'score'."
+                )
+            drawn = {i.name for i in c.structure.drawn()}
+            others = [n for n in m.looking if n in drawn and not c.estimators.get(n, c.estimator).frozen]
+            if others:
+                return (
+                    f"`marginal` estimates one density of all sites that look at {list(m.sites)}, and of these "
+                    f"{others[0]!r} is not {_name(c.estimator)!r}; make all of them so, or use 'pathwise' or 'score'."
+                )
+    return None
+
+
+def _one_of_many(c: Case) -> str | None:
+    if c.objective.resampling() is None or not c.site.local:
+        return None
+    plain = c.estimator.count(0 if c.site.support is None else len(c.site.support)) == 1
+    if plain and not (c.estimator.frozen or c.estimator.exhaustive or c.estimator.weighted):
+        return None
+    return f"draws are resampled between steps, which it knows nothing of; {c.remedy}."
+
+
 def _doubly_reparameterised(c: Case) -> str | None:
     if not c.estimator.frozen:
         return None
@@ -252,6 +289,8 @@ RULES: tuple[Rule, ...] = (
     _enough_draws,
     _detached,
     _choices,
+    _summed_out,
+    _one_of_many,
     _doubly_reparameterised,
 )
 
@@ -307,6 +346,8 @@ def decide(objective: Objective, patterns: Mapping[str, Estimator | None], struc
     problems = [
         *_undrawn(objective, structure, estimators, sums),
         *_whole_program(objective, structure, estimators, sums),
+        *_nested(objective, structure),
+        *(_particles(objective, structure) if objective.resampling() is not None else ()),
     ]
     return Decision(estimators, notes, refused, problems, summed, sums)
 
@@ -338,6 +379,8 @@ def plan(
         kl if _wants_kl(objective) else frozenset(),
         objective.chunk,
         found.sums,
+        nested(structure, dict(objective.marginal or ())),
+        objective.resampling(),
     ), found.notes
 
 
@@ -534,6 +577,82 @@ def _whole_program(
             why = _closed_kl(info.name, structure, sums)
             if info.role == "latent" and info.in_guide and why is not None:
                 yield why
+
+
+def _particles(objective: Objective, structure: Structure) -> Iterator[str]:
+    """What a program must be for its draws to be resampled between steps."""
+    outside = sorted(n for n, i in structure.sites.items() if i.local and not i.steps)
+    if outside:
+        yield (
+            f"Sites {outside} are not inside a ppl.scan of guide and model, and the draws of a row are resampled "
+            f"between its steps; write the sequence as one ppl.scan in each, with all that a row draws and its data "
+            f"inside, or use 'iwae'."
+        )
+    steps = sorted({i.steps for i in structure.sites.values() if i.local and i.steps})
+    if len(steps) > 1:
+        yield f"The scans of the program have {steps} steps, and guide and model step together; use 'iwae'."
+    inner = sorted({p.name for i in structure.sites.values() for p in i.plates if p.name != structure.data_plate})
+    if inner or structure.nesting > (structure.data_plate is not None):
+        yield (
+            f"Plates {inner} are inside a row, so the row's axis of what a scan carries is not known; declare them "
+            f"with to_event."
+        )
+    undrawn = sorted(i.name for i in structure.undrawn())
+    if undrawn:
+        yield f"Sites {undrawn} are summed out of a whole row, and the draws of a row meet between steps; draw them."
+    if objective.chunk is not None:
+        yield "chunk evaluates draws apart, and the draws of a row meet between steps; leave it out."
+
+
+_OF_ESTIMATES = frozenset({"mean", "joint", "log_mean_exp"})
+"""Verbs under which an estimated density of the guide, in the place of its own, gives what the objective stands for."""
+
+
+def _nested(objective: Objective, structure: Structure) -> Iterator[str]:
+    """Which auxiliary sites can be summed out of the guide's density by inner draws."""
+    counts = dict(objective.marginal or ())
+    auxiliary = [i.name for i in structure.drawn() if i.role == "auxiliary"]
+    for pattern in counts:
+        if all(best_pattern([pattern], n) is None for n in auxiliary):
+            yield (
+                f"marginal has an entry for {pattern!r}, which matches none of the guide's auxiliary sites "
+                f"{auxiliary}; mark a site that only the guide has by infer={{'is_auxiliary': True}}."
+            )
+    if counts and (objective.detached or not objective.verbs <= _OF_ESTIMATES):
+        yield (
+            "marginal estimates the guide's density from draws that came with the latents, and the objective "
+            "differentiates log q at fixed draws, where the estimate has another gradient; use 'elbo', 'iwae' or 'vis'."
+        )
+    for m in nested(structure, counts):
+        for name in m.sites:
+            why = _not_summed_out(structure.sites[name], m, structure)
+            if why is not None:
+                yield f"Site {name!r} cannot be summed out by `marginal`: {why}"
+        asked = {n: counts[best_pattern(counts, n) or n] for n in m.sites}
+        if len(set(asked.values())) > 1:
+            yield f"Sites {list(m.sites)} are summed out together, by as many draws; marginal asks for {asked}."
+
+
+def _not_summed_out(info: SiteInfo, m: Nested, structure: Structure) -> str | None:
+    if not info.local:
+        return f"it is outside data plate {structure.data_plate!r}; draw it for every row."
+    if info.point:
+        return "its distribution is a point, which is no draw; drop it from marginal."
+    if info.scanned:
+        return "the library's own scan draws it; write the loop over time in Python."
+    inner = [p.name for p in info.plates if p.name != structure.data_plate]
+    if inner:
+        return f"it has a draw for every element of plates {inner}, not one a row; declare them with to_event."
+    if not m.looking:
+        return "no other site of the guide looks at it; drop it from marginal."
+    sites = structure.sites
+    points = [n for n in m.looking if sites[n].point]
+    if points:
+        return f"site {points[0]!r} is a point that moves with it, and has no density at other draws; drop it."
+    scaled = [n for n in (info.name, *m.looking) if sites[n].user_scaled]
+    if scaled:
+        return f"site {scaled[0]!r} is scaled, and the estimate is of the density as it is; remove the scale."
+    return None
 
 
 def _name(algorithm: Objective | Estimator) -> str:

@@ -136,7 +136,9 @@ class Fit:
         if self._example is None:
             assert self._data is not None
             self._example = self._data.map(lambda a: np.asarray(a)[:0])
-        self._fitted = Fitted(self.program, self.backend, self._bound, self._trained, self._example)
+        objective = self.recipe.objective
+        marginal = {} if objective is None else dict(objective.marginal or ())
+        self._fitted = Fitted(self.program, self.backend, self._bound, self._trained, self._example, marginal)
 
     @property
     def row_params(self) -> frozenset[str]:
@@ -195,7 +197,7 @@ class Fit:
         for block in fitted.blocks(call):
             chunks = []
             for chunk in fitted.chunks(draws, block, seed, CHUNK, K):
-                log_w = self._log_w(block, chunk, Plan.of_values(block.bound.structure, K, chunk.size), given)
+                log_w = self._log_w(block, chunk, fitted.plan_of(block.bound, K, chunk.size), given)
                 chunks.append(_log_sum_exp(log_w[: chunk.wanted], 1) - np.log(K))
             blocks.append(np.concatenate(chunks))
         return np.concatenate(blocks, 1)

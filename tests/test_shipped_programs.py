@@ -29,6 +29,7 @@ SHAPES: dict[str, dict[str, tuple[int, ...]]] = {
     "factor_analysis": {"z": (2, 3, 6, 2), "x": (2, 3, 6, 5)},
     "linear_gaussian_chain": {"z": (2, 3, 6, 4), "x": (2, 3, 6, 4)},
     "gaussian_mixture": {"w": (2, 2), "mu": (2, 2, 2), "sigma": (2, 2, 2), "x": (2, 3, 6, 2)},
+    "noisy_cone": {"x": (2, 3, 6), "y": (2, 3, 6), "z": (2, 3, 6)},
     "eight_schools": {"u": (2, 3, 1, 10), "mu": (2, 3, 1), "tau": (2, 3, 1), "eta": (2, 3, 1, 8), "y": (2, 3, 1, 8)},
 }
 """Of every site's table, at two outer draws of three draws."""

@@ -105,8 +105,11 @@ class Namespace:
             raise ProgramError(
                 f"A scan needs one number of steps; found length {length} and first axes {[len(a) for a in leaves]}."
             )
-        assert self.handler is not None
-        return _scanned(self.handler, f, init, xs, steps)
+        handler = self.handler
+        assert handler is not None
+        if handler.together is not None and not handler.inside:
+            return handler.together.scan(handler, f, init, xs, steps)
+        return _scanned(handler, f, init, xs, steps)
 
     def module(self, name: str, spec: nets.Network) -> Callable[[Array], Array]:
         if name not in self._built:
@@ -161,6 +164,8 @@ class Handler(Messenger):
         """The states that the program holds now; it changes them as it runs."""
         self.scans: list[Scan] = []
         self.missing: Any = None
+        self.together: Any = None
+        """What runs the scans of guide and model together, where draws meet between steps."""
         self._anonymous = 0
 
     @contextlib.contextmanager
@@ -173,6 +178,11 @@ class Handler(Messenger):
             yield self._step[1]
         finally:
             self._step = None
+
+    @property
+    def inside(self) -> bool:
+        """Whether a step of a scan is under way."""
+        return self._step is not None
 
     def process_message(self, msg: Message) -> None:
         kind = msg["type"]
@@ -289,6 +299,14 @@ def _scanned(handler: Handler, f: Callable[[Any, Any], Any], init: Any, xs: Any,
         carry, (ys, sites) = init, jax.tree.map(lambda *a: jnp.stack(a), *outs)
     else:
         carry, (ys, sites) = jax.lax.scan(body, init, (jnp.arange(steps), xs))
+    recorded(handler, first, sites, steps)
+    return carry, ys
+
+
+def recorded(
+    handler: Handler, first: Mapping[str, Message], sites: Mapping[str, tuple[Array, Array]], steps: int
+) -> None:
+    """Puts the sites of a scan into the trace: the messages of a step, values and densities of all, steps in front."""
     for name, msg in first.items():
         if msg["type"] == "plate" and msg["args"][0] != msg["args"][1]:
             raise ProgramError(f"Plate {name!r} is subsampled inside a scan; enter it outside.")
@@ -302,7 +320,6 @@ def _scanned(handler: Handler, f: Callable[[Any, Any], Any], init: Any, xs: Any,
         value = jnp.moveaxis(value, 0, value.ndim - fn.event_dim)
         handler.trace[name] = {**msg, "fn": fn, "value": value, "log_prob": log_prob.sum(0)}
         del handler.trace[name]["step"]
-    return carry, ys
 
 
 def prior_of(model: Callable[..., Any]) -> Callable[..., Any]:

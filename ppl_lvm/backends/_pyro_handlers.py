@@ -141,6 +141,8 @@ class Namespace:
             )
         handler = self.handler
         assert handler is not None
+        if handler.together is not None and handler.step is None:
+            return handler.together.scan(handler, f, init, xs, steps)
         if handler.step is not None:
             raise ProgramError("A scan inside a scan is not known here; write the inner one as a Python loop.")
         carry, ys = init, []
@@ -151,7 +153,7 @@ class Namespace:
                 ys.append(y)
         finally:
             handler.step = None
-        return carry, tree_map(lambda *a: torch.stack(torch.broadcast_tensors(*a)), *ys)
+        return carry, stacked(ys)
 
     def module(self, name: str, spec: nets.Network) -> Callable[[Tensor], Tensor]:
         if name not in self._built:
@@ -160,6 +162,11 @@ class Namespace:
         if known != spec:
             raise ProgramError(f"Module {name!r} is {known} and {spec} in one program; give them two names.")
         return bind({leaf: pyro.param(f"{name}.{leaf}", value) for leaf, value in initial.items()})
+
+
+def stacked(ys: list[Any]) -> Any:
+    """What the steps of a scan gave, steps in front; nothing where they gave nothing."""
+    return tree_map(lambda *a: None if a[0] is None else torch.stack(torch.broadcast_tensors(*a)), *ys)
 
 
 class Handler(Messenger):
@@ -188,6 +195,10 @@ class Handler(Messenger):
         """The tensors that parameters are made of, before constraints."""
         self.values: dict[str, Tensor] = {}
         self.missing: Any = None
+        self.kept: dict[str, Message] | None = None
+        """The sites of the step that is under way, where they are asked for."""
+        self.together: Any = None
+        """What runs the scans of guide and model together, where draws meet between steps."""
 
     def _pyro_param(self, msg: Message) -> None:
         name = msg["name"]
@@ -262,6 +273,8 @@ class Handler(Messenger):
         if site_is_subsample(msg):
             self.subsamples[msg["name"]] = msg["value"]
         if self.step is not None:
+            if self.kept is not None and not site_is_subsample(msg) and not (msg["infer"] or {}).get("_deterministic"):
+                self.kept[msg["name"]] = msg
             # This handler is the outermost, so the trace sees what it leaves.
             msg["of"], msg["name"] = msg["name"], f"{msg['name']}/{self.step}"
 

@@ -13,7 +13,7 @@ from ppl_lvm.draws import Site
 
 _ARRAYS = (
     *("value", "log_p", "log_q", "log_q_frozen", "weight", "credit", "through", "log_p_full", "log_q_full"),
-    *("log_q_drawn", "user_scale", "guide_scale"),
+    *("log_q_drawn", "log_q_inner", "user_scale", "guide_scale"),
 )
 
 

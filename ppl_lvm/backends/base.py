@@ -16,7 +16,17 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 import numpy as np
 
 from ppl_lvm import ops
-from ppl_lvm.algorithm import Algorithm, Estimator, GuideFamily, Objective, Schedule, SiteDistribution, Turn
+from ppl_lvm.algorithm import (
+    Algorithm,
+    Estimator,
+    GuideFamily,
+    Objective,
+    Resampling,
+    Schedule,
+    SiteDistribution,
+    Turn,
+    best_pattern,
+)
 from ppl_lvm.backends.marginal import Group, groups
 from ppl_lvm.draws import Draws, Plate
 from ppl_lvm.errors import BackendError, DataError, LegalityError, ProgramError
@@ -64,6 +74,8 @@ class SiteInfo:
     """Its distribution is a point (Delta): the value is a function of parameters or of other guide sites."""
     parameterised: bool = False
     """A point whose value or density looks at parameters, whatever else it looks at."""
+    trained: bool = False
+    """An auxiliary site whose density looks at parameters."""
     scanned: bool = False
     """The guide draws it inside the library's own scan, which no estimator reaches."""
     in_guide: bool = True
@@ -74,6 +86,8 @@ class SiteInfo:
     """Of a site that the guide does not draw: it has several elements that are in no plate."""
     enumerated: bool = False
     """The model says `infer={"enumerate": "parallel"}`, by which both libraries mean that it is summed out."""
+    steps: int = 0
+    """Steps of the `ppl.scan` that it is inside of, in guide and model; 0 outside of one, or of one in both."""
 
 
 @dataclass(frozen=True)
@@ -133,6 +147,85 @@ class Facts(NamedTuple):
     mixed: bool = False
 
 
+@dataclass(frozen=True)
+class Nested:
+    """Auxiliary sites of a row that are summed out of the guide's density together."""
+
+    sites: tuple[str, ...]
+    """In the guide's order; the first one's `log_q` stands for all of them."""
+    looking: tuple[str, ...]
+    """The other guide sites whose density looks at them."""
+    draws: int
+    """J, the draw that the others came from included."""
+
+
+def nested(structure: Structure, counts: Mapping[str, int]) -> tuple[Nested, ...]:
+    """What an objective's `marginal` sums out: sites that are parents of one another, or of one site, together."""
+    chosen = {
+        n: counts[pattern]
+        for n, i in structure.sites.items()
+        if i.role == "auxiliary" and not i.fixed and (pattern := best_pattern(counts, n)) is not None
+    }
+    groups = [{n} for n in chosen]
+    for name, info in structure.sites.items():
+        met = (info.guide_parents | {name}) & chosen.keys()
+        together = [g for g in groups if g & met]
+        if together:
+            groups = [g for g in groups if not g & met] + [set().union(*together)]
+    order = list(structure.sites)
+    return tuple(
+        Nested(
+            tuple(sorted(group, key=order.index)),
+            tuple(n for n, i in structure.sites.items() if n not in group and i.guide_parents & group),
+            max(chosen[n] for n in group),
+        )
+        for group in sorted(groups, key=lambda g: min(map(order.index, g)))
+    )
+
+
+def inner_name(site: str, j: int) -> str:
+    """The name under which a run is given the inner draw j = 1 .. J - 1 of a site, laid out like the site's value."""
+    return f"{site}/{j}"
+
+
+def log_reverse(marginal: Nested, log_q: Mapping[str, Array], inner: Mapping[str, Array]) -> Array:
+    """`log (1/J) sum_j prod_s q(s | u_j) - sum_s log q(s | u_0)` over the sites s that look at u.
+
+    `log_q` are densities at u_0, `inner` those at u_1 and on, `[J - 1 or more, ...]`, by site.
+    """
+    at = sum((log_q[s] for s in marginal.looking[1:]), log_q[marginal.looking[0]])
+    if marginal.draws == 1:
+        return ops.zeros(tuple(at.shape), at)
+    anew = sum((inner[s] for s in marginal.looking[1:]), inner[marginal.looking[0]])
+    every = ops.xp(at).concat([at[None], anew[: marginal.draws - 1]], axis=0)
+    return ops.log_mean_exp(every, 0) - at
+
+
+def sum_out(
+    rows: dict[str, dict[str, Any]], plan: Plan, inner: Mapping[str, Array], frozen: Mapping[str, Array]
+) -> None:
+    """Puts a table's densities in the place of the guide's own under `plan.nested`.
+
+    `rows` are the arrays of local sites, `inner` and `frozen` densities by site at the inner draws, `[J - 1, ...]`.
+    """
+    for m in plan.nested:
+        log_q = {n: rows[n]["log_q"] for n in m.looking}
+        stopped = {n: rows[n].get("log_q_frozen", log_q[n]) for n in m.looking}
+        found = log_reverse(m, log_q, inner)
+        for n in m.sites:
+            row = rows[n]
+            zero = ops.zeros(tuple(found.shape), found)
+            drawn = row["log_q"]
+            if m.draws > 1:
+                drawn = drawn + ops.xp(drawn).sum(inner[n][: m.draws - 1], axis=0)
+            row["log_q_inner"] = drawn
+            row["log_q"] = found if n == m.sites[0] else zero
+            row["log_q_full"] = ops.xp(found).reshape(row["log_q"], tuple(row["log_q_full"].shape))
+            row.pop("log_q_frozen", None)
+            if plan.frozen:
+                row["log_q_frozen"] = log_reverse(m, stopped, {**inner, **frozen}) if n == m.sites[0] else zero
+
+
 class Plain(Estimator):
     """Draws that nothing is differentiated through."""
 
@@ -154,12 +247,17 @@ class Plan:
     """Draws that are run at a time; None: all."""
     marginal: tuple[Group, ...] = ()
     """Sums over sites that only the model has."""
+    nested: tuple[Nested, ...] = ()
+    """Auxiliary sites that are summed out of the guide's density."""
+    resampling: Resampling | None = None
+    """Draws of a row meet between the steps of its scan."""
 
     @staticmethod
-    def of_values(structure: Structure, K: int, M: int) -> Plan:
+    def of_values(structure: Structure, K: int, M: int, nested: tuple[Nested, ...] = ()) -> Plan:
         """Plain draws, for evaluation."""
         marginal = groups(structure, [i.name for i in structure.undrawn()])
-        return Plan(K, M, {i.name: Plain() for i in structure.drawn()}, marginal=marginal)
+        estimators = {i.name: Plain() for i in structure.drawn()}
+        return Plan(K, M, estimators, marginal=marginal, nested=nested)
 
     @property
     def values_summed(self) -> int:
@@ -178,7 +276,7 @@ class Plan:
 
     def facts(self, structure: Structure, name: str) -> Facts:
         """What a row of the table says of its site besides arrays."""
-        facts = Facts(structure.sites[name].role, structure.downstream(name))
+        facts = Facts(structure.sites[name].role, self.seen(structure).downstream(name))
         for group in self.marginal:
             if group.carrier == name and name in group.sites:
                 role: Role = "observed" if group.observed and not group.mixed else "latent"
@@ -198,6 +296,34 @@ class Plan:
             for g in self.marginal
             if g.carrier is not None
         }
+
+    @property
+    def inner(self) -> int:
+        """J - 1: how often the guide is run again with inner draws."""
+        return max((m.draws - 1 for m in self.nested), default=0)
+
+    @property
+    def summed_out(self) -> frozenset[str]:
+        """The sites of all `nested`."""
+        return frozenset(n for m in self.nested for n in m.sites)
+
+    @property
+    def inner_sites(self) -> tuple[str, ...]:
+        """Sites whose densities at the inner draws are needed."""
+        return tuple(dict.fromkeys(n for m in self.nested for n in (*m.sites, *m.looking)))
+
+    @property
+    def frozen_inner_sites(self) -> tuple[str, ...]:
+        """Those of them that the guide's loss sees under stopped parameters."""
+        return tuple(n for n in self.inner_sites if n in self.estimators and self.estimators[n].frozen)
+
+    def seen(self, structure: Structure) -> Structure:
+        """The structure with what the densities look at under `nested`: an estimate looks at all that is in it."""
+        sites = dict(structure.sites)
+        for m in self.nested:
+            looks = frozenset({*m.sites, *m.looking}.union(*(sites[n].guide_parents for n in (*m.sites, *m.looking))))
+            sites[m.sites[0]] = replace(sites[m.sites[0]], model_parents=looks)
+        return replace(structure, sites=sites)
 
     @property
     def frozen(self) -> bool:
@@ -644,6 +770,21 @@ class Chain:
 
 def _kind(fn: Any) -> str:
     return type(innermost(fn.of if isinstance(fn, Chain) else fn)).__name__
+
+
+def steps_of(*fns: Any) -> int:
+    """Steps of the scan that a site is inside of wherever it is met, or 0."""
+    found = {fn.steps if isinstance(fn, Chain) else 0 for fn in fns}
+    return found.pop() if len(found) == 1 else 0
+
+
+def check_together(one_each: bool, guide: int = 0, model: int = 0) -> None:
+    """Refuses programs that do not have one scan of the same number of steps in the guide and in the model."""
+    if not one_each or guide != model:
+        raise ProgramError(
+            "The draws of a row are resampled between steps, which guide and model take together: each needs one "
+            "ppl.scan" + (f", and theirs have {guide} and {model} steps." if one_each else ".")
+        )
 
 
 def is_factor(fn: Any) -> bool:

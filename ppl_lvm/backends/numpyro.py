@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -15,7 +15,7 @@ from numpyro.distributions.transforms import biject_to
 from numpyro.infer.autoguide import AutoGuide
 from numpyro.ops.provenance import eval_provenance
 
-from ppl_lvm.algorithm import GuideFamily, Objective, Variant
+from ppl_lvm.algorithm import GuideFamily, Objective, Resampling, Variant
 from ppl_lvm.backends import _numpyro_forward
 from ppl_lvm.backends._jax_dists import (
     GuideSite,
@@ -41,6 +41,7 @@ from ppl_lvm.backends._numpyro_handlers import (
     prior_of,
     site_key,
 )
+from ppl_lvm.backends._numpyro_particles import DRAWS, Together
 from ppl_lvm.backends._numpyro_state import after_run, changed, evaluation, is_key, next_states
 from ppl_lvm.backends.base import (
     PRIOR_DRAWS,
@@ -61,17 +62,20 @@ from ppl_lvm.backends.base import (
     find_data_plate,
     given_rows,
     inner_axis,
+    inner_name,
     is_chain_of_classes,
     is_factor,
     is_point,
     latent_site,
     losses,
     row_params,
+    steps_of,
+    sum_out,
     undeclared,
     written,
 )
 from ppl_lvm.backends.forward import Anatomy, Forward
-from ppl_lvm.draws import Draws, Plate, Site
+from ppl_lvm.draws import Draws, Particles, Plate, Site
 from ppl_lvm.errors import BackendError, DataError, ProgramError
 from ppl_lvm.latents import Latent, PlateOf
 
@@ -402,6 +406,7 @@ class NumPyroBound:
                 user_scaled=any(np.abs(scale - 1.0).max() > 1e-9 for scale in scales),
                 fixed=site["is_observed"] and role == "auxiliary",
                 point=is_point(site["fn"]),
+                steps=steps_of(site["fn"], of_model["fn"]),
                 scanned=any(name in names for names in self._scans),
             )
         frame = frames.get(data_plate) if data_plate else None
@@ -444,7 +449,8 @@ class NumPyroBound:
         sites = {
             name: replace(
                 info,
-                parameterised=name in parameterised,
+                parameterised=info.point and name in parameterised,
+                trained=not info.point and name in parameterised,
                 guide_parents=frozenset(parents["guide"].get(name, ())) - {name},
                 model_parents=frozenset(parents["model"].get(name, ())) - {name},
             )
@@ -453,12 +459,13 @@ class NumPyroBound:
         return replace(self.structure, sites=sites)
 
     def _parameterised(self, batch: Call, values: dict[str, Array], key: Array) -> frozenset[str]:
-        """Points that look at parameters while all sites before them stay where they are."""
-        points = [n for n, i in self.structure.sites.items() if i.point]
-        if not points:
+        """Points and auxiliary sites that look at parameters while all sites before them stay where they are."""
+        sites = self.structure.sites
+        asked = [n for n, i in sites.items() if i.point or (i.role == "auxiliary" and not i.fixed)]
+        if not asked:
             return frozenset()
 
-        def places(params: Params) -> dict[str, list[Array]]:
+        def places(params: Params) -> dict[str, Any]:
             handler = Handler(
                 {**self.constrain(params), **self.states},
                 key,
@@ -467,7 +474,9 @@ class NumPyroBound:
                 unrolled=True,
             )
             trace = self._trace(self._guide, handler, batch)
-            return {n: jax.tree.leaves(trace[n]["fn"]) for n in points}
+            return {
+                n: jax.tree.leaves(trace[n]["fn"]) if sites[n].point else site_log_prob(trace[n]) for n in asked
+            }
 
         found = eval_provenance(places, params=self.initial)
         return frozenset(n for n, looks in found.items() if any(jax.tree.leaves(looks, is_leaf=_is_set)))
@@ -563,11 +572,39 @@ class NumPyroBound:
         v_local, local_layout = plan.layout(structure, True)
         v_outer, outer_layout = plan.layout(structure, False)
         given = values or {}
-        inside = [n for n in given if structure.sites[n].scanned]
+        inner_counts = {n: m.draws - 1 for m in plan.nested for n in m.sites}
+        inner_draws = {inner_name(n, j + 1): n for n, count in inner_counts.items() for j in range(count)}
+        inside = [n for n in given if structure.sites[inner_draws.get(n, n)].scanned]
         if inside:
             raise BackendError(f"A value was injected into site {inside[0]!r}, which is drawn inside a scan.")
-        given_local = {n: v for n, v in given.items() if structure.sites[n].local}
-        given_outer = {n: v for n, v in given.items() if not structure.sites[n].local}
+        given_local = {n: v for n, v in given.items() if structure.sites[inner_draws.get(n, n)].local}
+        given_outer = {n: v for n, v in given.items() if n not in given_local}
+
+        with_inner = sorted({inner_draws[n] for n in given if n in inner_draws})
+
+        def together(how: Resampling, guided: Handler, key: Array) -> Together:
+            """The model of one draw, run inside the guide's scan; its latent sites have what the guide drew there."""
+            ppl = self._ppl
+            assert ppl is not None
+
+            def rows(sites: Mapping[str, Message]) -> Array:
+                found = {n: self._full(site_log_prob(m), structure.sites[n]) for n, m in sites.items()}
+                every = [self._rows(full, structure.sites[n]) for n, full in found.items()]
+                return sum(every, jnp.zeros(structure.rows))
+
+            def model() -> dict[str, Message]:
+                before = ppl.handler, ppl.rows
+                drawn, plates = (lambda msg: pair.now[msg["name"]]), plates_of(guided.trace)
+                now = Handler(constrained, guided.key, drawn, plates, side="model", still=not training)
+                now.together = pair
+                try:
+                    return self._trace(self._model, now, batch)
+                finally:
+                    ppl.handler, ppl.rows = before
+
+            by_row = structure.data_plate is not None
+            pair = Together(how, site_key(key, "$particles"), plan.K, rows, by_row, model)
+            return pair
 
         def run(m: Array, k: Array, outer: dict[str, Array], local: dict[str, Array]) -> dict[str, Any]:
             outer_key = jax.random.fold_in(key, m // v_outer)
@@ -575,18 +612,17 @@ class NumPyroBound:
             injected = {**outer, **local}
             variants: dict[str, Variant] = {}
 
+            def guide_site(msg: Message, own_key: Array, given: Array | None) -> GuideSite:
+                info = structure.sites[msg["name"]]
+                value = None if given is None else of_step(self._to_site(given, info), msg)
+                return GuideSite(msg["fn"], own_key, value, info.support, self.program.portable)
+
             def latent(msg: Message) -> Array:
                 info = structure.sites[msg["name"]]
                 layout, t, own_key = (
                     (local_layout, k, draw_key) if info.local else (outer_layout, m, outer_key)
                 )
-                site = GuideSite(
-                    msg["fn"],
-                    message_key(own_key, msg),
-                    None if info.name not in injected else of_step(self._to_site(injected[info.name], info), msg),
-                    info.support,
-                    self.program.portable,
-                )
+                site = guide_site(msg, message_key(own_key, msg), injected.get(info.name))
                 estimator = plan.estimators[info.name]
                 count, stride = layout[info.name]
                 if not plan.varied(info.name, count):
@@ -601,6 +637,8 @@ class NumPyroBound:
                 return site_key(scan, f"$scan{n}")
 
             guided = Handler(constrained, key, latent, still=not training, scan_keys=scan_key)
+            if plan.resampling is not None:
+                guided.together = together(plan.resampling, guided, outer_key)
             guide = self._trace(self._guide, guided, batch)
             plates = plates_of(guide)
             drawn = {n: s["value"] for n, s in guide.items() if s["type"] == "sample"}
@@ -627,22 +665,54 @@ class NumPyroBound:
                 run, _ = of_model(s)
                 return {n: self._full(site_log_prob(run[n]), structure.sites[n]) for n in plan.in_sums}
 
-            model, modelled = of_model(0)
+            if guided.together is None:
+                model, modelled = of_model(0)
+            else:
+                model, modelled = guided.together.model, guided
             sums = plan.sums(jax.vmap(terms)(jnp.arange(plan.values_summed)), 1) if plan.marginal else {}
             frozen: dict[str, Message] = {}
             if stopped is not None:
                 frozen = self._trace(self._guide, replay(stopped, latent=replayed), batch)
+            def anew(j: Array, given: dict[str, Array]) -> tuple[dict[str, Array], dict[str, Array]]:
+                """Densities of the guide at inner draw j, and under stopped parameters those that are frozen."""
+                sites = structure.sites
+
+                def inner(msg: Message) -> Array:
+                    if msg["name"] not in plan.summed_out:
+                        return replayed(msg)
+                    own_key = jax.random.fold_in(message_key(draw_key, msg), j)
+                    return plan.estimators[msg["name"]].sample(guide_site(msg, own_key, given.get(msg["name"])))
+
+                def densities(trace: dict[str, Message], names: Iterable[str]) -> dict[str, Array]:
+                    return {n: self._rows(self._full(site_log_prob(trace[n]), sites[n]), sites[n]) for n in names}
+
+                trace = self._trace(self._guide, replay(constrained, latent=inner), batch)
+                live = densities(trace, plan.inner_sites)
+                if stopped is None:
+                    return live, {}
+                values = drawn | {n: trace[n]["value"] for n in plan.summed_out}
+                again = replay(stopped, latent=lambda msg: of_step(values[msg["name"]], msg))
+                return live, densities(self._trace(self._guide, again, batch), plan.frozen_inner_sites)
+
             sizes = {n: s["args"] for t in (guide, model) for n, s in t.items() if s["type"] == "plate"}
             left = after_run(held, {**guided.states, **modelled.states})
-            table: dict[str, dict[str, Any]] = {"local": {}, "outer": {}, "states": left}
+            met = {} if guided.together is None else guided.together.weights
+            table: dict[str, dict[str, Any]] = {"local": {}, "outer": {}, "states": left, "particles": met}
             for info in plan.rows(structure):
                 row = self._row(info, guide, model, frozen, plan, sums, variants.get(info.name), sizes)
                 table["local" if info.local else "outer"][info.name] = row
+            if plan.nested:
+                # A site with fewer of them repeats its last, which nothing looks at.
+                js = range(1, plan.inner + 1)
+                named = {n: [inner_name(n, min(j, inner_counts[n])) for j in js] for n in with_inner}
+                stacked = {n: jnp.stack([local[name] for name in names]) for n, names in named.items()}
+                found = jax.vmap(anew)(jnp.arange(1, plan.inner + 1), stacked) if plan.inner else ({}, {})
+                sum_out(table["local"], plan, *found)
             return table
 
         K, M = plan.K * v_local, plan.M * v_outer
-        axes = {"local": 0, "outer": None, "states": 0}
-        inner = jax.vmap(run, in_axes=(None, 0, None, 0), out_axes=axes)
+        axes = {"local": 0, "outer": None, "states": 0, "particles": 0}
+        inner = jax.vmap(run, in_axes=(None, 0, None, 0), out_axes=axes, axis_name=DRAWS)
         if plan.chunk is not None and plan.chunk < plan.K:
             inner = _in_pieces(inner, plan.chunk * v_local)
         with contextlib.nullcontext() if training else evaluation():
@@ -668,6 +738,7 @@ class NumPyroBound:
             batch=batch.leaves[0] if batch.leaves else None,
             states=states or {},
             own=own or {},
+            particles=Particles(**table["particles"]) if table["particles"] else None,
             dream=self._dream(constrained, batch, key, training) if "sleep" in plan.requests else {},
         )
         return table_of_sites, next_states(held, table["states"], v_local * v_outer * plan.values_summed)
@@ -752,10 +823,17 @@ class NumPyroBound:
         return row
 
     def _site(
-        self, info: SiteInfo, row: dict[str, Any], plan: Plan, layout: Mapping[str, tuple[int, int]]
+        self,
+        info: SiteInfo,
+        row: dict[str, Any],
+        plan: Plan,
+        layout: Mapping[str, tuple[int, int]],
     ) -> Site:
         extra = {"kl": row["kl"]} if "kl" in row else {}
-        optional = ("log_q_frozen", "log_q_drawn", "weight", "credit", "through", "log_p_full", "log_q_full")
+        optional = (
+            *("log_q_frozen", "log_q_drawn", "log_q_inner", "weight", "credit", "through"),
+            *("log_p_full", "log_q_full"),
+        )
         facts = plan.facts(self.structure, info.name)
         return Site(
             name=info.name,
@@ -976,7 +1054,8 @@ def _in_pieces(inner: Callable[..., Any], size: int) -> Callable[..., Any]:
 
 
 def _static(plan: Plan) -> Hashable:
-    return plan.K, plan.M, plan.requests, plan.kl, plan.chunk, tuple(plan.estimators.items()), plan.marginal
+    fixed = plan.K, plan.M, plan.requests, plan.kl, plan.chunk, plan.marginal, plan.nested, plan.resampling
+    return *fixed, tuple(plan.estimators.items())
 
 
 def _is_set(value: Any) -> bool:

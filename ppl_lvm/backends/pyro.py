@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.distributions import biject_to, transform_to
 from torch.utils.checkpoint import checkpoint
 
-from ppl_lvm.algorithm import GuideFamily, Objective, Variant
+from ppl_lvm.algorithm import GuideFamily, Objective, Resampling, Variant
 from ppl_lvm.backends import _pyro_forward
 from ppl_lvm.backends._pyro_handlers import (
     Handler,
@@ -39,6 +39,7 @@ from ppl_lvm.backends._pyro_handlers import (
     seeded,
 )
 from ppl_lvm.backends._pyro_modules import Dropout, Modules
+from ppl_lvm.backends._pyro_particles import Together
 from ppl_lvm.backends._torch_dists import (
     GuideSite,
     draw,
@@ -69,17 +70,20 @@ from ppl_lvm.backends.base import (
     find_data_plate,
     given_rows,
     inner_axis,
+    inner_name,
     is_chain_of_classes,
     is_factor,
     is_point,
     latent_site,
     losses,
     row_params,
+    steps_of,
+    sum_out,
     undeclared,
     written,
 )
 from ppl_lvm.backends.forward import Anatomy, Forward
-from ppl_lvm.draws import Draws, Plate, Site
+from ppl_lvm.draws import Draws, Particles, Plate, Site
 from ppl_lvm.errors import BackendError, ProgramError
 from ppl_lvm.latents import Latent, PlateOf
 
@@ -122,6 +126,7 @@ class PyroBound:
         self._missing = TorchMissing(program)
         self.joint_dims = self._missing.joint_dims
         self._evaluating = False
+        self._particles: Particles | None = None
         self._anatomy: Anatomy | None = None
         self.forward_broadcasts: dict[Any, bool] = {}
         self._broadcasts: dict[tuple[bool, bool], tuple[bool, bool]] = {}
@@ -340,6 +345,7 @@ class PyroBound:
                 user_scaled=any(isinstance(scale, Tensor) or abs(scale - 1.0) > 1e-9 for scale in given),
                 fixed=site["is_observed"] and role == "auxiliary",
                 point=is_point(site["fn"]),
+                steps=steps_of(site["fn"], of_model["fn"]),
             )
         frame = frames.get(data_plate) if data_plate else None
         return Structure(
@@ -380,7 +386,8 @@ class PyroBound:
         sites = {
             n: replace(
                 info,
-                parameterised=n in parameterised,
+                parameterised=info.point and n in parameterised,
+                trained=not info.point and n in parameterised,
                 guide_parents=guide.get(n, frozenset()) - {n},
                 model_parents=model.get(n, frozenset()) - {n},
             )
@@ -408,9 +415,10 @@ class PyroBound:
     def _parameterised(
         self, structure: Structure, batch: Call, values: Mapping[str, Tensor], subsamples: Mapping[str, Tensor]
     ) -> frozenset[str]:
-        """Points that a gradient reaches parameters through while all sites before them stay where they are."""
-        points = [n for n, i in structure.sites.items() if i.point]
-        if not points:
+        """Points and auxiliary sites that a gradient reaches parameters through while all before them stay."""
+        sites = structure.sites
+        asked = [n for n, i in sites.items() if i.point or (i.role == "auxiliary" and not i.fixed)]
+        if not asked:
             return frozenset()
 
         def replayed(msg: Message) -> None:
@@ -419,10 +427,14 @@ class PyroBound:
         with torch.enable_grad():
             params = {n: p.detach().requires_grad_() for n, p in self.initial.items()}
             trace = self._trace(self._guide, Handler(self.constrain(params), replayed, subsamples), batch, params)
-            found = {n: trace[n]["fn"] for n in points}
-            return frozenset(
-                n for n, fn in found.items() if (at := fn.rsample()).requires_grad or fn.log_prob(at).requires_grad
-            )
+
+            def moves(name: str) -> bool:
+                fn = trace[name]["fn"]
+                if not sites[name].point:
+                    return bool(site_log_prob(trace[name]).requires_grad)
+                return bool((at := fn.rsample()).requires_grad or fn.log_prob(at).requires_grad)
+
+            return frozenset(n for n in asked if moves(n))
 
     def constrain(self, params: Params) -> dict[str, Tensor]:
         """Constrained values of unconstrained parameters."""
@@ -484,6 +496,12 @@ class PyroBound:
         K = plan.K * plan.layout(self.structure, True)[0]
         M = plan.M * plan.layout(self.structure, False)[0]
         whole = self.broadcasts(plan, batch)
+        if plan.resampling is not None and not all(whole):
+            raise ProgramError(
+                "The program does not broadcast over draws, which are dimensions on the left of every batch shape, and "
+                "draws that are resampled between steps run together; index arrays from the right (z[..., 0])."
+            )
+        self._particles = None
         sites = self._sites(params, constrained, batch, plan, given, (M, K), whole, {})
         rows = self.structure.rows
         N = self.structure.plate_size or (rows if total_rows is None else total_rows)
@@ -498,6 +516,7 @@ class PyroBound:
             batch=next((a for a in batch.leaves if isinstance(a, Tensor)), None),
             states=states or {},
             own=own or {},
+            particles=self._particles,
             dream=self._dream(params, batch) if "sleep" in plan.requests else {},
         )
 
@@ -661,12 +680,21 @@ class PyroBound:
                 msg["fn"] = fn = fn.expand(torch.Size(lead + (1,) * (n - len(base)) + base))
             return fn
 
-        def latent(msg: Message) -> None:
-            info = self._known(msg["name"])
+        def guide_site(
+            msg: Message, given_as: str, remember: Callable[[Callable[[], Tensor]], Tensor]
+        ) -> GuideSite:
+            """The site with dimensions of draws, and as its estimator sees it."""
+            info = structure.sites[msg["name"]]
             fn = of_draws(msg, info)
             injected = None
-            if info.name in given:
-                injected = of_step(self._to_site(given[info.name], info, outer, inner), msg)
+            if given_as in given:
+                injected = of_step(self._to_site(given[given_as], info, outer, inner), msg)
+            count, stride = layouts[info.name]
+            span = count * stride if len(inner if info.local else outer) > 1 else 1
+            return GuideSite(fn, injected, info.support, span, -(n + 1) if info.local else -(n + 2), remember)
+
+        def latent(msg: Message) -> None:
+            info = self._known(msg["name"])
             count, stride = layouts[info.name]
             span, entries = count * stride, inner if info.local else outer
             number = itertools.count()
@@ -679,7 +707,7 @@ class PyroBound:
                 return memo[entry]
 
             axis = -(n + 1) if info.local else -(n + 2)
-            site = GuideSite(fn, injected, info.support, span if len(entries) > 1 else 1, axis, remember)
+            site = guide_site(msg, info.name, remember)
             estimator = plan.estimators[info.name]
             if not plan.varied(info.name, count):
                 msg["value"] = estimator.sample(site)
@@ -691,7 +719,9 @@ class PyroBound:
             msg["value"] = variant.value
 
         handler = Handler(constrained, latent, subsamples)
-        dropout = Dropout() if plan.frozen else contextlib.nullcontext()
+        if plan.resampling is not None:
+            handler.together = self._together(plan.resampling, handler, params, constrained, batch)
+        dropout = Dropout() if plan.frozen or plan.inner else contextlib.nullcontext()
         with dropout:
             guide = self._trace(self._guide, handler, batch, params)
         drawn = {name: s["value"] for name, s in guide.items()}
@@ -724,39 +754,116 @@ class PyroBound:
             self._sizes = M, K
             return {n: x.reshape(len(runs), M, *x.shape[1:]) for n, x in every.items()}
 
-        model_handler = Handler(constrained, partial(at, range(1)), handler.subsamples)
-        model_dropout = Dropout() if plan.values_summed > 1 else contextlib.nullcontext()
-        with model_dropout:
-            model = self._trace(self._model, model_handler, batch, params)
-        parts = [densities(range(1), model)]
-        if isinstance(model_dropout, Dropout):
-            if not self._evaluating:
-                self._modules.refuse_noise()
-            rest = range(1, plan.values_summed)
-            # Factors of dropout, which all runs share, fit an outer axis of several runs if it has no draws of its own.
-            at_once = self._at_once.get((M > 1, K > 1), False) and not (model_dropout.used and M > 1)
-            for runs in [rest] if at_once else [range(s, s + 1) for s in rest]:
-                other = Handler(constrained, partial(at, runs), model_handler.subsamples)
-                with model_dropout.replay():
-                    trace = self._trace(self._model, other, batch, params)
-                parts.append(densities(runs, trace))
-        sums = plan.sums({n: torch.cat([part[n] for part in parts]) for n in plan.in_sums}, 3)
+        sums: dict[str, Tensor] = {}
+        if handler.together is None:
+            model_handler = Handler(constrained, partial(at, range(1)), handler.subsamples)
+            model_dropout = Dropout() if plan.values_summed > 1 else contextlib.nullcontext()
+            with model_dropout:
+                model = self._trace(self._model, model_handler, batch, params)
+            parts = [densities(range(1), model)]
+            if isinstance(model_dropout, Dropout):
+                if not self._evaluating:
+                    self._modules.refuse_noise()
+                rest = range(1, plan.values_summed)
+                # Factors of dropout, which all runs share, fit an outer axis of several runs if it has no draws of its
+                # own.
+                at_once = self._at_once.get((M > 1, K > 1), False) and not (model_dropout.used and M > 1)
+                for runs in [rest] if at_once else [range(s, s + 1) for s in rest]:
+                    other = Handler(constrained, partial(at, runs), model_handler.subsamples)
+                    with model_dropout.replay():
+                        trace = self._trace(self._model, other, batch, params)
+                    parts.append(densities(runs, trace))
+            sums = plan.sums({n: torch.cat([part[n] for part in parts]) for n in plan.in_sums}, 3)
+            subsamples.update(model_handler.subsamples)
+        else:
+            model = handler.together.model
+            self._particles = Particles(handler.together.before, handler.together.increments)
         for name in {*guide, *model} ^ set(structure.sites):
             self._known(name, missing=name in structure.sites)
-        subsamples.update(model_handler.subsamples)
         frozen: dict[str, Message] = {}
-        if isinstance(dropout, Dropout):
-            self._modules.refuse_noise()
-            stopped = {name: p.detach() for name, p in params.items()}
-            again = Handler(self.constrain(stopped), replayed, handler.subsamples)
+        stopped = {name: p.detach() for name, p in params.items()}
+
+        def again(params: Params, constrained: Params, latent: Callable[[Message], None]) -> dict[str, Message]:
+            """The guide run once more, on the same noise of its modules."""
+            if not self._evaluating:
+                self._modules.refuse_noise()
+            assert isinstance(dropout, Dropout)
             with dropout.replay():
-                frozen = self._trace(self._guide, again, batch, stopped)
-        return {
+                return self._trace(self._guide, Handler(constrained, latent, handler.subsamples), batch, params)
+
+        if plan.frozen:
+            frozen = again(stopped, self.constrain(stopped), replayed)
+
+        def of_guide(trace: dict[str, Message], names: Iterable[str]) -> dict[str, Tensor]:
+            sites = structure.sites
+            return {s: self._rows(self._full(site_log_prob(trace[s]), sites[s]), sites[s]) for s in names}
+
+        def anew(j: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+            """Densities of the guide at inner draw j, and under stopped parameters those that are frozen."""
+
+            def inner_draw(msg: Message) -> None:
+                if msg["name"] not in plan.summed_out:
+                    return replayed(msg)
+                site = guide_site(msg, inner_name(msg["name"], j), lambda draw: draw())
+                msg["value"] = plan.estimators[msg["name"]].sample(site)
+
+            trace = again(params, constrained, inner_draw)
+            live = of_guide(trace, plan.inner_sites)
+            if not plan.frozen:
+                return live, {}
+            values = drawn | {s: trace[s]["value"] for s in plan.summed_out}
+
+            def kept(msg: Message) -> None:
+                msg["value"] = of_step(values[msg["name"]], msg)
+
+            return live, of_guide(again(stopped, self.constrain(stopped), kept), plan.frozen_inner_sites)
+
+        table = {
             info.name: self._site(
                 info, guide, model, frozen, plan, sums, variants.get(info.name), layouts.get(info.name, (1, 1))[0]
             )
             for info in plan.rows(structure)
         }
+        if plan.nested:
+            pairs = [anew(j) for j in range(1, plan.inner + 1)]
+            found = [{s: torch.stack([p[i][s] for p in pairs]) for s in pairs[0][i]} if pairs else {} for i in (0, 1)]
+            labels = ("log_q", "log_q_full", "log_q_frozen", "log_q_inner")
+            arrays = {s: {label: getattr(table[s], label) for label in labels} for s in plan.inner_sites}
+            rows: dict[str, dict[str, Any]] = {
+                s: {label: a for label, a in row.items() if a is not None} for s, row in arrays.items()
+            }
+            sum_out(rows, plan, *found)
+            for s, row in rows.items():
+                changed: dict[str, Any] = {label: row.get(label) for label in labels}
+                table[s] = replace(table[s], **changed)
+        return table
+
+    def _together(
+        self, how: Resampling, guide: Handler, params: Params, constrained: Params, batch: Call
+    ) -> Together:
+        """The model, run inside the guide's scan; its latent sites have what the guide drew in the same step."""
+        structure, ppl = self.structure, self._ppl
+        assert ppl is not None
+
+        def rows(sites: dict[str, Message]) -> Tensor:
+            found = {n: self._full(site_log_prob(m), structure.sites[n]) for n, m in sites.items()}
+            every = [self._rows(full, structure.sites[n]) for n, full in found.items()]
+            return sum(every, torch.zeros((*self._sizes, structure.rows)))
+
+        def drawn(msg: Message) -> None:
+            msg["value"] = pair.now[msg["name"]]
+
+        def model() -> dict[str, Message]:
+            before = ppl.handler, ppl.rows
+            now = Handler(constrained, drawn, guide.subsamples)
+            now.together = pair
+            try:
+                return self._trace(self._model, now, batch, params)
+            finally:
+                ppl.handler, ppl.rows = before
+
+        pair = Together(how, rows, structure.data_plate is not None, model)
+        return pair
 
     def _known(self, name: str, missing: bool = False) -> SiteInfo:
         """The site's facts from the first run, which every run must agree with."""

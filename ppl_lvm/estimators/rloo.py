@@ -22,6 +22,7 @@ class rloo(Estimator):
     least_draws = 2
     refuses = {
         "joint": "its baseline, the mean of the other draws' values, is no baseline for a function of all draws",
+        "filtered": "the draws of a row meet, so that none of them can be left out",
     }
 
     def sample(self, dist: SiteDistribution) -> Array:

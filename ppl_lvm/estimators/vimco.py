@@ -22,6 +22,7 @@ class vimco(Estimator):
 
     scored = True
     least_draws = 2
+    refuses = {"filtered": "the draws of a row meet, so that none of them can be left out"}
 
     def sample(self, dist: SiteDistribution) -> Array:
         return dist.sample()
