@@ -8,7 +8,7 @@ where there are groups) and two outer draws, so that no cell is refused for want
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from itertools import groupby
 from pathlib import Path
@@ -23,7 +23,7 @@ from ppl_lvm.draws import Plate
 
 Verdict = Literal["unbiased", "biased", "refused"]
 
-ROW, TOP = "z", "g"
+ROW, TOP, HIDDEN = "z", "g", "y"
 
 
 def _structure(*latents: SiteInfo) -> Structure:
@@ -49,6 +49,16 @@ def _beside_a_draw(**facts: Any) -> Structure:
     return _structure(SiteInfo(ROW, "latent", True, plates=_PLATES, **facts), drawn)
 
 
+def _beside_the_guide(**facts: Any) -> Structure:
+    drawn = SiteInfo(ROW, "latent", True, True, plates=_PLATES, closed_kl=True)
+    return _structure(drawn, SiteInfo(HIDDEN, "latent", True, plates=_PLATES, in_guide=False, **facts))
+
+
+def _in_a_scan(**facts: Any) -> Structure:
+    found = _structure(SiteInfo(ROW, "latent", True, plates=_PLATES, steps=4, **facts))
+    return replace(found, sites={n: replace(i, steps=4) for n, i in found.sites.items()})
+
+
 def _above(**facts: Any) -> Structure:
     top = SiteInfo(TOP, "latent", False, local_in_model=False, **facts)
     seen = frozenset({TOP})
@@ -62,6 +72,8 @@ KINDS: Mapping[str, tuple[str, Structure]] = {
     "count": (ROW, _row()),
     "continuous global": (TOP, _above(reparameterised=True, closed_kl=True)),
     "finite global": (TOP, _above(support=_BITS, closed_kl=True)),
+    "sequence": (ROW, _in_a_scan(reparameterised=True)),
+    "model only": (HIDDEN, _beside_the_guide(support=_BITS)),
     "point": (ROW, _beside_a_draw(reparameterised=True, point=True, parameterised=True, closed_kl=True)),
 }
 """Kind of site -> its name in a program, and the program's structure."""
@@ -72,6 +84,8 @@ MEANING: Mapping[str, str] = {
     "count": "a discrete site of a row without finite support (Poisson)",
     "continuous global": "a reparameterised site that all rows share, above continuous ones of the rows",
     "finite global": "a finite site that all rows share, above continuous ones of the rows",
+    "sequence": "a reparameterised site of a row inside a ppl.scan, with the row's data in the same steps",
+    "model only": "a finite site of a row that the model has and the guide does not, beside a continuous one of both",
     "point": "a site of a row that is no draw (Delta), carried pathwise whatever is asked, beside a continuous one",
 }
 

@@ -17,6 +17,7 @@ from ppl_lvm.algorithm import Estimator, Objective
 from ppl_lvm.backends.base import Structure
 from ppl_lvm.catalogue import estimators, objectives
 from ppl_lvm.errors import LegalityError
+from ppl_lvm.estimators.marginalize import marginalize
 
 Program = tuple[Callable[..., None], Callable[..., None]]
 on_both = pytest.mark.parametrize("backend", BACKENDS)
@@ -92,12 +93,28 @@ def with_a_point() -> Program:
     return model, guide
 
 
+def without_a_guide() -> Program:
+    def model(ppl: Ppl, x: Array) -> None:
+        theta = ppl.param("theta", 0.1)
+        with ppl.plate("data", len(x)):
+            z = ppl.sample("z", ppl.dist.Normal(theta + 0.0 * x, 1.0))
+            y = ppl.sample("y", ppl.dist.Bernoulli(logits=theta + 0.0 * x))
+            ppl.sample("x", ppl.dist.Normal(z + y, 1.0), obs=x)
+
+    def guide(ppl: Ppl, x: Array) -> None:
+        with ppl.plate("data", len(x)):
+            ppl.sample("z", normal(ppl, ppl.param("phi", 0.2) + 0.3 * x))
+
+    return model, guide
+
+
 PROGRAMS: dict[str, Program] = {
     "continuous": of_a_row(normal, normal),
     "finite": of_a_row(bit, bit),
     "count": of_a_row(geometric, count),
     "continuous global": above(normal),
     "finite global": above(bit),
+    "model only": without_a_guide(),
     "point": with_a_point(),
 }
 
@@ -157,6 +174,10 @@ def test_what_a_refusal_offers_is_legal(kind: str) -> None:
                 else:
                     assert_served(name, site, found)
         for why in decision.problems:
+            if "'marginalize'" in why:
+                legality.plan(objective, {site: marginalize()}, found)
+                served += 1
+                continue
             for name in re.findall(r"'(\w+)'", why.rpartition("use ")[2]):
                 assert name in ("sampled", "where_known") or assert_served(name, site, found)
     assert served or kind == "point"

@@ -59,7 +59,8 @@ def cells() -> Iterator[ParameterSet]:
         serving = [
             e for e in sorted(estimators()) if matrix.judged(objective, named(e), *matrix.KINDS[kind])[0] != "refused"
         ]
-        chosen = [(program, serving[i // 2 % len(serving)])]
+        # An objective of sequences serves no program without a scan.
+        chosen = [(program, serving[i // 2 % len(serving)]) if serving else ("linear_gaussian_chain", "pathwise")]
         if type(objective).__name__ in ("elbo", "iwae"):
             chosen += [(other, "pathwise") for j, other in enumerate(OTHERS) if j % 4 == i % 4]
         for p, e in itertools.product(sorted(programs()), sorted(estimators())):

@@ -87,7 +87,7 @@ def test_a_name_alone_is_short_for_a_table() -> None:
     assert hash(short) == hash(long)
     assert recipe({"objective": "elbo", "estimator": {"name": "score", "decay": 0.5}}).to_dict()[
         "estimator"
-    ] == {"*": {"name": "score", "baseline": "none", "decay": 0.5}}
+    ] == {"*": {"name": "score", "baseline": "none", "decay": 0.5, "hidden": 32}}
 
 
 def test_the_most_specific_pattern_wins_in_whatever_order_it_is_written() -> None:
@@ -190,7 +190,7 @@ def test_unknown_names_list_the_valid_ones_and_suggest_one() -> None:
     assert unknown.startswith("estimator.y of recipe 'elbo' asks for an unknown estimator 'pathwis'")
     assert "Did you mean 'pathwise'?" in unknown
     unknown = message("iwae", drwas=3)
-    assert "has no option 'drwas'. Did you mean 'draws'? Options: batch_size, check_every, chunk, clip" in unknown
+    assert "has no option 'drwas'. Did you mean 'draws'? Options: alternate, batch_size, check_every" in unknown
     assert "objective, 'elbo', has no option 'draw'. Did you mean 'draws'?" in message(
         "elbo", **{"objective.draw": 3}
     )
