@@ -195,7 +195,7 @@ def test_unknown_names_list_the_valid_ones_and_suggest_one() -> None:
         "elbo", **{"objective.draw": 3}
     )
     unknown = message({"objective": "elbo", "stps": 3})
-    assert "unknown key 'stps'. Did you mean 'steps'? Keys: batch_size" in unknown
+    assert "unknown key 'stps'. Did you mean 'steps'? Keys: alternate" in unknown
     assert "optimizer has no option 'lr'. Options: clip, learning_rate, name, weight_decay." in message(
         "elbo", optimizer={"lr": 1}
     )
