@@ -178,7 +178,7 @@ def _estimator(name: str) -> Estimator:
 
 def text(objective: str | None = None, estimator: str | None = None) -> str:
     """The table in words: under each objective, estimators with the kinds of site that have the same verdict."""
-    lines = []
+    lines: list[str] = []
     for label, of_objective in groupby(cells(objective, estimator), key=lambda c: c.objective):
         lines += ["", label] if lines else [label]
         for name, row in groupby(of_objective, key=lambda c: c.estimator):
@@ -200,7 +200,7 @@ def pages() -> str:
     every = list(cells())
     names = list(dict.fromkeys(c.estimator for c in every))
     labels = list(dict.fromkeys(c.objective for c in every))
-    lines = []
+    lines: list[str] = []
     for kind, meaning in MEANING.items():
         lines += [f"## {kind.capitalize()}", "", f"{meaning[0].upper()}{meaning[1:]}.", ""]
         lines += ["| | " + " | ".join(f"`{n}`" for n in names) + " |", "|---" * (len(names) + 1) + "|"]

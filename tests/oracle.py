@@ -67,10 +67,10 @@ class Row(NamedTuple):
     """`exp` sums to one over enumerated entries, and averages over draws; live in the guide's parameters, so that a
     sum of `exp(log_weight) h` has the gradient of `E h`, score included."""
     parts: Mapping[str, tuple[jax.Array | None, jax.Array | None]]
+    per_draw: jax.Array
+    """Probability of each entry among those of its draw, `[..., K, V]`, without gradient."""
     params: Params
     x: jax.Array
-    per_draw: jax.Array | None = None
-    """Probability of each entry among those of its draw, `[..., K, V]`, without gradient; None where V is one."""
 
 
 Formula: TypeAlias = Callable[[Row], jax.Array]
@@ -82,7 +82,7 @@ class Outcomes(NamedTuple):
 
     values: dict[str, np.ndarray]  # of sites that are drawn, [T, K * V, 1, *event]
     weight: np.ndarray  # [T]
-    index: np.ndarray  # [T, E], entries of the table's last axis: measured values are left out
+    entries: np.ndarray  # [T, E], entries of the table's last axis: measured values are left out
 
 
 class Tuples(NamedTuple):
@@ -120,12 +120,13 @@ def _local(log_mass: Array, log_w: jax.Array) -> Table:
 def _by_site(shape: tuple[int, ...], parts: Mapping[str, tuple[Array | None, Array | None]]) -> Table:
     """A table without globals, from the densities of its sites, [*shape] or broadcast to it: [B, *support]."""
 
-    def flat(part: Array | None) -> Array | None:
+    def flat(part: Array | None) -> jax.Array | None:
         return None if part is None else jnp.broadcast_to(part, shape).reshape(1, shape[0], -1)
 
     full = {name: (flat(log_p), flat(log_q)) for name, (log_p, log_q) in parts.items()}
-    log_q = sum(q for _, q in full.values() if q is not None)
-    log_p = sum(p for p, _ in full.values() if p is not None)
+    nothing = jnp.zeros((1, shape[0], int(np.prod(shape[1:]))))
+    log_q: jax.Array = sum((q for _, q in full.values() if q is not None), nothing)
+    log_p: jax.Array = sum((p for p, _ in full.values() if p is not None), nothing)
     return Table(jnp.zeros(1), jnp.zeros(1), log_q, log_p - log_q, full)
 
 
@@ -427,7 +428,7 @@ def expected(
     def value(values: dict[str, jax.Array], x: jax.Array) -> jax.Array:
         entries = _TABLES[toy.name](values, x)
         index = np.indices((entries.log_w.shape[-1],) * K).reshape(K, -1).T
-        row = _row(entries, index, jnp.full(len(index[0]), -np.log(K)), values, x)
+        row = _row(entries, index, jnp.full(K, -np.log(K)), jnp.ones((K, 1)), values, x)
         inner = (jnp.exp(entries.log_mass[..., index].sum(-1)) * rows(row)).sum((-1, -2))
         return (jnp.exp(entries.global_log_mass) * (glob * entries.global_log_w + inner)).sum()
 
@@ -449,8 +450,8 @@ def expected_at(
         log_weight = -np.log(K) * jnp.ones(entries.log_w.shape[-1])
         log_inner = jnp.zeros(entries.log_w.shape[-1])
         for name, kind in kinds.items():
-            log_q = entries.parts[name][1][0, 0]
-            behind = 0.0
+            log_q = jnp.asarray(entries.parts[name][1])[0, 0]
+            behind = jnp.zeros(())
             if kind == "enumerated":
                 log_inner = log_inner + stop_gradient(log_q)
             if kind in ("drawn", "measured"):
@@ -458,19 +459,22 @@ def expected_at(
             elif kind == "elsewhere":
                 behind = jnp.log((1 - epsilon) * jnp.exp(log_q) + epsilon / _size(toy, name))
             log_weight = log_weight + log_q - stop_gradient(behind)
-        row = _row(entries, laid_out.index, log_weight[laid_out.index], values, x)
-        row = row._replace(per_draw=jnp.exp(log_inner)[laid_out.index].reshape(len(laid_out.index), K, -1))
+        at = laid_out.entries
+        row = _row(entries, at, log_weight[at], jnp.exp(log_inner)[at].reshape(len(at), K, -1), values, x)
         return (laid_out.weight * rows(row)[0, 0]).sum()
 
     return _differentiated(value, toy, own)
 
 
-def _row(entries: Table, index: np.ndarray, log_weight: jax.Array, params: Params, x: jax.Array) -> Row:
-    parts = {
-        name: tuple(None if a is None else a[..., index] if a.ndim > 1 else a for a in pair)
-        for name, pair in entries.parts.items()
-    }
-    return Row(entries.log_w[..., index], entries.log_mass[..., index], log_weight, parts, params, x)
+def _row(
+    entries: Table, index: np.ndarray, log_weight: jax.Array, per_draw: jax.Array, params: Params, x: jax.Array
+) -> Row:
+    def at(a: Array | None) -> jax.Array | None:
+        return None if a is None else jnp.asarray(a[..., index] if a.ndim > 1 else a)
+
+    parts = {name: (at(log_p), at(log_q)) for name, (log_p, log_q) in entries.parts.items()}
+    log_w, log_q = (jnp.asarray(a)[..., index] for a in (entries.log_w, entries.log_mass))
+    return Row(log_w, log_q, log_weight, parts, per_draw, params, x)
 
 
 def _differentiated(value: Callable[..., jax.Array], toy: Toy, more: Values | None) -> Exact:

@@ -345,8 +345,8 @@ def test_expected_gradients_by_quadrature(
     if summed and toy is MIXED_YZ:  # one draw of z, shared by both classes, as if it had been drawn with each
         g = grid(toy, 1, False)
         half = len(g.log_mass) // 2
-        noise = (np.repeat(a[:half], 2, 1) for a in g[1:3])
-        classes = Grid(np.tile([0, 1], (half, 1)), *noise, g.log_mass[:half], True)
+        first, second = (np.repeat(a[:half], 2, 1) for a in (g.first, g.second))
+        classes = Grid(np.tile([0, 1], (half, 1)), first, second, g.log_mass[:half], True)
         found, truth = run(backend, toy, objective, estimators, classes), model(toy, g, z)
         assert_equal(found, truth.pop(""), truth, BY_QUADRATURE[toy.name])
         return
@@ -433,7 +433,7 @@ def test_bounds_are_in_order() -> None:
     """The ELBO, means of smaller bounds, larger bounds, the evidence; more draws are never worse."""
     lower = [value(1, mean), value(4, grouped(2)), value(4, bound), log_evidence(CATEGORICALS)]
     assert lower == sorted(lower) and min(np.diff(lower)) > 1e-3
-    rising = [value(K, bound) for K in (1, 2, 3, 4, 5)]
+    rising = [value(K, bound) for K in (1, 2, 3, 4)]
     assert min(np.diff(rising)) > 1e-3
     assert value(2, bound) == pytest.approx(value(4, grouped(2)), abs=1e-12)
 
