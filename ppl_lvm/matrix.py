@@ -163,7 +163,7 @@ def _bias(objective: Objective, estimators: Mapping[str, Estimator], structure: 
 def _objectives(name: str) -> Iterator[tuple[str, Objective]]:
     kind = catalogue.resolve("objective", name, Path.cwd(), "The table")
     assert issubclass(kind, Objective)
-    few = {"draws": 4, "groups": 2} if "groups" in kind.model_fields else {"draws": 2}
+    few: dict[str, Any] = {"draws": 4, "groups": 2} if "groups" in kind.model_fields else {"draws": 2}
     for options in ({}, *VARIANTS.get(name, ())):
         said = ", ".join(f"{option} = {value!r}" for option, value in options.items())
         yield f"{name} ({said})" if said else name, kind(outer=2, **few, **options)

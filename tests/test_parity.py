@@ -35,7 +35,7 @@ def variants(name: str) -> Iterator[Objective]:
     """An objective with two draws (two groups of two), under every choice of its options that are choices."""
     kind = resolve("objective", name, Path(), "the test")
     assert issubclass(kind, Objective)
-    few = {"draws": 4, "groups": 2} if "groups" in kind.model_fields else {"draws": 2}
+    few: dict[str, Any] = {"draws": 4, "groups": 2} if "groups" in kind.model_fields else {"draws": 2}
     choices = {n: get_args(f.annotation) for n, f in kind.model_fields.items() if get_origin(f.annotation) is Literal}
     for values in itertools.product(*choices.values()):
         yield kind(**few, **dict(zip(choices, values, strict=True)))
