@@ -387,6 +387,9 @@ def test_every_objective_has_its_declared_value_at_the_exact_posterior(backend: 
     """In units of the log evidence, whatever is drawn."""
     engine, evidence = Engine.of(backend, toy), float(log_evidence_rows(toy).sum())
     named = {name: next(matrix._objectives(name))[1] for name in objectives()}
+    of_rows = {n for n, o in named.items() if matrix.judged(o, pathwise(), *matrix.KINDS["continuous"])[0] != "refused"}
+    assert {*named} - of_rows == {"fivo"}  # needs a scan: see `test_fivo`
+    named = {n: o for n, o in named.items() if n in of_rows}
 
     def every(key: Any) -> dict[str, tuple[Any, Any]]:
         found = {}
