@@ -192,6 +192,28 @@ def masked_guide(ppl: Ppl, x: Array, seen: Array) -> None:
 
 
 @on_both
+def test_a_scan_may_have_no_output(backend: Backend) -> None:
+    """`return carry, None`, as jax.lax.scan is written, gives no output and the same densities."""
+
+    def silent(ppl: Ppl, x: Array) -> None:
+        a = ppl.param("a", A)
+        with ppl.plate("data", len(x)):
+
+            def step(z: Array, x_t: Array) -> tuple[Array, None]:
+                z = ppl.sample("z", ppl.dist.Normal(a * z, 1.0))
+                ppl.sample("x", ppl.dist.Normal(z, ppl.xp.exp(0.0 * a - 0.2)), obs=x_t)
+                return z, None
+
+            assert ppl.scan(step, 0.0 * x[:, 0], ppl.xp.moveaxis(x, 1, 0))[1] is None
+
+    z = values(1)
+    with_output = engine(backend).sites(elbo(), {"*": score()}, values={"z": z})
+    without = engine(backend, silent).sites(elbo(), {"*": score()}, values={"z": z})
+    for name in ("z", "x"):
+        np.testing.assert_array_equal(without[name].log_p, with_output[name].log_p)
+
+
+@on_both
 def test_masked_steps_do_not_count(backend: Backend) -> None:
     seen = (np.arange(T) < np.array([[4], [2], [0]])).astype(float)
     z = values(1)

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from scipy.stats import multivariate_normal, norm
+from scipy.special import expit, log_expit, logsumexp
+from scipy.stats import multivariate_normal, norm, poisson
 
 from ppl_lvm import legality
 from ppl_lvm.algorithm import Objective
@@ -28,12 +29,14 @@ SHAPES: dict[str, dict[str, tuple[int, ...]]] = {
     "probabilistic_pca": {"z": (2, 3, 6, 2), "x": (2, 3, 6, 5)},
     "factor_analysis": {"z": (2, 3, 6, 2), "x": (2, 3, 6, 5)},
     "linear_gaussian_chain": {"z": (2, 3, 6, 4), "x": (2, 3, 6, 4)},
+    "poglm": {"h": (2, 3, 6, 8, 2), "x": (2, 3, 6, 8, 3)},
+    "bimodal_posterior": {"z": (2, 3, 6), "x": (2, 3, 6)},
     "gaussian_mixture": {"w": (2, 2), "mu": (2, 2, 2), "sigma": (2, 2, 2), "x": (2, 3, 6, 2)},
     "noisy_cone": {"x": (2, 3, 6), "y": (2, 3, 6), "z": (2, 3, 6)},
     "eight_schools": {"u": (2, 3, 1, 10), "mu": (2, 3, 1), "tau": (2, 3, 1), "eta": (2, 3, 1, 8), "y": (2, 3, 1, 8)},
 }
 """Of every site's table, at two outer draws of three draws."""
-ESTIMATORS = {"discrete_vae": "score"}
+ESTIMATORS = {"discrete_vae": "score", "poglm": "score"}
 
 
 class Fitted:
@@ -187,3 +190,46 @@ def test_eight_schools_draw_tau_by_a_softplus(backend: str) -> None:
     log_q = norm.logpdf(u).sum(-1)[0, :, 0] - np.log(5) - v + np.log1p(np.exp(v))
     log_p = np.sum([table[f"log_p({n})"] for n in ("mu", "tau", "eta", "y")], axis=0)
     np.testing.assert_allclose((log_p - table["log_w"])[0, :, 0], log_q, rtol=1e-10)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_densities_of_the_bimodal_posterior(backend: str) -> None:
+    """log p and log q by hand, at parameters other than the initial ones."""
+    x, pi = example("bimodal_posterior").astype(float), 0.3
+    mu, c, sigma = np.array([-4.0, -1.0, 0.5, 3.0]), np.array([-2.0, 1.0]), np.array([0.7, 1.5])
+    with precision("float64"):
+        fitted = Fitted("bimodal_posterior", backend, x)
+        fitted.set({"pi": np.asarray(pi), "mu": mu, "c": c, "sigma": sigma})
+        table = fitted.table(1, 4)
+    z, side = table["z"], x.astype(int)
+    weights = np.array([1 - pi, 1 - pi, pi, pi]) / 2
+    log_p_z = logsumexp(norm.logpdf(z[..., None], mu), b=weights, axis=-1)
+    log_p_x = log_expit(np.where(x > 0.5, z, -z))
+    np.testing.assert_allclose(table["log_p(z)"], log_p_z, rtol=0, atol=1e-10)
+    np.testing.assert_allclose(table["log_p(x)"], log_p_x, rtol=0, atol=1e-10)
+    log_w = log_p_z + log_p_x - norm.logpdf(z, c[side], sigma[side])
+    np.testing.assert_allclose(table["log_w"], log_w, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_densities_of_partly_seen_neurons(backend: str) -> None:
+    """log p and log q of whole sequences by a loop over bins, more of them than the window."""
+    rng, x = np.random.default_rng(4), example("poglm").astype(float)
+    W, b, V, a = (0.2 * rng.normal(size=shape) for shape in ((5, 5), (5,), (2, 5), (2,)))
+    kernel = np.exp(-2.0 * 0.1 * np.arange(3))
+    kernel /= 0.1 * kernel.sum()
+    with precision("float64"):
+        fitted = Fitted("poglm", backend, x, window=3, decay=2.0, dt=0.1)
+        fitted.set({"W": W, "b": b, "V": V, "a": a})
+        table = fitted.table(1, 4)
+    h = table["h"][0].astype(float)  # [K, B, T, hidden]
+    y = np.concatenate([np.broadcast_to(x, (*h.shape[:-1], 3)), h], axis=-1)
+    log_p_h, log_p_x, log_q = (np.zeros(h.shape[:2]) for _ in range(3))
+    for t in range(h.shape[2]):
+        s = sum((kernel[lag] * y[:, :, t - 1 - lag] for lag in range(min(3, t))), np.zeros(y[:, :, 0].shape))
+        spikes = poisson.logpmf(y[:, :, t], expit(s @ W.T + b))
+        log_p_x, log_p_h = log_p_x + spikes[..., :3].sum(-1), log_p_h + spikes[..., 3:].sum(-1)
+        log_q = log_q + poisson.logpmf(h[:, :, t], expit(s @ V.T + a)).sum(-1)
+    np.testing.assert_allclose(table["log_p(h)"][0], log_p_h, rtol=0, atol=1e-10)
+    np.testing.assert_allclose(table["log_p(x)"][0], log_p_x, rtol=0, atol=1e-10)
+    np.testing.assert_allclose(table["log_w"][0], log_p_h + log_p_x - log_q, rtol=0, atol=1e-10)
