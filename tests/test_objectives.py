@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args, get_origin
@@ -442,6 +442,26 @@ def test_a_global_class_over_scored_rows(backend: Backend, estimator: Estimator,
         weight=np.concatenate(weight),
     )
     assert_equal(found, *expected(PLATE, K, lambda r: -bound(r), -1.0), TO_ROUNDING)
+
+
+@pytest.mark.parametrize("kl", ["sampled", "where_known"])
+@on_both
+def test_free_bits(backend: Backend, kl: Any) -> None:
+    """Each site's KL where it is above them; the number itself, without gradient, where it is below."""
+
+    def parts(*names: str) -> Callable[[Row], Array]:
+        return lambda r: sum((-weighted_elbo(r._replace(parts={n: r.parts[n]})) for n in names), jnp.zeros(()))
+
+    kls = {n: expected(CATEGORICALS, 1, parts(n)).value for n in ("z1", "z2")}
+    low, high = sorted(kls, key=lambda n: kls[n])
+    for bits, counted in ((0.5 * kls[low], (low, high)), (0.5 * sum(kls.values()), (high,)), (2 * kls[high], ())):
+        found = Engine.of(backend, CATEGORICALS).loss(elbo(kl=kl, free_bits=bits), {"*": enumerated()})
+        value, gradient = expected(CATEGORICALS, 1, parts("x", *counted))
+        assert_equal(found, value + bits * (2 - len(counted)), gradient, TO_ROUNDING)
+    # A KL in closed form that looks at no draw is no estimate, whatever the estimator.
+    found = in_expectation(backend, BERNOULLI, elbo(draws=2, kl="closed_form", free_bits=5.0), {"z": score()})
+    value, gradient = expected(BERNOULLI, 2, parts("x"))
+    assert_equal(found, value + 5.0, gradient, TO_ROUNDING)
 
 
 @on_both
