@@ -28,7 +28,10 @@ def short(name: str, backend: str, **options: Any) -> Fit:
     chosen = program(name)
     assert chosen.example is not None
     made = chosen.example(np.random.default_rng(0))
-    data = made if isinstance(made, dict) else counts()  # programs of several arguments bring their own
+    if isinstance(made, dict):  # programs of several arguments bring their own data
+        data: Any = made
+    else:
+        data = counts() if made.ndim == 2 else np.resize(made, (48, *made.shape[1:]))
     return fit(chosen, data=data, backend=backend, **(settings | options))
 
 
@@ -44,10 +47,18 @@ def assert_same_bits(a: Fit, b: Fit) -> None:
         np.testing.assert_array_equal(value, b.state.arrays[name], err_msg=name)
 
 
+LONG = {"poglm"}
+"""Programs whose scan takes torch.compile the better part of a minute."""
+
+
 @on_both
-@pytest.mark.parametrize("name", sorted(programs()))
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.slow] if n in LONG else []) for n in sorted(programs())]
+)
 def test_compiled_equals_eager(name: str, backend: str) -> None:
-    assert_close(short(name, backend, compile="compiled"), short(name, backend), 1e-10)
+    """By plain gradient steps: Adam divides a gradient by its own size, and blows up the rounding of one near zero."""
+    plain: dict[str, Any] = {"optimizer": "sgd", "learning_rate": 1e-5}
+    assert_close(short(name, backend, compile="compiled", **plain), short(name, backend, **plain), 1e-10)
 
 
 @pytest.mark.slow
