@@ -503,3 +503,7 @@ def _pairs(texts: list[str] | None, option: str) -> dict[str, Any]:
         except tomllib.TOMLDecodeError:
             pairs[key] = value
     return pairs
+
+
+if __name__ == "__main__":
+    main()
