@@ -451,7 +451,7 @@ def _undrawn(
             continue
         [alone] = groups(structure, [info.name])
         guide = [i.name for i in structure.sites.values() if i.role != "observed" and i.in_guide]
-        possible = _not_summed(objective, structure, alone) is None
+        possible = objective.resampling() is None and _not_summed(objective, structure, alone) is None
         instead = f"with estimator={{{info.name!r}: 'marginalize'}}" if possible else "in the model"
         asked = estimators.get(info.name)
         under = "" if asked is None else f", so that {_name(asked)!r} has no draw of it"
@@ -481,11 +481,11 @@ def _not_summed(objective: Objective, structure: Structure, group: Group) -> str
                 f"{name!r} has several elements along a dimension that is no plate's, so it is unknown whether they "
                 f"are independent; declare them with a plate, or as one event with to_event."
             )
-    if group.count > LARGEST_SUPPORT:
-        values = " x ".join(map(str, group.sizes))
+    if max(group.count, group.width) > LARGEST_SUPPORT:
         return (
-            f"densities tie {list(group.sites)} together, whose joint support has {values} = {group.count} values, "
-            f"more than {LARGEST_SUPPORT}; sample some of them in the guide, or {CHAINS}."
+            f"densities tie {len(group.sites)} sites together ({', '.join(group.sites[:8])}) so closely that their sum "
+            f"takes {group.count} runs of the model and a table of {group.width} entries, more than {LARGEST_SUPPORT}; "
+            f"sample some of them in the guide, or {CHAINS}."
         )
     inner = dict(zip(group.sites, group.axes, strict=True))
     nested = sorted(group.sites, key=lambda n: len(inner[n]))

@@ -251,6 +251,18 @@ def test_what_is_refused() -> None:
         Engine("pyro", seen, still, {"x": X}, portable=True).plan(fivo(), {"*": pathwise()})
 
 
+def test_a_site_of_the_model_alone_cannot_be_summed_out_where_draws_meet() -> None:
+    model, guide = pair(P)
+
+    def with_class(ppl: Ppl, x: Array) -> None:
+        with ppl.plate("classes", len(x)):
+            ppl.sample("y", ppl.dist.Bernoulli(0.3 + 0.0 * x[:, 0]))
+        model(ppl, x)
+
+    with pytest.raises(LegalityError, match=r"condition on it, or sum it out in the model\."):
+        Engine("pyro", with_class, guide, {"x": X}, portable=True).plan(fivo(draws=2), {"*": pathwise()})
+
+
 @on_both
 def test_scans_that_do_not_step_together_are_refused(backend: Backend) -> None:
     model, guide = pair(P)

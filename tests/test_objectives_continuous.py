@@ -378,6 +378,56 @@ def test_sticking_the_landing_in_a_bound_of_two_draws_is_biased() -> None:
             Engine.of(backend, GAUSSIANS2).plan(iwae(draws=2), {"*": stl()})
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_sticking_the_landing_at_a_global_site_around_importance_weighted_rows(backend: Backend) -> None:
+    """The expectation over a global site is a mean, whatever the rows' bound: its score has mean zero there."""
+    x = np.array([-0.4, 0.3, 1.1])
+    start = {"a": 0.7, "b": 1.3, "m": 0.2, "s": -0.5, "c": 0.1, "d": 0.4, "e": -0.3}
+
+    def model(ppl: Ppl, x: Array) -> None:
+        a, b = ppl.param("a", start["a"]), ppl.param("b", start["b"])
+        g = ppl.sample("g", ppl.dist.Normal(0.0 * a, 1.0))
+        with ppl.plate("data", len(x)):
+            y = ppl.sample("y", ppl.dist.Bernoulli(logits=a * g))
+            ppl.sample("x", ppl.dist.Normal(b * y + g, 1.0), obs=x)
+
+    def guide(ppl: Ppl, x: Array) -> None:
+        m, s, c, d, e = (ppl.param(n, start[n]) for n in "mscde")
+        g = ppl.sample("g", ppl.dist.Normal(m, ppl.xp.exp(s)))
+        with ppl.plate("data", len(x)):
+            ppl.sample("y", ppl.dist.Bernoulli(logits=c + d * g + e * x))
+
+    nodes, mass = np.polynomial.hermite_e.hermegauss(60)
+    mass = mass / mass.sum()
+
+    def loss(p: dict[str, jax.Array]) -> jax.Array:
+        g = (p["m"] + jnp.exp(p["s"]) * nodes)[:, None]  # [nodes, rows]
+
+        def log_bernoulli(y: float, logit: jax.Array) -> jax.Array:
+            return jax.nn.log_sigmoid((2.0 * y - 1.0) * logit)
+
+        log_q = [log_bernoulli(y, p["c"] + p["d"] * g + p["e"] * x) for y in (0.0, 1.0)]
+        log_w = [
+            log_bernoulli(y, p["a"] * g) + normal(x, p["b"] * y + g, 0.0) - of_q
+            for y, of_q in zip((0.0, 1.0), log_q, strict=True)
+        ]
+        both = ((i, j) for i in (0, 1) for j in (0, 1))
+        rows = sum(jnp.exp(log_q[i] + log_q[j]) * (jnp.logaddexp(log_w[i], log_w[j]) - math.log(2)) for i, j in both)
+        outside = normal(g, 0.0, 0.0) - normal(g, p["m"], p["s"])
+        return -jnp.sum(mass * (outside[:, 0] + rows.sum(1)))
+
+    with jax.enable_x64(True):
+        value, gradient = jax.value_and_grad(loss)({n: jnp.asarray(v) for n, v in start.items()})
+    values = {"g": start["m"] + np.exp(start["s"]) * nodes}
+    engine, objective = Engine(backend, model, guide, {"x": x}, portable=True), iwae(draws=2, outer=60)
+    found = {
+        name: engine.loss(objective, {"g": e, "y": enumerated()}, values=values, weight=mass)
+        for name, e in (("stl", stl()), ("pathwise", pathwise()))
+    }
+    for loss_ in found.values():
+        assert_equal(loss_, float(value), {n: np.asarray(v) for n, v in gradient.items()}, 1e-10)
+
+
 # At the exact posterior.
 
 
