@@ -411,8 +411,9 @@ def test_sticking_the_landing_at_a_global_site_around_importance_weighted_rows(b
             log_bernoulli(y, p["a"] * g) + normal(x, p["b"] * y + g, 0.0) - of_q
             for y, of_q in zip((0.0, 1.0), log_q, strict=True)
         ]
-        both = ((i, j) for i in (0, 1) for j in (0, 1))
-        rows = sum(jnp.exp(log_q[i] + log_q[j]) * (jnp.logaddexp(log_w[i], log_w[j]) - math.log(2)) for i, j in both)
+        rows = jnp.zeros_like(g * x)
+        for i, j in ((0, 0), (0, 1), (1, 0), (1, 1)):
+            rows += jnp.exp(log_q[i] + log_q[j]) * (jnp.logaddexp(log_w[i], log_w[j]) - math.log(2))
         outside = normal(g, 0.0, 0.0) - normal(g, p["m"], p["s"])
         return -jnp.sum(mass * (outside[:, 0] + rows.sum(1)))
 
