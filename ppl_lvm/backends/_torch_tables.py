@@ -24,7 +24,14 @@ def joined(tables: list[dict[str, Site]], axis: int) -> dict[str, Site]:
         return first
 
     def along(arrays: list[Any]) -> Any:
-        return torch.cat(arrays, axis) if isinstance(arrays[0], Tensor) and arrays[0].dim() else arrays[0]
+        one = arrays[0]
+        if not isinstance(one, Tensor) or not one.dim():
+            return one
+        if all(_same(a, one) and a.stride(axis) == 0 for a in arrays):
+            # Data, which all draws look at: as they are, they take no memory.
+            size = sum(a.shape[axis] for a in arrays)
+            return one.narrow(axis, 0, 1).expand(*one.shape[:axis], size, *one.shape[axis + 1 :])
+        return torch.cat(arrays, axis)
 
     def join(name: str, site: Site) -> Site:
         if axis == 1 and not site.local:
@@ -34,6 +41,11 @@ def joined(tables: list[dict[str, Site]], axis: int) -> dict[str, Site]:
         return replace(site, extra=extra, **{label: along([getattr(s, label) for s in found]) for label in _ARRAYS})
 
     return {name: join(name, site) for name, site in first.items()}
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    """Whether two arrays lie at one place in memory, the same way."""
+    return a.data_ptr() == b.data_ptr() and a.stride() == b.stride() and a.shape[2:] == b.shape[2:]
 
 
 def equal(one: Mapping[str, Site], other: Mapping[str, Site]) -> bool:
