@@ -11,6 +11,8 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
+
 Array = Any
 """A torch tensor or a jax array (or a tracer of either)."""
 
@@ -89,6 +91,26 @@ def zeros(shape: tuple[int, ...], like: Array) -> Array:
 def eye(n: int, like: Array) -> Array:
     """The identity matrix of the dtype and on the device of `like`."""
     return _of(like).eye(n, like)
+
+
+def solve_triangular(lower: Array, b: Array, transposed: bool = False) -> Array:
+    """`lower^-1 b`, or `lower'^-1 b`, of matrices `[..., D, D]` and `[..., D, R]` whose batches broadcast."""
+    return _of(lower).solve_triangular(lower, b, transposed)
+
+
+def scan(step: Callable[[Any, Any], tuple[Any, Any]], init: Any, xs: tuple[Array, ...]) -> tuple[Any, Any]:
+    """`carry, y = step(carry, x)` over the first axis of arrays: the last carry and all y, stacked."""
+    return _of(xs[0]).scan(step, init, xs)
+
+
+def steps_are_dear(like: Array) -> bool:
+    """Whether a step of a loop costs a call or a kernel of its own, so that fewer of them on more rows pay."""
+    return _of(like).steps_are_dear(like)
+
+
+def concrete(x: Array) -> np.ndarray | None:
+    """The values of `x`, or None where it stands for a value that is not there yet, inside a traced computation."""
+    return _of(x).concrete(x)
 
 
 def derivatives(f: Callable[[Array, int], Array], x: Array, axis: int) -> tuple[Array, Array]:

@@ -3,11 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as xp
+import numpy as np
 
-__all__ = ["derivatives", "eye", "log_softmax", "logsumexp", "one_hot", "softmax", "stop_gradient", "xp", "zeros"]
+__all__ = [
+    "concrete",
+    "derivatives",
+    "eye",
+    "log_softmax",
+    "logsumexp",
+    "one_hot",
+    "scan",
+    "softmax",
+    "solve_triangular",
+    "steps_are_dear",
+    "stop_gradient",
+    "xp",
+    "zeros",
+]
 
 Array = jax.Array
 
@@ -38,6 +54,24 @@ def zeros(shape: tuple[int, ...], like: Array) -> Array:
 
 def eye(n: int, like: Array) -> Array:
     return xp.eye(n, dtype=like.dtype)
+
+
+def solve_triangular(lower: Array, b: Array, transposed: bool) -> Array:
+    batch = xp.broadcast_shapes(lower.shape[:-2], b.shape[:-2])
+    lower, b = (xp.broadcast_to(a, (*batch, *a.shape[-2:])) for a in (lower, b))
+    return jax.scipy.linalg.solve_triangular(lower, b, lower=True, trans=int(transposed))
+
+
+def scan(step: Callable[[Any, Any], tuple[Any, Any]], init: Any, xs: tuple[Array, ...]) -> tuple[Any, Any]:
+    return jax.lax.scan(step, init, xs)
+
+
+def steps_are_dear(like: Array) -> bool:
+    return jax.default_backend() != "cpu"
+
+
+def concrete(x: Array) -> np.ndarray | None:
+    return None if isinstance(x, jax.core.Tracer) else np.asarray(x)
 
 
 def derivatives(f: Callable[[Array, int], Array], x: Array, axis: int) -> tuple[Array, Array]:

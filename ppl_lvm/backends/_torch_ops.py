@@ -4,11 +4,29 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import array_api_compat.torch as xp
+import numpy as np
 import torch
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
+from torch.utils._pytree import tree_map
 
-__all__ = ["derivatives", "eye", "log_softmax", "logsumexp", "one_hot", "softmax", "stop_gradient", "xp", "zeros"]
+__all__ = [
+    "concrete",
+    "derivatives",
+    "eye",
+    "log_softmax",
+    "logsumexp",
+    "one_hot",
+    "scan",
+    "softmax",
+    "solve_triangular",
+    "steps_are_dear",
+    "stop_gradient",
+    "xp",
+    "zeros",
+]
 
 Tensor = torch.Tensor
 
@@ -52,6 +70,28 @@ def zeros(shape: tuple[int, ...], like: Tensor) -> Tensor:
 
 def eye(n: int, like: Tensor) -> Tensor:
     return torch.eye(n, dtype=like.dtype, device=like.device)
+
+
+def solve_triangular(lower: Tensor, b: Tensor, transposed: bool) -> Tensor:
+    return torch.linalg.solve_triangular(lower.mT if transposed else lower, b, upper=transposed)
+
+
+def scan(step: Callable[[Any, Any], tuple[Any, Any]], init: Any, xs: tuple[Tensor, ...]) -> tuple[Any, Any]:
+    carry, ys = init, []
+    for t in range(xs[0].shape[0]):
+        carry, y = step(carry, tuple(x[t] for x in xs))
+        ys.append(y)
+    return carry, tree_map(lambda *parts: torch.stack(parts), *ys)
+
+
+def steps_are_dear(like: Tensor) -> bool:
+    return True
+
+
+def concrete(x: Tensor) -> np.ndarray | None:
+    if get_proxy_mode() is not None or torch.compiler.is_compiling():
+        return None
+    return x.detach().cpu().numpy()
 
 
 def derivatives(f: Callable[[Tensor, int], Tensor], x: Tensor, axis: int) -> tuple[Tensor, Tensor]:

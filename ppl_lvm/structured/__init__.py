@@ -1,0 +1,1 @@
+"""Message passing on chains and trees, written once on `ops`: exact inference inside programs, and as guides."""

@@ -1,0 +1,258 @@
+"""Chains of Gaussians against the joint density of all steps, sequential against parallel, both libraries' arrays."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from scipy.stats import multivariate_normal
+
+from ppl_lvm.errors import DataError
+from ppl_lvm.structured.gaussian_chain import GaussianChain, observed
+from ppl_lvm.structured.scan import Method
+
+on_both = pytest.mark.parametrize("library", ["torch", "jax"])
+METHODS: tuple[Method, ...] = ("sequential", "parallel")
+EXACT = 1e-10
+_QUICK = {"xla_backend_optimization_level": 0}
+NAMES = ("mean", "cov", "transition", "bias", "noise", "precision", "shift")
+Arrays = dict[str, np.ndarray]
+
+
+@pytest.fixture(autouse=True)
+def _float64() -> Any:
+    with jax.enable_x64(True):
+        yield
+
+
+def spd(rng: np.random.Generator, *batch: int, dim: int) -> np.ndarray:
+    a = rng.normal(size=(*batch, dim, dim))
+    return a @ np.swapaxes(a, -1, -2) / dim + 0.3 * np.eye(dim)
+
+
+def arguments(T: int, D: int, batch: tuple[int, ...] = (), seed: int = 0) -> Arrays:
+    """Dynamics that change from step to step; potentials of any rank, among them none, and one that is zero."""
+    rng = np.random.default_rng(seed)
+    precision = np.zeros((T, *batch, D, D))
+    for t in range(T):
+        root = rng.normal(size=(*batch, D, t % (D + 1)))
+        precision[t] = root @ np.swapaxes(root, -1, -2)
+    return {
+        "mean": rng.normal(size=(*batch, D)),
+        "cov": spd(rng, *batch, dim=D),
+        "transition": 0.7 * rng.normal(size=(T - 1, *batch, D, D)),
+        "bias": rng.normal(size=(T - 1, *batch, D)),
+        "noise": spd(rng, T - 1, *batch, dim=D),
+        "precision": precision,
+        "shift": (precision @ rng.normal(size=(T, *batch, D, 1)))[..., 0],
+    }
+
+
+def array(library: str, x: np.ndarray) -> Any:
+    return torch.tensor(x) if library == "torch" else jnp.asarray(x)
+
+
+def chain(library: str, given: Arrays, method: Method = "auto") -> GaussianChain:
+    return GaussianChain(**{n: array(library, x) for n, x in given.items()}, method=method)
+
+
+def joint(given: Arrays) -> tuple[np.ndarray, np.ndarray, float]:
+    """Mean and covariance of all T D numbers under q, and log Z, by dense matrices."""
+    T, D = given["shift"].shape
+    P, h = np.zeros((T * D, T * D)), np.zeros(T * D)
+    log_z = -0.5 * (T * D * np.log(2 * np.pi) + np.linalg.slogdet(given["cov"])[1])
+    inverse = np.linalg.inv(given["cov"])
+    P[:D, :D] += inverse
+    h[:D] += inverse @ given["mean"]
+    log_z -= 0.5 * given["mean"] @ inverse @ given["mean"]
+    for t in range(T - 1):
+        F, b, Q = given["transition"][t], given["bias"][t], given["noise"][t]
+        K = np.linalg.inv(Q)
+        rows = np.zeros((D, T * D))
+        rows[:, (t + 1) * D : (t + 2) * D], rows[:, t * D : (t + 1) * D] = np.eye(D), -F
+        P += rows.T @ K @ rows
+        h += rows.T @ K @ b
+        log_z -= 0.5 * (b @ K @ b + np.linalg.slogdet(Q)[1])
+    for t in range(T):
+        at = slice(t * D, (t + 1) * D)
+        P[at, at] += given["precision"][t]
+        h[at] += given["shift"][t]
+    cov = np.linalg.inv(P)
+    log_z += 0.5 * (h @ cov @ h - np.linalg.slogdet(P)[1] + T * D * np.log(2 * np.pi))
+    return cov @ h, cov, float(log_z)
+
+
+@on_both
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(("T", "D"), [(1, 2), (2, 1), (6, 3)])
+def test_moments_normalizer_and_densities_are_those_of_the_joint(library: str, method: Method, T: int, D: int) -> None:
+    given = arguments(T, D)
+    q = chain(library, given, method)
+    mean, cov, log_z = joint(given)
+    found = q.moments()
+    np.testing.assert_allclose(found.mean, mean.reshape(T, D), atol=EXACT)
+    for t in range(T):
+        np.testing.assert_allclose(found.cov[t], cov[t * D : (t + 1) * D, t * D : (t + 1) * D], atol=EXACT)
+    for t in range(T - 1):
+        np.testing.assert_allclose(found.cross[t], cov[(t + 1) * D : (t + 2) * D, t * D : (t + 1) * D], atol=EXACT)
+    np.testing.assert_allclose(q.log_normalizer(), log_z, atol=EXACT)
+    z = np.random.default_rng(1).normal(size=(T, D))
+    exact = multivariate_normal(mean, cov)
+    np.testing.assert_allclose(q.log_prob(array(library, z)), exact.logpdf(z.ravel()), atol=1e-9)
+    np.testing.assert_allclose(q.entropy(), exact.entropy(), atol=EXACT)
+    prior_mean, prior_cov, _ = joint({**given, "precision": 0 * given["precision"], "shift": 0 * given["shift"]})
+    K, r = np.linalg.inv(prior_cov), prior_mean - mean
+    log_dets = np.linalg.slogdet(prior_cov)[1] - np.linalg.slogdet(cov)[1]
+    np.testing.assert_allclose(q.kl(q.prior), 0.5 * (np.trace(K @ cov) + r @ K @ r - T * D + log_dets), atol=1e-9)
+    assert float(q.prior.log_normalizer()) == 0.0
+    np.testing.assert_allclose(q.prior.moments().mean, prior_mean.reshape(T, D), atol=EXACT)
+
+
+@on_both
+@pytest.mark.parametrize("method", METHODS)
+def test_filtered_moments_are_those_of_the_shorter_chain(library: str, method: Method) -> None:
+    given = arguments(5, 2)
+    found = chain(library, given, method).filter()
+    for t in range(1, 6):
+        cut = {n: x[: t - 1] if n in ("transition", "bias", "noise") else x for n, x in given.items()}
+        cut |= {n: given[n][:t] for n in ("precision", "shift")}
+        mean, cov, _ = joint(cut)
+        np.testing.assert_allclose(found.mean[t - 1], mean[-2:], atol=EXACT)
+        np.testing.assert_allclose(found.cov[t - 1], cov[-2:, -2:], atol=EXACT)
+
+
+@on_both
+@pytest.mark.parametrize("method", METHODS)
+def test_a_draw_is_an_affine_map_of_noise_with_the_joints_covariance(library: str, method: Method) -> None:
+    T, D = 5, 2
+    given = arguments(T, D)
+    q = chain(library, given, method)
+    mean, cov, _ = joint(given)
+    noise = np.concatenate([np.zeros((1, T * D)), np.eye(T * D)]).reshape(-1, T, D)
+    found = np.moveaxis(np.asarray(q.sample(array(library, np.moveaxis(noise, 0, 1)))), 1, 0).reshape(-1, T * D)
+    np.testing.assert_allclose(found[0], mean, atol=EXACT)
+    root = found[1:] - found[0]
+    np.testing.assert_allclose(root.T @ root, cov, atol=EXACT)
+    z = np.random.default_rng(2).normal(size=(T, 3, D))
+    again = q.sample(q.noise_of(array(library, z)))
+    np.testing.assert_allclose(again, z, atol=1e-9)
+
+
+@on_both
+def test_batches_broadcast(library: str) -> None:
+    T, D = 4, 2
+    shared, own = arguments(T, D), arguments(T, D, (3,), seed=5)
+    mixed = {**shared, "precision": own["precision"], "shift": own["shift"], "mean": own["mean"]}
+    q = chain(library, mixed)
+    assert q.batch_shape == (3,)
+    noise = np.random.default_rng(0).normal(size=(T, 7, 3, D))
+    draws = q.sample(array(library, noise))
+    assert tuple(draws.shape) == (T, 7, 3, D)
+    density, moments, normalizer = q.log_prob(draws), q.moments(), q.log_normalizer()
+    entropy, kl = q.entropy(), q.kl(chain(library, shared).prior)
+    for b in range(3):
+        rows = {n: x[:, b] if n in ("precision", "shift") else x for n, x in mixed.items()} | {"mean": mixed["mean"][b]}
+        alone = chain(library, rows)
+        np.testing.assert_allclose(draws[:, :, b], alone.sample(array(library, noise[:, :, b])), atol=EXACT)
+        np.testing.assert_allclose(density[:, b], alone.log_prob(draws[:, :, b]), atol=1e-9)
+        np.testing.assert_allclose(moments.cov[:, b], alone.moments().cov, atol=EXACT)
+        np.testing.assert_allclose(normalizer[b], alone.log_normalizer(), atol=EXACT)
+        np.testing.assert_allclose(entropy[b], alone.entropy(), atol=EXACT)
+        np.testing.assert_allclose(kl[b], alone.kl(chain(library, shared).prior), atol=1e-9)
+
+
+def of_everything(leaves: dict[str, Any], noise: Any, method: Method) -> Any:
+    """A number that all of a chain's outputs have a part in."""
+    q = GaussianChain(**leaves, method=method, validate=False)
+    moments, z = q.moments(), q.sample(noise)
+    xp: Any = torch if isinstance(noise, torch.Tensor) else jnp
+    return q.log_normalizer() + xp.sum(xp.sin(moments.mean)) + xp.sum(moments.cov**2) + xp.sum(xp.cos(z))
+
+
+def differentiated(library: str, given: Arrays, noise: np.ndarray, method: Method) -> tuple[float, Arrays]:
+    if library == "torch":
+        leaves = {n: torch.tensor(x, requires_grad=True) for n, x in given.items()}
+        value = of_everything(leaves, torch.tensor(noise), method)
+        value.backward()
+        return float(value), {n: np.asarray(x.grad) for n, x in leaves.items()}
+    step = jax.jit(jax.value_and_grad(partial(of_everything, method=method)), compiler_options=_QUICK)
+    value, gradient = step({n: jnp.asarray(x) for n, x in given.items()}, jnp.asarray(noise))
+    return float(value), {n: np.asarray(g) for n, g in gradient.items()}
+
+
+@pytest.mark.parametrize("T", [2, 3, 17, pytest.param(257, marks=pytest.mark.slow)])
+def test_parallel_is_sequential_with_values_and_gradients(T: int) -> None:
+    given = arguments(T, 3, seed=T)
+    given["transition"] *= 0.5
+    noise = np.random.default_rng(0).normal(size=(T, 3))
+    found = [differentiated(library, given, noise, m) for library in ("torch", "jax") for m in METHODS]
+    for value, gradient in found[1:]:
+        np.testing.assert_allclose(value, found[0][0], rtol=1e-9)
+        for n in NAMES:
+            one, other = gradient[n], found[0][1][n]
+            if n in ("cov", "noise", "precision"):  # symmetric: what a gradient says of the other part is nothing
+                one, other = (g + np.swapaxes(g, -1, -2) for g in (one, other))
+            np.testing.assert_allclose(one, other, atol=1e-8, rtol=1e-8, err_msg=n)
+
+
+@on_both
+@pytest.mark.parametrize("method", METHODS)
+def test_a_long_chain_in_float32(library: str, method: Method) -> None:
+    T, D = 10_000, 3
+    rng = np.random.default_rng(0)
+    turn = np.linalg.qr(rng.normal(size=(D, D)))[0]
+    F, Q = 0.999 * turn[None], 0.05 * np.eye(D)[None]
+    C, R = rng.normal(size=(5, D)), 0.1 * np.ones(5)
+    y = rng.normal(size=(T, 5))
+    results = []
+    for dtype in (np.float64, np.float32):
+        as_ = lambda x: array(library, np.asarray(x, dtype))  # noqa: B023, E731
+        J, h, c = observed(as_(y), as_(C), as_(np.zeros(5)), as_(R))
+        steps = {"transition": np.repeat(F, T - 1, 0), "bias": np.zeros((T - 1, D)), "noise": np.repeat(Q, T - 1, 0)}
+        q = GaussianChain(as_(np.zeros(D)), as_(np.eye(D)), **{n: as_(x) for n, x in steps.items()}, method=method)
+        q = q.times(J, h)
+        moments = q.moments()
+        assert np.isfinite(np.asarray(moments.mean)).all() and np.isfinite(np.asarray(moments.cov)).all()
+        results.append(float(q.log_normalizer() + c))
+    assert abs(results[1] / results[0] - 1) < 1e-4
+
+
+@on_both
+def test_missing_coordinates_are_left_out(library: str) -> None:
+    rng = np.random.default_rng(3)
+    T, D, P = 4, 2, 3
+    given = arguments(T, D)
+    C, d, r = rng.normal(size=(P, D)), rng.normal(size=P), np.array([0.2, 0.5, 0.1])
+    y = rng.normal(size=(T, P))
+    known = rng.uniform(size=(T, P)) < 0.6
+    known[2] = False
+    hidden = np.where(known, y, np.nan)
+    y_, C_, d_, r_ = (array(library, x) for x in (hidden, C, d, r))
+    J, h, c = observed(y_, C_, d_, r_, known=array(library, known))
+    found = float(chain(library, given).prior.times(J, h).log_normalizer() + c)
+    mean, cov, _ = joint({**given, "precision": 0 * given["precision"], "shift": 0 * given["shift"]})
+    wide = np.kron(np.eye(T), C)
+    seen = known.ravel()
+    expected = multivariate_normal(
+        (wide @ mean + np.tile(d, T))[seen], (wide @ cov @ wide.T + np.diag(np.tile(r, T)))[np.ix_(seen, seen)]
+    ).logpdf(y.ravel()[seen])
+    np.testing.assert_allclose(found, expected, atol=EXACT)
+
+
+@on_both
+def test_bad_arguments(library: str) -> None:
+    given = arguments(3, 2)
+    singular = {**given, "noise": given["noise"] * np.array([[1.0, 0.0], [0.0, 0.0]])}
+    with pytest.raises(DataError, match="noise of a GaussianChain is not positive definite: its smallest"):
+        chain(library, singular)
+    with pytest.raises(DataError, match=r"shift has shape \(2, 2\).*it is \(3, '...', 2\)"):
+        chain(library, {**given, "shift": given["shift"][1:]})
+    with pytest.raises(DataError, match="both or neither"):
+        GaussianChain(*(array(library, given[n]) for n in NAMES[:6]))
+    with pytest.raises(ValueError, match="method='fast' was asked for"):
+        chain(library, given, "fast").filter()  # type: ignore[arg-type]
