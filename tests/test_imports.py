@@ -34,7 +34,7 @@ ARROWS = {
     "recipe": {"algorithm", "catalogue", "errors", "lookup"},
     "backend_of": {"errors"},
     "program": {"algorithm", "backend_of", "errors", "lookup", "nets", "ops"},
-    "backends": {"algorithm", "draws", "errors", "latents", "nets", "ops", "program"},
+    "backends": {"algorithm", "draws", "errors", "latents", "nets", "ops", "program", "structured"},
     "legality": {"algorithm", "backends", "catalogue", "draws", "errors", "estimators"},  # "auto" prefers some by name
     "matrix": {"algorithm", "backends", "catalogue", "draws", "legality"},
     "to_arviz": {"errors"},

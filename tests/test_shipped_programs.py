@@ -29,6 +29,7 @@ SHAPES: dict[str, dict[str, tuple[int, ...]]] = {
     "probabilistic_pca": {"z": (2, 3, 6, 2), "x": (2, 3, 6, 5)},
     "factor_analysis": {"z": (2, 3, 6, 2), "x": (2, 3, 6, 5)},
     "linear_gaussian_chain": {"z": (2, 3, 6, 4), "x": (2, 3, 6, 4)},
+    "lds": {"z": (2, 3, 6, 4, 2), "x": (2, 3, 6, 4, 3)},
     "poglm": {"h": (2, 3, 6, 8, 2), "x": (2, 3, 6, 8, 3)},
     "bimodal_posterior": {"z": (2, 3, 6), "x": (2, 3, 6)},
     "gaussian_mixture": {"w": (2, 2), "mu": (2, 2, 2), "sigma": (2, 2, 2), "x": (2, 3, 6, 2)},

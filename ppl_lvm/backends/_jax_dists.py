@@ -13,6 +13,7 @@ from numpyro.distributions import constraints
 from numpyro.distributions.kl import kl_divergence
 from numpyro.distributions.util import validate_sample
 
+from ppl_lvm.backends import _jax_structured
 from ppl_lvm.backends.base import Chain, is_point, product_support, rebuild
 
 Array = jax.Array
@@ -146,6 +147,8 @@ def kl(q: Any, p: Any) -> Array:
         value = inner.sum(tuple(range(-q.reinterpreted_batch_ndims, 0)))
     elif isinstance(q, OneHotCategorical) and isinstance(p, OneHotCategorical):
         value = (q.probs * (q.logits - p.logits)).sum(-1)
+    elif isinstance(q, _jax_structured.GaussianChain) and isinstance(p, _jax_structured.GaussianChain):
+        value = _jax_structured.kl(q, p)
     elif q.has_enumerate_support and _family(q) == _family(p):
         values = q.enumerate_support(expand=False)
         log_q, log_p = q.log_prob(values), p.log_prob(values)

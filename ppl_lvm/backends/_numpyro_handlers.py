@@ -16,7 +16,7 @@ from numpyro.distributions import constraints
 from numpyro.primitives import Messenger
 
 from ppl_lvm import nets, ops
-from ppl_lvm.backends import _jax_nets
+from ppl_lvm.backends import _jax_nets, _jax_structured
 from ppl_lvm.backends._jax_dists import namespace, site_log_prob
 from ppl_lvm.backends._numpyro_scan import Scan, enter
 from ppl_lvm.backends._numpyro_state import containers, still, with_noise
@@ -49,6 +49,7 @@ class Namespace:
     def __init__(self, seed: int, dtype: str, total: int | None = None) -> None:
         self.dist = namespace()
         self.nets, self.ops, self.xp = nets, ops, jnp
+        self.structured = _jax_structured.namespace()
         self.factor, self.deterministic = numpyro.factor, numpyro.deterministic
         self._seed, self._dtype = seed, dtype
         self.total = total

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map
 
 from ppl_lvm import nets, ops
-from ppl_lvm.backends import _torch_nets
+from ppl_lvm.backends import _torch_nets, _torch_structured
 from ppl_lvm.backends._torch_dists import site_log_prob
 from ppl_lvm.backends.base import Chain, check_param
 from ppl_lvm.errors import ProgramError
@@ -79,6 +79,7 @@ class Namespace:
     def __init__(self, seed: int, dtype: str, total: int | None = None) -> None:
         self.dist = pyro.distributions
         self.nets, self.ops, self.xp = nets, ops, xp
+        self.structured = _torch_structured.namespace()
         self.factor, self.deterministic = pyro.factor, pyro.deterministic
         self._seed, self._dtype = seed, dtype
         self.total = total

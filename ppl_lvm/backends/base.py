@@ -659,6 +659,8 @@ def rebuild(fn: Any, value: Array, solve: Callable[[Array, Array], Array]) -> Ar
     """
     kind = type(fn).__name__
     stop = ops.stop_gradient
+    if hasattr(fn, "noise_of"):
+        return fn.from_noise(stop(fn.noise_of(value)))
     if kind == "TransformedDistribution" or getattr(fn, "transforms", None):
         x = value
         for transform in reversed(fn.transforms):

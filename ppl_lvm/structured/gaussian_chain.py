@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -74,10 +75,10 @@ class GaussianChain:
         >>> one, steps, zeros = jnp.eye(1), jnp.ones((2, 1, 1)), jnp.zeros((2, 1))
         >>> walk = GaussianChain(jnp.zeros(1), one, steps, zeros, steps)
         >>> walk = walk.times(precision=jnp.ones((3, 1, 1)), shift=jnp.ones((3, 1)))
-        >>> walk.moments().mean[:, 0].round(3).tolist()
+        >>> [round(float(mean), 3) for mean in walk.moments().mean[:, 0]]
         [0.615, 0.846, 0.923]
         >>> round(float(walk.log_normalizer()), 4), round(float(walk.kl(walk.prior)), 4)
-        (-0.0906, 0.4961)
+        (-0.0902, 0.7706)
     """
 
     mean: Array
@@ -136,6 +137,10 @@ class GaussianChain:
 
     def filter(self) -> Filtered:
         """`q(z_t | potentials up to t)` at every step, and `log Z`."""
+        return self._filtered
+
+    @cached_property
+    def _filtered(self) -> Filtered:
         c, batch, D = self._aligned(), self.batch_shape, self.dim
         if c.precision is None or c.shift is None:
             zero = ops.zeros((self.steps, *(1 for _ in batch), D), self.mean)
@@ -185,7 +190,7 @@ class GaussianChain:
 
     def moments(self) -> Moments:
         """Means, covariances, and covariances of neighbouring steps, of q."""
-        back = self._backward(self.filter())
+        back = self._backward
         xp = ops.xp(back.g)
         cov = _transposed(back.W) @ back.W
         if self._in_parallel:
@@ -210,7 +215,7 @@ class GaussianChain:
         Batch axes of the noise in front of the chain's are draws.
         """
         xp, draws = ops.xp(noise), noise.ndim - 2
-        back = self._backward(self.filter())
+        back = self._backward
         E, g, W = _spread(back.E, 2, draws), _spread(back.g, 1, draws), _spread(back.W, 2, draws)
         h = _times(_transposed(W), noise) + g
         E = xp.broadcast_to(E, (*h.shape, self.dim))
@@ -226,7 +231,7 @@ class GaussianChain:
 
     def noise_of(self, z: Array) -> Array:
         """The noise `[T, ..., D]` that `sample` makes z from."""
-        back, xp, draws = self._backward(self.filter()), ops.xp(z), z.ndim - 2
+        back, xp, draws = self._backward, ops.xp(z), z.ndim - 2
         E, g, W = _spread(back.E, 2, draws), _spread(back.g, 1, draws), _spread(back.W, 2, draws)
         later = xp.concat([z[1:], ops.zeros(tuple(z[:1].shape), z)], axis=0)
         rest = (z - _times(E, later) - g)[..., None]
@@ -286,9 +291,11 @@ class GaussianChain:
             validate=False,
         )
 
-    def _backward(self, f: Filtered) -> _Backward:
+    @cached_property
+    def _backward(self) -> _Backward:
         """The conditionals of q from the last step to the first."""
-        xp, c = ops.xp(f.mean), self._aligned()
+        f, c = self._filtered, self._aligned()
+        xp = ops.xp(f.mean)
         lower = xp.linalg.cholesky(c.noise)
         whitened = ops.solve_triangular(lower, c.transition)
         precision = _transposed(whitened) @ whitened
@@ -306,21 +313,39 @@ class GaussianChain:
         )
 
 
+def steps_in_front(
+    mean: Array,
+    cov: Array,
+    transition: Array,
+    bias: Array,
+    noise: Array,
+    precision: Array | None = None,
+    shift: Array | None = None,
+) -> dict[str, Array]:
+    """The arguments of a distribution, `[..., T, *event]`, as a `GaussianChain` takes them."""
+    matrices = {"transition": transition, "noise": noise, "precision": precision}
+    vectors = {"bias": bias, "shift": shift}
+    moved = {"mean": mean, "cov": cov}
+    for event, arrays in ((2, matrices), (1, vectors)):
+        moved |= {n: ops.xp(x).moveaxis(x, -event - 1, 0) for n, x in arrays.items() if x is not None}
+    return moved
+
+
 def observed(
     y: Array, matrix: Array, offset: Array, variance: Array, known: Array | None = None
 ) -> tuple[Array, Array, Array]:
     """`log N(y_t; matrix_t z_t + offset_t, diag(variance_t))` as a potential of z: precision, shift and a constant.
 
-    y `[T, ..., P]`, matrix `[..., P, D]`, offset and variance `[..., P]`; `known`, booleans of y's shape, leaves out
-    coordinates that are missing (they may be NaN) and with them whole steps. The constant `[...]` is what `log Z` lacks
-    to the log evidence of y, in nats.
+    y `[..., P]` of every step, matrix `[..., P, D]`, offset and variance `[..., P]`; `known`, booleans of y's shape,
+    leaves out coordinates that are missing (they may be NaN) and with them whole steps. The sum of the constants
+    `[...]` over steps is what `log Z` lacks to the log evidence of y, in nats.
 
     Example:
         >>> import jax.numpy as jnp
         >>> y = jnp.array([[0.3], [jnp.nan]])
         >>> J, h, c = observed(y, jnp.ones((1, 1)), jnp.zeros(1), jnp.ones(1), known=~jnp.isnan(y))
-        >>> J[:, 0, 0].tolist(), h[:, 0].round(2).tolist(), round(float(c), 4)
-        ([1.0, 0.0], [0.30000001192092896, 0.0], -0.9639)
+        >>> J[:, 0, 0].tolist(), [round(float(x), 3) for x in (*h[:, 0], c[0])]
+        ([1.0, 0.0], [0.3, 0.0, -0.964])
     """
     xp = ops.xp(y)
     error = y - offset
@@ -333,7 +358,7 @@ def observed(
     scaled = weight[..., :, None] * matrix
     precision = _transposed(matrix + ops.zeros(tuple(scaled.shape), scaled)) @ scaled
     shift = _times(_transposed(scaled), error)
-    return precision, shift, -0.5 * xp.sum(log_terms + weight * error * error, axis=(0, -1))
+    return precision, shift, -0.5 * xp.sum(log_terms + weight * error * error, axis=-1)
 
 
 # Elements of the parallel filter: z_t | z_{t-1} is N(A z_{t-1} + b, C) with the weight exp(e' z - z' J z / 2 + c).
