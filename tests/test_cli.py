@@ -10,6 +10,7 @@ from types import ModuleType, SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pandas as pd
 import pytest
 from typer.testing import CliRunner, Result
 
@@ -245,6 +246,21 @@ def test_fit_runs_stages_and_passes_settings_on(engine: Engine) -> None:
     assert Path("runs/vae-elbo-iwae-low_rank-0/parameters.safetensors").is_file()
     done("fit", "vae", "--data", "rows.npy", "--start", "runs/vae-elbo-iwae-low_rank-0", "--out", "b")
     np.testing.assert_array_equal(engine.fitted[1].settings["start"]["w"], np.zeros(2))
+
+
+def test_data_come_from_every_kind_of_file_and_from_functions(engine: Engine) -> None:
+    rows = np.load("rows.npy")
+    np.savez("rows.npz", rows=rows)
+    np.savetxt("rows.csv", rows, delimiter=",")
+    pd.DataFrame(rows, columns=list("abcd")).to_parquet("rows.parquet")
+    Path("mine.py").write_text("import numpy as np\n\ndef rows():\n    return np.load('rows.npy')\n")
+    for asked in ("rows.npy", "rows.npz", "rows.csv", "rows.parquet", "mine.py:rows"):
+        done("fit", "vae", "--data", asked, "--out", asked.translate({ord("."): None, ord(":"): None}))
+    first, *others = (found.data for found in engine.fitted)
+    assert len(first) == 20  # a fifth is held out
+    for found in others:
+        np.testing.assert_array_equal(found, first)
+    assert "There is no file 'none.parquet'" in refused("fit", "vae", "--data", "none.parquet")
 
 
 def test_a_single_recipe_may_be_one_with_a_method_and_is_no_stage(engine: Engine) -> None:

@@ -77,7 +77,7 @@ def test_compiled_equals_eager(name: str, backend: str) -> None:
 )
 def test_compiled_equals_eager_under_other_recipes(name: str, options: dict[str, Any], backend: str) -> None:
     compiled = short(name, backend, compile="compiled", **options)
-    assert compiled.state.mode == "compiled"
+    assert compiled.state.mode == "compiled", compiled.messages
     assert_close(compiled, short(name, backend, **options), 1e-10)
 
 

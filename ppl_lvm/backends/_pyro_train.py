@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import warnings
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -174,7 +175,10 @@ class Trainer:
             return graph, "graph", ["compile: traced graph only, as no C++ compiler was found (set CXX)"]
         compiled = torch.compile(graph, fullgraph=True, dynamic=False, options={"fallback_random": True})
         try:
-            compiled(*(x.detach().clone() for x in leaves))
+            with warnings.catch_warnings():
+                # The compiler calls what its own library has deprecated, which would end it where warnings are errors.
+                warnings.simplefilter("ignore", FutureWarning)
+                compiled(*(x.detach().clone() for x in leaves))
         except RuntimeError as error:
             return graph, "graph", [f"compile: traced graph only, as torch.compile failed ({_first_line(error)})"]
         return compiled, "compiled", [f"compile: torch.compile, {why}"] if mode == "auto" else []
