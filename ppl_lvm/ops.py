@@ -113,6 +113,14 @@ def concrete(x: Array) -> np.ndarray | None:
     return _of(x).concrete(x)
 
 
+def remember(like: Array, kept: dict[Any, Any], name: str, compute: Callable[[], Any]) -> Any:
+    """`compute()`, or what it gave before in the same state of the library.
+
+    Where a compiler merges the two anyway, and the result may belong to a trace that is over, it is computed anew.
+    """
+    return _of(like).remember(kept, name, compute)
+
+
 def derivatives(f: Callable[[Array, int], Array], x: Array, axis: int) -> tuple[Array, Array]:
     """`df/dx_k` and `d2f/dx_k2` (the diagonal) for a function that reduces `axis`, both of x's shape.
 

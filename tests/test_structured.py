@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import jax
@@ -16,10 +17,13 @@ from toys import Array, Backend, Ppl
 from ppl_lvm.algorithm import Objective
 from ppl_lvm.errors import DataError
 from ppl_lvm.estimators.pathwise import pathwise
+from ppl_lvm.estimators.rloo import rloo
+from ppl_lvm.estimators.score import score
 from ppl_lvm.objectives.elbo import elbo
 from ppl_lvm.objectives.iwae import iwae
 from ppl_lvm.program import program
 from ppl_lvm.structured.gaussian_chain import GaussianChain, observed
+from ppl_lvm.structured.markov_chain import MarkovChain
 
 on_both = pytest.mark.parametrize("backend", BACKENDS)
 X = np.random.default_rng(1).normal(size=(3, 5, 3))
@@ -111,6 +115,34 @@ def test_closed_form_kl_and_injected_draws(backend: Backend) -> None:
     np.testing.assert_allclose(table["z"].extra["kl"][0, 0], posterior.kl(posterior.prior), atol=1e-10)
     injected = engine.loss(objective, {"z": pathwise()}, values={"z": table["z"].value})
     assert_equal(injected, float(own.value), own.gradient, 1e-9)
+
+
+@on_both
+def test_a_hidden_markov_model_has_its_evidence_and_gradient(backend: Backend) -> None:
+    """By the sum over all sequences of states. Each draw is the other's baseline, and log w is the same for both, so
+    that the gradient of every draw is exact."""
+    x, T, V = X[:, :3, :2], 3, 3
+    hmm = program("hmm")
+    assert hmm.guide is not None
+    engine = Engine(backend, hmm.model, hmm.guide, {"x": x}, portable=True)
+    paths = np.array(list(itertools.product(range(V), repeat=T)))
+
+    def loss(p: dict[str, jax.Array]) -> jax.Array:
+        start, move = (jax.nn.log_softmax(p[n], -1) for n in ("start", "move"))
+        log_p = start[paths[:, 0]] + sum(move[paths[:, t], paths[:, t + 1]] for t in range(T - 1))
+        seen = jax.scipy.stats.norm.logpdf(x[:, None], p["loc"][paths], jnp.exp(p["scale"])[paths]).sum((-2, -1))
+        return -jax.nn.logsumexp(log_p + seen, axis=1).sum()
+
+    with jax.enable_x64(True):
+        value, gradient = jax.value_and_grad(loss)(unconstrained(engine.bound.initial))
+    expected = {n: np.asarray(g) for n, g in gradient.items()}
+    assert_equal(engine.loss(elbo(draws=2), {"z": rloo()}), float(value), expected, 1e-10)
+    extra = engine.sites(elbo(kl="closed_form"), {"z": score()})["z"].extra["kl"]
+    p = {n: torch.tensor(np.asarray(v)) for n, v in engine.bound.initial.items()}
+    node = torch.distributions.Normal(p["loc"], p["scale"].exp()).log_prob(torch.tensor(x)[..., None, :]).sum(-1)
+    move = torch.stack([p["move"].log_softmax(-1)] * 2)
+    posterior = MarkovChain(p["start"].log_softmax(-1), move, node.movedim(1, 0))
+    np.testing.assert_allclose(extra[0, 0], posterior.kl(posterior.prior), atol=1e-10)
 
 
 @on_both

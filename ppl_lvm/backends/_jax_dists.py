@@ -147,7 +147,7 @@ def kl(q: Any, p: Any) -> Array:
         value = inner.sum(tuple(range(-q.reinterpreted_batch_ndims, 0)))
     elif isinstance(q, OneHotCategorical) and isinstance(p, OneHotCategorical):
         value = (q.probs * (q.logits - p.logits)).sum(-1)
-    elif isinstance(q, _jax_structured.GaussianChain) and isinstance(p, _jax_structured.GaussianChain):
+    elif isinstance(q, _jax_structured.CHAINS) and type(q) is type(p):
         value = _jax_structured.kl(q, p)
     elif q.has_enumerate_support and _family(q) == _family(p):
         values = q.enumerate_support(expand=False)

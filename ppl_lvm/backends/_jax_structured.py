@@ -10,15 +10,19 @@ import jax.numpy as jnp
 import numpyro.distributions as dist
 from numpyro.distributions import constraints
 
-from ppl_lvm.structured import gaussian_chain as core
+from ppl_lvm.structured import gaussian_chain as gaussian
+from ppl_lvm.structured import markov_chain as markov
 from ppl_lvm.structured.scan import Method
 
 Array = jax.Array
 
 jax.tree_util.register_dataclass(
-    core.GaussianChain,
+    gaussian.GaussianChain,
     data_fields=["mean", "cov", "transition", "bias", "noise", "precision", "shift"],
     meta_fields=["method", "validate"],
+)
+jax.tree_util.register_dataclass(
+    markov.MarkovChain, data_fields=["initial", "transition", "node"], meta_fields=["method"]
 )
 
 
@@ -42,11 +46,11 @@ class GaussianChain(dist.Distribution):
         method: Method = "auto",
         validate_args: bool | None = None,
     ) -> None:
-        front = core.steps_in_front(mean, cov, transition, bias, noise, precision, shift)
+        front = gaussian.steps_in_front(mean, cov, transition, bias, noise, precision, shift)
         check = dist.Distribution._validate_args if validate_args is None else validate_args
-        self._of(core.GaussianChain(**front, method=method, validate=bool(check)), None)
+        self._of(gaussian.GaussianChain(**front, method=method, validate=bool(check)), None)
 
-    def _of(self, chain: core.GaussianChain, batch_shape: tuple[int, ...] | None) -> GaussianChain:
+    def _of(self, chain: gaussian.GaussianChain, batch_shape: tuple[int, ...] | None) -> GaussianChain:
         self.chain = chain
         shape = chain.batch_shape if batch_shape is None else batch_shape
         super().__init__(shape, (chain.steps, chain.dim), validate_args=False)
@@ -87,11 +91,53 @@ class GaussianChain(dist.Distribution):
         return jnp.broadcast_to(moved, (*self.batch_shape, *self.event_shape))
 
 
-def kl(q: GaussianChain, p: GaussianChain) -> Array:
-    """`KL(q || p)` in closed form."""
+class MarkovChain(dist.Distribution):
+    """See `ppl_lvm.structured.markov_chain`; events are sequences `[T]` of integers, behind the batch."""
+
+    arg_constraints: dict[str, Any] = {}
+    pytree_data_fields = ("chain",)
+
+    def __init__(
+        self,
+        initial: Array,
+        transition: Array,
+        node: Array | None = None,
+        method: Method = "auto",
+        validate_args: bool | None = None,
+    ) -> None:
+        self._of(markov.MarkovChain(**markov.steps_in_front(initial, transition, node), method=method), None)
+
+    def _of(self, chain: markov.MarkovChain, batch_shape: tuple[int, ...] | None) -> MarkovChain:
+        self.chain = chain
+        shape = chain.batch_shape if batch_shape is None else batch_shape
+        super().__init__(shape, (chain.steps,), validate_args=False)
+        return self
+
+    @property
+    def support(self) -> Any:
+        return constraints.independent(constraints.integer_interval(0, self.chain.values - 1), 1)
+
+    def expand(self, batch_shape: Any) -> MarkovChain:
+        return type(self).__new__(type(self))._of(self.chain, tuple(batch_shape))
+
+    def sample(self, key: Array, sample_shape: tuple[int, ...] = ()) -> Array:
+        shape = (self.chain.steps, *sample_shape, *self.batch_shape)
+        uniform = jax.random.uniform(key, shape, dtype=self.chain.initial.dtype)
+        return jnp.moveaxis(self.chain.sample(uniform), 0, -1)
+
+    def log_prob(self, value: Array) -> Array:
+        found = self.chain.log_prob(jnp.moveaxis(value, -1, 0))
+        return jnp.broadcast_to(found, jnp.broadcast_shapes(found.shape, self.batch_shape))
+
+
+CHAINS = (GaussianChain, MarkovChain)
+
+
+def kl(q: Any, p: Any) -> Array:
+    """`KL(q || p)` of two chains of one kind, in closed form."""
     return jnp.broadcast_to(q.chain.kl(p.chain), jnp.broadcast_shapes(q.batch_shape, p.batch_shape))
 
 
 def namespace() -> Any:
     """What portable programs find as `ppl.structured`."""
-    return SimpleNamespace(GaussianChain=GaussianChain, observed=core.observed)
+    return SimpleNamespace(GaussianChain=GaussianChain, MarkovChain=MarkovChain, observed=gaussian.observed)

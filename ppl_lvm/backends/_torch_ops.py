@@ -19,6 +19,7 @@ __all__ = [
     "log_softmax",
     "logsumexp",
     "one_hot",
+    "remember",
     "scan",
     "softmax",
     "solve_triangular",
@@ -92,6 +93,14 @@ def concrete(x: Tensor) -> np.ndarray | None:
     if get_proxy_mode() is not None or torch.compiler.is_compiling():
         return None
     return x.detach().cpu().numpy()
+
+
+def remember(kept: dict[Any, Any], name: str, compute: Callable[[], Any]) -> Any:
+    # What is computed without gradients has none later either.
+    key = name, torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+    if key not in kept:
+        kept[key] = compute()
+    return kept[key]
 
 
 def derivatives(f: Callable[[Tensor, int], Tensor], x: Tensor, axis: int) -> tuple[Tensor, Tensor]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -137,10 +137,13 @@ class GaussianChain:
 
     def filter(self) -> Filtered:
         """`q(z_t | potentials up to t)` at every step, and `log Z`."""
-        return self._filtered
+        return ops.remember(self.mean, self._kept, "filter", self._filter)
 
     @cached_property
-    def _filtered(self) -> Filtered:
+    def _kept(self) -> dict[Any, Any]:
+        return {}
+
+    def _filter(self) -> Filtered:
         c, batch, D = self._aligned(), self.batch_shape, self.dim
         if c.precision is None or c.shift is None:
             zero = ops.zeros((self.steps, *(1 for _ in batch), D), self.mean)
@@ -291,10 +294,13 @@ class GaussianChain:
             validate=False,
         )
 
-    @cached_property
+    @property
     def _backward(self) -> _Backward:
         """The conditionals of q from the last step to the first."""
-        f, c = self._filtered, self._aligned()
+        return ops.remember(self.mean, self._kept, "backward", self._conditionals)
+
+    def _conditionals(self) -> _Backward:
+        f, c = self.filter(), self._aligned()
         xp = ops.xp(f.mean)
         lower = xp.linalg.cholesky(c.noise)
         whitened = ops.solve_triangular(lower, c.transition)
