@@ -50,7 +50,7 @@ def _beside_a_draw(**facts: Any) -> Structure:
 
 
 def _beside_the_guide(**facts: Any) -> Structure:
-    drawn = SiteInfo(ROW, "latent", True, True, plates=_PLATES, closed_kl=True)
+    drawn = SiteInfo(ROW, "latent", True, True, plates=_PLATES, closed_kl=True, whole=True, elementwise=True)
     return _structure(drawn, SiteInfo(HIDDEN, "latent", True, plates=_PLATES, in_guide=False, **facts))
 
 
@@ -67,9 +67,9 @@ def _above(**facts: Any) -> Structure:
 
 
 KINDS: Mapping[str, tuple[str, Structure]] = {
-    "continuous": (ROW, _row(reparameterised=True, closed_kl=True)),
-    "finite": (ROW, _row(support=_BITS, closed_kl=True)),
-    "count": (ROW, _row()),
+    "continuous": (ROW, _row(reparameterised=True, closed_kl=True, whole=True, elementwise=True)),
+    "finite": (ROW, _row(support=_BITS, closed_kl=True, whole=True, elementwise=True)),
+    "count": (ROW, _row(whole=True, elementwise=True)),
     "continuous global": (TOP, _above(reparameterised=True, closed_kl=True)),
     "finite global": (TOP, _above(support=_BITS, closed_kl=True)),
     "sequence": (ROW, _in_a_scan(reparameterised=True)),
