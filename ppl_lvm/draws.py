@@ -229,7 +229,9 @@ class Draws:
 
         `cost` splits h by the site whose density each part is; every score term is then multiplied only by the parts
         downstream of its site (Rao-Blackwellised). A part that keeps its inner plates, `[M, K, B, *inner]` as `terms`
-        gives them, is credited element by element to the sites in the same plates. With `cost` alone, h is their sum.
+        gives them, is credited element by element to the sites in the same plates. With `cost` alone, h is their sum. A
+        part under a name that is no site's is credited to none; that under "*", which looks at every draw of a row, to
+        all.
         """
         self._declared("mean")
         if h is None:
@@ -605,7 +607,7 @@ class Draws:
         return total
 
     def _downstream(self, site: Site, cost: Mapping[str, Array]) -> Array:
-        parts = [_of_rows(part) for name, part in cost.items() if name in site.downstream]
+        parts = [_of_rows(part) for name, part in cost.items() if name in (*site.downstream, "*")]
         return sum(parts[1:], parts[0]) if parts else self._zeros_rows
 
     @cached_property
@@ -623,9 +625,8 @@ class Draws:
         log_q = _keep(site.log_q_full, own)
         total = ops.zeros(self._zeros_rows.shape + (1,) * (log_q.ndim - 3), log_q)
         for name, part in cost.items():
-            if name in site.downstream:
-                shared = own & _axes(self.sites[name])
-                kept = _keep(part, shared) if part.ndim > 3 else trailing(part, log_q)
+            if name in (*site.downstream, "*"):
+                kept = _keep(part, own & _axes(self.sites[name])) if part.ndim > 3 else trailing(part, log_q)
                 total = total + kept
         return total, log_q - stop_gradient(log_q)
 

@@ -58,15 +58,18 @@ class tcvae(Objective):
         alpha: Array = self.alpha
         beta: Array = self.beta
         gamma: Array = self.gamma
-        crossed = [s.extra["cross"] for s in d.sites.values() if "cross" in s.extra]
-        xp = ops.xp(crossed[0])
-        every = xp.concat(crossed, axis=-1)  # [M, K, B, B, D]
-        log_weights = self.log_weights(d, every)
-        joint = ops.logsumexp(xp.sum(every, axis=-1) + log_weights, 3)
-        marginals = xp.sum(ops.logsumexp(every + log_weights[..., None], 3), axis=-1)
-        information, correlation = d.log_q - joint, joint - marginals
-        rows = d.log_lik - alpha * information - beta * correlation - gamma * (marginals - d.log_prior)
-        return Loss(-d.total(d.mean(rows)))
+        crossed = {n: s.extra["cross"] for n, s in d.sites.items() if "cross" in s.extra}  # [M, K, B, B, D]
+        like = next(iter(crossed.values()))
+        xp, log_weights = ops.xp(like), self.log_weights(d, like)
+        joint = ops.logsumexp(sum(xp.sum(c, axis=-1) for c in crossed.values()) + log_weights, 3)
+        costs = {"*": (alpha - beta) * joint}
+        for name, site in d.sites.items():
+            if name not in crossed:
+                costs[name] = site.log_p
+                continue
+            marginals = xp.sum(ops.logsumexp(crossed[name] + log_weights[..., None], 3), axis=-1)
+            costs[name] = gamma * site.log_p - alpha * d.density(site) + (beta - gamma) * marginals
+        return Loss(-d.total(d.mean(cost=costs)))
 
     def log_weights(self, d: Draws, like: Array) -> Array:
         """Of `q(z_i | x_j)` in `q(z_i)`, `[B, B]`."""
