@@ -423,18 +423,17 @@ def _closed_kl(name: str, structure: Structure, sums: Sequence[Group]) -> str | 
     """Why a site has no closed-form KL here, or None where it has."""
     info = structure.sites[name]
     if info.role != "latent" or not info.closed_kl:
-        return f"Site {name!r} has no closed-form KL from guide to prior; use kl = 'sampled', or 'where_known'."
+        return f"Site {name!r} has no closed-form KL from guide to prior"
     summed = sorted(n for g in sums for n in info.model_parents.intersection(g.sites))
     if summed:
         return (
-            f"Site {name!r} has no closed-form KL here: its prior looks at {summed}, over which it is summed; use kl = "
-            f"'sampled', or 'where_known'."
+            f"Site {name!r} has no closed-form KL here: its prior looks at {summed}, over which it is summed"
         )
     moved = sorted(p for p in info.model_parents if name in structure.ancestors(p))
     if moved:
         return (
             f"Site {name!r} has no closed-form KL here: its prior looks at {moved}, which the guide draws after it and "
-            f"from it, so the term is no expectation of a KL; use kl = 'sampled', or 'where_known'."
+            f"from it, so the term is no expectation of a KL"
         )
     return None
 
@@ -590,7 +589,8 @@ def _whole_program(
         for info in structure.sites.values():
             why = _closed_kl(info.name, structure, sums)
             if info.role == "latent" and info.in_guide and why is not None:
-                yield why
+                instead = "use kl = 'sampled', or 'where_known'" if "kl" in objective.requests() else "use 'capacitron'"
+                yield f"{why}; {instead}."
 
 
 def _by_itself(objective: Objective, structure: Structure) -> Iterator[str]:

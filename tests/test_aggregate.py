@@ -50,6 +50,11 @@ def engine(backend: Backend, model: Any, guide: Any, data: Values) -> Engine:
     return ENGINES[key]
 
 
+def nats(by_site: Mapping[str, float]) -> Any:
+    """As a recipe has it; the option's type is that of what it becomes."""
+    return by_site
+
+
 # A bit of each row, with a learned prior.
 
 BITS = {
@@ -333,7 +338,7 @@ def test_the_three_parts_are_those_of_the_kl(backend: Backend, kind: Any, N: int
     z, c = rng.normal(size=(1, 1, 4, 2)), np.eye(2)[rng.integers(0, 2, (1, 1, 4))]
     values, both = {"z": z, "c": c}, {"z": pathwise(), "c": score()}
 
-    def value(**weights: float) -> float:
+    def value(**weights: Any) -> float:
         return float(mixed(backend).loss(tcvae(aggregate=kind, **weights), both, values=values, total_rows=N).value)
 
     with jax.enable_x64(True):
@@ -345,9 +350,10 @@ def test_the_three_parts_are_those_of_the_kl(backend: Backend, kind: Any, N: int
         np.testing.assert_allclose(marginals, np.log(np.exp(every).mean(1)).sum(-1), atol=1e-12)
     log_p = stats.norm.logpdf(z[0, 0]).sum(1) - math.log(2)
     parts = {"alpha": log_q - joint, "beta": joint - marginals, "gamma": marginals - log_p}
-    base = value(alpha=1.0, beta=1.0, gamma=1.0)
+    base_weights = {"alpha": 1.0, "beta": 1.0, "gamma": 1.0}
+    base = value(**base_weights)
     for name, part in parts.items():
-        more = value(**{"alpha": 1.0, "beta": 1.0, "gamma": 1.0, name: 3.0})
+        more = value(**{**base_weights, name: 3.0})
         assert more - base == pytest.approx(2.0 * N / 4 * part.sum(), abs=1e-10)
     found = mixed(backend).loss(elbo(), both, values=values, total_rows=N)
     same = mixed(backend).loss(tcvae(alpha=1, beta=1, gamma=1, aggregate=kind), both, values=values, total_rows=N)
@@ -579,7 +585,7 @@ def test_capacities(backend: Backend, options: Any, parts: Any) -> None:
     values = {"z": rng.normal(size=(1, 2, 4, 2)), "c": np.eye(2)[rng.integers(0, 2, (1, 2, 4))]}
     both = {"z": pathwise(), "c": rloo()}
     found = mixed(backend).loss(objective, both, values=values, total_rows=12)
-    only = elbo(weights={"z": 0.0, "c": 0.0, "x": 1.0}, kl="closed_form", draws=2)
+    only = elbo(weights=nats({"z": 0.0, "c": 0.0, "x": 1.0}), kl="closed_form", draws=2)
     plain = mixed(backend).loss(only, both, values=values, total_rows=12)
 
     def penalty(p: Mapping[str, Array]) -> Array:
@@ -627,7 +633,7 @@ def test_a_bound_on_the_kl_at_its_solution(backend: Backend) -> None:
 
     def run(capacity: float) -> Loss:
         return Engine(backend, model, guide, {"x": x}, portable=True).loss(
-            capacitron(capacity={"z": capacity}, outer=3),
+            capacitron(capacity=nats({"z": capacity}), outer=3),
             {"z": pathwise()},
             values={"z": z},
             weight=weight / weight.sum(),
@@ -648,7 +654,7 @@ def test_a_bound_on_the_kl_at_its_solution(backend: Backend) -> None:
 
 @on_both
 def test_several_bounds_have_a_multiplier_each(backend: Backend) -> None:
-    objective = capacitron(capacity={"z": 0.3, "c*": 0.1}, draws=2)
+    objective = capacitron(capacity=nats({"z": 0.3, "c*": 0.1}), draws=2)
     rng = np.random.default_rng(7)
     values = {"z": rng.normal(size=(1, 2, 4, 2)), "c": np.eye(2)[rng.integers(0, 2, (1, 2, 4))]}
     raw = np.array([0.4, -0.7])
@@ -657,7 +663,7 @@ def test_several_bounds_have_a_multiplier_each(backend: Backend) -> None:
     found = mixed(backend).loss(objective, both, values=values, total_rows=12, own={"objective": {"multiplier": raw}})
     weights = {"z": float(multipliers[0]), "c": float(multipliers[1])}
     plain = mixed(backend).loss(
-        elbo(weights=weights, kl="closed_form", draws=2), both, values=values, total_rows=12
+        elbo(weights=nats(weights), kl="closed_form", draws=2), both, values=values, total_rows=12
     )
     assert_equal(found, float(plain.value) - 12 * (0.3 * weights["z"] + 0.1 * weights["c"]), plain.gradient, 1e-10)
     with jax.enable_x64(True):
@@ -731,7 +737,7 @@ def test_what_is_compared_looks_at_no_other_latent_site(backend: Backend) -> Non
 
 @on_both
 def test_globals_and_single_rows_are_refused(backend: Backend) -> None:
-    for objective in (*ACROSS, capacity(capacity={"*": 0.5}), capacitron(), autogen()):
+    for objective in (*ACROSS, capacity(capacity=nats({"*": 0.5})), capacitron(), autogen()):
         assert "the objective is of one row by itself" in refused(Engine.of(backend, PLATE), objective)
     for objective in (tcvae(), infovae()):
         assert "a batch has one row (data plate 'data'); raise batch_size" in refused(bits(backend, 1), objective)
@@ -772,16 +778,16 @@ def test_distributions_that_are_no_product_are_refused(backend: Backend) -> None
             ppl.sample("z", ppl.dist.Normal(loc + x[..., None], 1.0).to_event(1).mask(x > 0))
 
     masked = Engine(backend, tied_model, masked_guide, {"x": BITS_X}, portable=True)
-    for objective in (tcvae(), infovae()):
-        assert "Site 'z' is masked, observed in part or inside a scan" in refused(masked, objective, {"z": pathwise()})
+    for other in (tcvae(), infovae()):
+        assert "Site 'z' is masked, observed in part or inside a scan" in refused(masked, other, {"z": pathwise()})
 
 
 @on_both
 def test_capacities_that_cannot_be_met_are_refused(backend: Backend) -> None:
     asked = mixed(backend)
-    found = refused(asked, capacity(capacity={"z": 3.0, "c": 0.8}))
+    found = refused(asked, capacity(capacity=nats({"z": 3.0, "c": 0.8})))
     assert "capacity gives ['c'] 0.8 nats, and their values hold 0.6931 over a uniform prior" in found
-    asked.plan(capacity(capacity={"z": 3.0, "c": 0.69}), {"*": score()})
-    asked.plan(capacity(capacity={"*": 30.0}), {"*": score()})
-    for objective in (capacity(capacity={"y": 1.0}), capacitron(capacity={"y": 1.0})):
+    asked.plan(capacity(capacity=nats({"z": 3.0, "c": 0.69})), {"*": score()})
+    asked.plan(capacity(capacity=nats({"*": 30.0})), {"*": score()})
+    for objective in (capacity(capacity=nats({"y": 1.0})), capacitron(capacity=nats({"y": 1.0}))):
         assert "capacity has an entry for 'y', under which no latent site of a row counts" in refused(asked, objective)

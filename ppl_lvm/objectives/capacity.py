@@ -41,7 +41,7 @@ class capacity(Objective):
     bias = "the mean KL of a mini-batch stands for that of all rows inside an absolute value"
     at_posterior = (None, None)
 
-    capacity: BySite = (("*", 2.0),)
+    capacity: BySite = (("*", 0.5),)
     ramp: NonNegative = 1.0
     gamma: NonNegative = 10.0
 
