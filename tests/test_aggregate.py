@@ -20,7 +20,9 @@ from jax.scipy.special import logsumexp
 from scipy import integrate, stats
 from toys import BOTTOM_UP, GAUSSIANS2, PLATE, Array, Backend, Ppl, Values
 
+from ppl_lvm import Program, fit, program
 from ppl_lvm.algorithm import Estimator, Objective, Schedule
+from ppl_lvm.datasets import load
 from ppl_lvm.errors import LegalityError
 from ppl_lvm.estimators.enumerate import enumerate as enumerated
 from ppl_lvm.estimators.measure_valued import measure_valued
@@ -791,3 +793,51 @@ def test_capacities_that_cannot_be_met_are_refused(backend: Backend) -> None:
     asked.plan(capacity(capacity=nats({"*": 30.0})), {"*": score()})
     for objective in (capacity(capacity=nats({"y": 1.0})), capacitron(capacity=nats({"y": 1.0}))):
         assert "capacity has an entry for 'y', under which no latent site of a row counts" in refused(asked, objective)
+
+
+# Fits.
+
+SLOW_ON_PYRO = pytest.mark.parametrize("backend", [pytest.param("pyro", marks=pytest.mark.slow), "numpyro"])
+
+
+@SLOW_ON_PYRO
+def test_a_fit_meets_its_capacity_and_lets_go_of_one_that_it_cannot_reach(backend: Backend) -> None:
+    rng = np.random.default_rng(0)
+    gaussian, noise = Program("rows", rows_model, rows_guide, portable=True, arguments=("x",)), 0.5
+    x = 1.3 * rng.normal(size=200)
+    rate = {"schedule": "exponential", "start": 0.03, "end": 0.001, "steps": 1500}
+    options: dict[str, Any] = {"steps": 1500, "batch_size": None, "backend": backend, "seed": 0}
+    options["optimizer"] = {"name": "adam", "learning_rate": rate}
+    run = fit(gaussian, data=x, recipe="capacitron", capacity={"z": 0.4}, draws=4, **options)
+    gain, log_scale, w = (float(run.params[n]) for n in ("gain", "log_scale", "w"))
+    kl = 0.5 * (math.exp(2 * log_scale) + gain**2 * (x**2).mean() - 1 - 2 * log_scale)
+    assert kl == pytest.approx(0.4, rel=0.05)
+    # The slope that belongs to it: w^2 = Var x (1 - exp(-2 C)).
+    assert abs(w) == pytest.approx(math.sqrt((x**2).mean() * (1 - math.exp(-0.8))), rel=0.05)
+    assert multiplier(run) == pytest.approx((x**2).mean() / noise**2 * math.exp(-0.8), rel=0.15)
+    # A bit holds log 2 at most.
+    bit = Program("bits", bits_model, bits_guide, portable=True, arguments=("x",))
+    options |= {"steps": 600, "optimizer": {"*": options["optimizer"], "objective.multiplier": {"learning_rate": 0.02}}}
+    slack = fit(bit, data=x, recipe="capacitron", capacity={"z": 5.0}, estimator="enumerate", **options)
+    assert multiplier(slack) < 1e-3
+
+
+def multiplier(run: Any) -> float:
+    [raw] = [a for n, a in run.state.arrays.items() if "own" in n and "multiplier" in n]
+    return float(np.log1p(np.exp(np.asarray(raw, dtype=np.float64)))[0])
+
+
+@pytest.mark.slow
+@on_both
+def test_the_parts_of_a_joint_code_have_the_capacities_of_their_recipe(backend: Backend) -> None:
+    """Digits; the KL of the continuous part within a twentieth, that of the categorical one of ten values too."""
+    x = load("digits").train
+    capacities = {"z": 8.0, "c": 1.8}
+    options: dict[str, Any] = {"capacity": capacities, "gamma": 30.0, "steps": 2500}
+    run = fit(program("joint_vae", hidden=64), data=x, recipe="joint_vae", backend=backend, seed=1, **options)
+    found = run.posterior(200, data=x)
+    both = (found.log_q - found.log_p + found.log_likelihood["x"]).mean()
+    q = found.values["c"].mean(0)
+    of_c = (q * np.log(np.maximum(q, 1e-12))).sum((1, 2)).mean() + math.log(10)
+    assert of_c == pytest.approx(capacities["c"], rel=0.05)
+    assert both - of_c == pytest.approx(capacities["z"], rel=0.05)
