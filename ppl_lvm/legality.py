@@ -604,6 +604,9 @@ def _by_itself(objective: Objective, structure: Structure) -> Iterator[str]:
             f"Rows of one batch are compared with each other, and a batch has one row (data plate "
             f"{structure.data_plate!r}); raise batch_size, or use 'elbo'."
         )
+    if of_guide:
+        for name in sorted(n for n, i in structure.sites.items() if i.fixed):
+            yield f"Site {name!r} is a factor of the guide, so its distribution is not that of its sites; use 'elbo'."
     for info in structure.drawn(local=True) if of_guide or of_prior else ():
         if info.role == "auxiliary":
             yield (

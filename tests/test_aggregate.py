@@ -784,6 +784,49 @@ def test_distributions_that_are_no_product_are_refused(backend: Backend) -> None
         assert "Site 'z' is masked, observed in part or inside a scan" in refused(masked, other, {"z": pathwise()})
 
 
+def test_what_the_guide_alone_has_is_refused() -> None:
+    def model(ppl: Ppl, x: Array) -> None:
+        w = ppl.param("w", np.array(0.5))
+        with ppl.plate("data", len(x)):
+            z = ppl.sample("z", ppl.dist.Normal(0.0 * w, 1.0))
+            ppl.sample("x", ppl.dist.Normal(w * z, 1.0), obs=x)
+
+    def auxiliary(ppl: Ppl, x: Array) -> None:
+        loc = ppl.param("loc", np.array(0.1))
+        with ppl.plate("data", len(x)):
+            u = ppl.sample("u", ppl.dist.Normal(loc, 1.0), infer={"is_auxiliary": True})
+            ppl.sample("z", ppl.dist.Normal(u + x, 1.0))
+
+    def factor(ppl: Ppl, x: Array) -> None:
+        loc = ppl.param("loc", np.array(0.1))
+        with ppl.plate("data", len(x)):
+            z = ppl.sample("z", ppl.dist.Normal(loc * x, 1.0))
+            ppl.factor("f", 0.1 * z)
+
+    mixed_density = Engine("pyro", model, auxiliary, {"x": BITS_X}, portable=True)
+    for objective in (*ACROSS, capacity(capacity=nats({"z": 0.5}))):
+        assert "Site 'u' is the guide's alone" in refused(mixed_density, objective, {"*": pathwise()})
+    parted = capacitron(capacity=nats({"z": 1.0}))
+    assert "capacity parts them; give all one pattern" in refused(mixed_density, parted, {"*": pathwise()})
+    mixed_density.plan(capacitron(), {"*": pathwise()})
+    weighed = Engine("pyro", model, factor, {"x": BITS_X}, portable=True)
+    for objective in (tcvae(), dipvae(), capacity(capacity=nats({"z": 0.5}))):
+        assert "Site 'f' is a factor of the guide" in refused(weighed, objective, {"*": pathwise()})
+
+
+@pytest.mark.parametrize("backend", ["pyro", pytest.param("numpyro", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", [tcvae, infovae])
+def test_draws_in_pieces_are_the_same(backend: Backend, kind: Any) -> None:
+    rng = np.random.default_rng(8)
+    values = {"z": rng.normal(size=(2, 4, 4, 2)), "c": np.eye(2)[rng.integers(0, 2, (2, 4, 4))]}
+    values |= {f"{n}/prior": v[:, ::-1].copy() for n, v in values.items()}
+    both = {"z": pathwise(), "c": rloo()}
+    whole, parts = (
+        mixed(backend).loss(kind(draws=4, outer=2, chunk=c), both, values=values, total_rows=9) for c in (None, 2)
+    )
+    assert_equal(parts, float(whole.value), whole.gradient, 1e-10)
+
+
 @on_both
 def test_capacities_that_cannot_be_met_are_refused(backend: Backend) -> None:
     asked = mixed(backend)

@@ -54,7 +54,13 @@ class capacitron(Objective):
         return best_pattern(dict(self.capacity), site)
 
     def misfits(self, structure: "Structure") -> Iterable[str]:
-        latent = [i.name for i in structure.drawn(local=True)]
+        drawn = structure.drawn(local=True)
+        latent = [i.name for i in drawn]
+        if any(i.role == "auxiliary" for i in drawn) and len({self.pattern(n) for n in latent}) > 1:
+            yield (
+                f"The guide has auxiliary sites, whose densities make up one KL with those of the others ({latent}), "
+                f"and capacity parts them; give all one pattern."
+            )
         for pattern, _ in self.capacity:
             if all(self.pattern(n) != pattern for n in latent):
                 yield (
