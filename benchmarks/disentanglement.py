@@ -3,7 +3,7 @@
     python benchmarks/disentanglement.py --seeds 0 1 2 3 4
 
 Program `vae` with 6 latents on data `sprites` (16 x 16, 3,200 rows to fit and 800 to test), recipes `elbo` and `tcvae`
-at several beta, 3,000 steps of 128 rows, Adam at 1e-3. On the test rows, in nats for each:
+at several beta, 2,000 steps of 128 rows, Adam at 1e-3. On the test rows, in nats for each:
 
     log p(x | z)  reconstruction from draws of the guide
     KL            of the guide from the prior
@@ -23,7 +23,7 @@ from ppl_lvm import fit, program
 from ppl_lvm.datasets import load
 from ppl_lvm.disentanglement import mig, sap
 
-BETAS = {"elbo": (1.0, 2.0, 4.0, 6.0, 8.0), "tcvae": (2.0, 4.0, 8.0)}
+BETAS = {"elbo": (1.0, 2.0, 4.0, 8.0), "tcvae": (2.0, 4.0)}
 FACTORS = ("shape", "scale", "x", "y")
 COLUMNS = ("log p(x given z)", "KL", "MIG", "SAP")
 
@@ -63,7 +63,7 @@ def spread(x: np.ndarray) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
-    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--backend", choices=["pyro", "numpyro"], default="numpyro")
     asked = parser.parse_args()
     found: dict[tuple[str, float], np.ndarray] = {}
