@@ -52,6 +52,16 @@ def engine(backend: Backend, model: Any, guide: Any, data: Values) -> Engine:
     return ENGINES[key]
 
 
+def cells(names: str, *options: tuple[Any, ...]) -> Any:
+    """All on Pyro; on NumPyro, which compiles each for seconds, the first one is fast."""
+    found = []
+    for backend, (i, option) in itertools.product(BACKENDS, enumerate(options)):
+        marks = [pytest.mark.slow] if backend == "numpyro" and i else []
+        shown = "-".join([backend, *(type(o).__name__ if isinstance(o, Estimator) else str(o) for o in option)])
+        found.append(pytest.param(backend, *option, marks=marks, id=shown.replace(" ", "")))
+    return pytest.mark.parametrize(["backend", *names.split()], found)
+
+
 def nats(by_site: Mapping[str, float]) -> Any:
     """As a recipe has it; the option's type is that of what it becomes."""
     return by_site
@@ -125,9 +135,7 @@ def mixture(kind: str, B: int, N: float) -> np.ndarray:
     return np.where(own, -math.log(N), math.log((N - 1) / (N * (B - 1))))
 
 
-@pytest.mark.parametrize("kind", ["stratified", "weighted"])
-@pytest.mark.parametrize("estimator", [score(), rloo(), vimco(), enumerated()], ids=lambda e: type(e).__name__)
-@on_both
+@cells("estimator kind", *itertools.product((rloo(), score(), vimco(), enumerated()), ("stratified", "weighted")))
 def test_the_total_correlation_at_bits_by_enumeration(backend: Backend, estimator: Estimator, kind: Any) -> None:
     """log q(z_i | x_j) is a function of row i's own draw, so a mean per row carries its score: three rows of seven."""
     N, z = 7, every_bit(3)
@@ -163,17 +171,8 @@ def test_the_total_correlation_at_bits_by_enumeration(backend: Backend, estimato
     assert_equal(found, *exact(loss), TIGHT)
 
 
-@pytest.mark.parametrize("kernel", ["rbf", "imq"])
-@pytest.mark.parametrize(
-    ("backend", "estimator"),
-    [
-        ("pyro", score()),
-        ("pyro", score(baseline="moving_average")),
-        ("pyro", rloo()),
-        ("numpyro", rloo()),
-        pytest.param("numpyro", score(), marks=pytest.mark.slow),
-    ],
-    ids=str,
+@cells(
+    "estimator kernel", *itertools.product((rloo(), score(), score(baseline="moving_average")), ("imq", "rbf"))
 )
 def test_pooled_draws_of_bits_by_enumeration(backend: Backend, estimator: Estimator, kernel: Any) -> None:
     """Two rows and two draws of the learned prior: every outcome of both, under the discrepancy of all of them."""
@@ -391,8 +390,7 @@ def test_estimates_of_the_aggregate_density() -> None:
         assert np.mean(np.log(means)) < np.log(q[i].mean())
 
 
-@pytest.mark.parametrize("estimator", [pathwise(), stl(), score()], ids=lambda e: type(e).__name__)
-@on_both
+@cells("estimator", (stl(),), (pathwise(),), (score(),))
 def test_the_total_correlation_of_gaussians_by_draws(backend: Backend, estimator: Estimator) -> None:
     """Given draws, each estimator's gradient is that of its own surrogate."""
     z = np.random.default_rng(3).normal(size=(1, 1, 4, 2))
@@ -520,25 +518,17 @@ def gaussian_codes_model(ppl: Ppl, x: Array) -> None:
         ppl.sample("x", ppl.dist.Normal(z @ p["loading"], ppl.xp.exp(p["log_scale"])).to_event(1), obs=x)
 
 
-@pytest.mark.parametrize(
-    "objective",
-    [
-        dipvae(off_diagonal=3.0, diagonal=7.0),
-        dipvae(off_diagonal=3.0),
-        dipvae(covariance="means", off_diagonal=3.0),
-    ],
-    ids=str,
-)
-@on_both
-def test_the_covariance_of_codes(backend: Backend, objective: dipvae) -> None:
+@cells("covariance diagonal", ("codes", 7.0), ("codes", None), ("means", None))
+def test_the_covariance_of_codes(backend: Backend, covariance: Any, diagonal: float | None) -> None:
     N = 11
+    objective = dipvae(covariance=covariance, off_diagonal=3.0, diagonal=diagonal)
     asked = engine(backend, gaussian_codes_model, gaussian_codes_guide, {"x": MIXED_X})
     z = np.random.default_rng(4).normal(size=(1, 2, 4, 2))
     pair = objective.model_copy(update={"draws": 2})
     found = asked.loss(pair, {"z": pathwise()}, values={"z": z}, total_rows=N)
     plain = asked.loss(elbo(draws=2, kl="closed_form"), {"z": pathwise()}, values={"z": z}, total_rows=N)
     off = 3.0
-    on = {7.0: 7.0, None: 30.0 if objective.covariance == "means" else 3.0}[objective.diagonal]  # type: ignore[index]
+    on = diagonal if diagonal is not None else {"means": 30.0, "codes": 3.0}[covariance]
 
     def penalty(p: Mapping[str, Array]) -> Array:
         mean, variance = MIXED_X @ p["q_loc"], jnp.exp(2 * MIXED_X @ p["q_log_scale"])
@@ -570,16 +560,12 @@ def kls(p: Mapping[str, Array]) -> tuple[Array, Array]:
     return of_z, (jnp.exp(log_q) * (log_q + math.log(2))).sum(-1)
 
 
-@pytest.mark.parametrize(
-    ("options", "parts"),
-    [
-        ({"z": 0.2, "c": 0.5}, ((("z",), 0.1), (("c",), 0.25))),
-        ({"*": 0.6}, ((("z", "c"), 0.3),)),
-        ({"z": 40.0}, ((("z",), 20.0),)),
-    ],
-    ids=str,
+@cells(
+    "options parts",
+    ({"z": 0.2, "c": 0.5}, ((("z",), 0.1), (("c",), 0.25))),
+    ({"*": 0.6}, ((("z", "c"), 0.3),)),
+    ({"z": 40.0}, ((("z",), 20.0),)),
 )
-@on_both
 def test_capacities(backend: Backend, options: Any, parts: Any) -> None:
     """The absolute difference of the mean KL of a batch, above and below; a site without a capacity adds its own."""
     objective = capacity(capacity=options, gamma=4.0, ramp=0.5, draws=2)
@@ -673,8 +659,7 @@ def test_several_bounds_have_a_multiplier_each(backend: Backend) -> None:
     np.testing.assert_allclose(found.own["objective"]["multiplier"], -12 * excess / (1 + np.exp(-raw)), atol=1e-10)
 
 
-@pytest.mark.parametrize("m", [0.0, 2.0])
-@on_both
+@cells("m", (2.0,), (0.0,))
 def test_perfect_reconstructions_at_the_tempered_posterior(backend: Backend, m: float) -> None:
     """The bound is `log int p(z) p(x | z)^(1 + m) dz`, by the closed form and by quadrature, and the guide's gradient
     is zero there."""
