@@ -23,7 +23,7 @@ from ppl_lvm import fit, program
 from ppl_lvm.datasets import load
 from ppl_lvm.disentanglement import mig, sap
 
-BETAS = {"elbo": (1.0, 2.0, 4.0, 8.0), "tcvae": (2.0, 4.0)}
+BETAS = {"elbo": (1.0, 2.0, 4.0, 8.0), "tcvae": (2.0, 4.0, 8.0)}
 FACTORS = ("shape", "scale", "x", "y")
 COLUMNS = ("log p(x given z)", "KL", "MIG", "SAP")
 

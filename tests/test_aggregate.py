@@ -825,6 +825,19 @@ def test_capacities_that_cannot_be_met_are_refused(backend: Backend) -> None:
 
 # Fits.
 
+
+@pytest.mark.parametrize("name", ["infovae", "tcvae", "capacitron"])
+def test_a_traced_step_draws_anew_from_the_prior_and_moves_the_multiplier(name: str) -> None:
+    x = load("digits").train[:60]
+    graph, eager = (
+        fit(program("vae", latent=2, hidden=4), data=x, recipe=name, backend="pyro", steps=6, batch_size=20, compile=c)
+        for c in ("graph", "eager")
+    )
+    np.testing.assert_allclose(graph.history["loss"], eager.history["loss"], rtol=1e-6)
+    if name == "capacitron":
+        assert multiplier(graph) == pytest.approx(multiplier(eager), rel=1e-6) and multiplier(graph) != 1.0
+
+
 SLOW_ON_PYRO = pytest.mark.parametrize("backend", [pytest.param("pyro", marks=pytest.mark.slow), "numpyro"])
 
 
