@@ -10,8 +10,8 @@ at several beta, 2,000 steps of 128 rows, Adam at 1e-3. On the test rows, in nat
     MIG, SAP      of posterior means for the factors shape, scale, x and y; orientation is left out, as a square looks
                   the same every quarter turn and an ellipse every half
 
-A larger beta buys MIG with reconstruction under either, so they are compared where they reconstruct alike: a seed's
-scores of the beta-VAE are interpolated linearly at the reconstruction of its beta-TCVAE.
+A larger beta reconstructs worse under either, so they are compared where they reconstruct alike: a seed's scores of the
+beta-VAE are interpolated linearly at the reconstruction of its beta-TCVAE.
 """
 
 import argparse
