@@ -10,6 +10,7 @@ import numpy as np
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, model_validator
 
 if TYPE_CHECKING:
+    from ppl_lvm.backends.base import Structure
     from ppl_lvm.draws import Draws, Loss
     from ppl_lvm.latents import Sketch
     from ppl_lvm.ops import Array
@@ -211,7 +212,7 @@ class Objective(Algorithm):
 
     verbs: ClassVar[frozenset[str]]
     """The verbs it calls: of "mean", "joint", "log_mean_exp", "weighted", "wake", "variance", "squares", "sleep",
-    "filtered"."""
+    "filtered", "pooled"."""
     detached: ClassVar[bool] = False
     """Draws must carry no gradient (objectives that differentiate densities at fixed values)."""
     separate: ClassVar[bool] = False
@@ -252,8 +253,15 @@ class Objective(Algorithm):
 
     def requests(self) -> frozenset[str]:
         """What the backend must find besides densities, decided before the run: "kl" (every latent site's KL in closed
-        form, in `Site.extra`), "kl where known" (of those that have one), "sleep" (`Draws.dream`)."""
+        form, in `Site.extra`), "kl where known" (of those that have one), "kl without draws" (in closed form, and the
+        same whatever is drawn), "sleep" (`Draws.dream`); and of every latent site of a row, in `Site.extra`, "cross"
+        (log q of each row's draw under every row's guide), "moments" ("mean" and "variance" of the guide's
+        distribution) and "prior" (a draw from the model's)."""
         return frozenset()
+
+    def misfits(self, structure: "Structure") -> Iterable[str]:
+        """What about a program does not go with these options, each in a sentence that names the remedy."""
+        return ()
 
     def resampling(self) -> "Resampling | None":
         """How the draws of a row are resampled between the steps of its scan, for `filtered`; None: they are not."""

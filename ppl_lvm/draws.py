@@ -73,7 +73,10 @@ class Site:
     """Of an auxiliary site that the objective's `marginal` sums out: its own density at all of its J draws, summed. Its
     `log_q` is then minus the log of its estimated posterior given the sites that look at it, over its own density."""
     extra: Mapping[str, Array] = field(default_factory=dict)
-    """What the objective requested before the run, by name: "kl" of shape `[M, K, B]` or `[M]`."""
+    """What the objective requested before the run, by name: "kl" of shape `[M, K, B]` or `[M]`. Of a local site with D
+    elements, events and inner plates flattened: "cross" `[M, K, B, B, D]`, where entry (i, j) is log q of row i's value
+    under the guide's distribution at row j; "mean" and "variance" of that distribution, `[M, K, B, D]`; "prior", a draw
+    from the model's, like the value, and "prior_log_p" `[M, K, B]` where it is not reparameterised."""
     user_scale: Array | float = 1.0
     """What `poutine.scale` or `handlers.scale` multiply the model's density by, the plates' part divided out."""
     guide_scale: Array | float = 1.0
@@ -215,6 +218,10 @@ class Draws:
             return -self.density(site)
         return site.log_p - self.density(site)
 
+    def kl_term(self, site: Site) -> Array:
+        """`log p(z) - log q(z | x)` of a latent site, or minus its KL in closed form where that was requested."""
+        return -site.extra["kl"] if "kl" in site.extra else self.log_ratio(site)
+
     # The verbs.
 
     def mean(self, h: Array | None = None, cost: Mapping[str, Array] | None = None) -> Array:
@@ -222,7 +229,9 @@ class Draws:
 
         `cost` splits h by the site whose density each part is; every score term is then multiplied only by the parts
         downstream of its site (Rao-Blackwellised). A part that keeps its inner plates, `[M, K, B, *inner]` as `terms`
-        gives them, is credited element by element to the sites in the same plates. With `cost` alone, h is their sum.
+        gives them, is credited element by element to the sites in the same plates. With `cost` alone, h is their sum. A
+        part under a name that is no site's is credited to none; that under "*", which looks at every draw of a row, to
+        all.
         """
         self._declared("mean")
         if h is None:
@@ -348,6 +357,28 @@ class Draws:
             baseline = self._baseline(site, Signal(value, value, None, self.batch))
             rows = rows + ops.xp(score).sum(score * (value - baseline), axis=1)
         return rows
+
+    def pooled(self, h: Array) -> Array:
+        """`E h` for a function of the draws of all rows of the batch together, `[M, K] -> [M]`.
+
+        Draw k of a batch is one draw of all its rows, so a score-type site's score is the sum of its rows', and the
+        other draws k make baselines. Draws from a prior that are not reparameterised have a score too.
+        """
+        self._declared("pooled")
+        xp = ops.xp(h)
+        value = stop_gradient(h)
+        loss = xp.mean(h, axis=1)
+        for site in self._local():
+            if site.estimator is not None and site.estimator.scored:
+                # Baselines that are learned, or kept from step to step, are of the rows' own signals.
+                signal = Signal(value[:, :, None], value[:, :, None], None, None)
+                baseline = site.estimator.baseline_for(signal, {}, None)
+                left = value if isinstance(baseline, float) else value - stop_gradient(baseline)[:, :, 0]
+                loss = loss + xp.mean(xp.sum(self._score(site), axis=2) * left, axis=1)
+            if "prior_log_p" in site.extra:
+                log_p = site.extra["prior_log_p"]
+                loss = loss + xp.mean(xp.sum(log_p - stop_gradient(log_p), axis=2) * value, axis=1)
+        return loss
 
     def sleep(self) -> Array:
         """`log q(z | x)` of latents and data that the model drew together, over all N rows: a scalar."""
@@ -576,7 +607,7 @@ class Draws:
         return total
 
     def _downstream(self, site: Site, cost: Mapping[str, Array]) -> Array:
-        parts = [_of_rows(part) for name, part in cost.items() if name in site.downstream]
+        parts = [_of_rows(part) for name, part in cost.items() if name in (*site.downstream, "*")]
         return sum(parts[1:], parts[0]) if parts else self._zeros_rows
 
     @cached_property
@@ -594,9 +625,8 @@ class Draws:
         log_q = _keep(site.log_q_full, own)
         total = ops.zeros(self._zeros_rows.shape + (1,) * (log_q.ndim - 3), log_q)
         for name, part in cost.items():
-            if name in site.downstream:
-                shared = own & _axes(self.sites[name])
-                kept = _keep(part, shared) if part.ndim > 3 else trailing(part, log_q)
+            if name in (*site.downstream, "*"):
+                kept = _keep(part, own & _axes(self.sites[name])) if part.ndim > 3 else trailing(part, log_q)
                 total = total + kept
         return total, log_q - stop_gradient(log_q)
 

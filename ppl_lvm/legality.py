@@ -214,6 +214,17 @@ def _one_of_many(c: Case) -> str | None:
     return f"draws are resampled between steps, which it knows nothing of; {c.remedy}."
 
 
+def _pooled(c: Case) -> str | None:
+    support = 0 if c.site.support is None else len(c.site.support)
+    values = c.estimator.exhaustive or c.estimator.weighted or c.estimator.count(support) > 1
+    if "pooled" not in c.verbs or not values:
+        return None
+    return (
+        f"the draws of all rows of a batch meet in one function (`pooled`), and it has values or weights of its own in "
+        f"each row; {c.remedy}."
+    )
+
+
 def _doubly_reparameterised(c: Case) -> str | None:
     if not c.estimator.frozen:
         return None
@@ -291,6 +302,7 @@ RULES: tuple[Rule, ...] = (
     _choices,
     _summed_out,
     _one_of_many,
+    _pooled,
     _doubly_reparameterised,
 )
 
@@ -404,25 +416,24 @@ def _live(estimator: Estimator) -> bool:
 
 
 def _wants_kl(objective: Objective) -> bool:
-    return bool({"kl", "kl where known"} & objective.requests())
+    return bool({"kl", "kl where known", "kl without draws"} & objective.requests())
 
 
 def _closed_kl(name: str, structure: Structure, sums: Sequence[Group]) -> str | None:
     """Why a site has no closed-form KL here, or None where it has."""
     info = structure.sites[name]
     if info.role != "latent" or not info.closed_kl:
-        return f"Site {name!r} has no closed-form KL from guide to prior; use kl = 'sampled', or 'where_known'."
+        return f"Site {name!r} has no closed-form KL from guide to prior"
     summed = sorted(n for g in sums for n in info.model_parents.intersection(g.sites))
     if summed:
         return (
-            f"Site {name!r} has no closed-form KL here: its prior looks at {summed}, over which it is summed; use kl = "
-            f"'sampled', or 'where_known'."
+            f"Site {name!r} has no closed-form KL here: its prior looks at {summed}, over which it is summed"
         )
     moved = sorted(p for p in info.model_parents if name in structure.ancestors(p))
     if moved:
         return (
             f"Site {name!r} has no closed-form KL here: its prior looks at {moved}, which the guide draws after it and "
-            f"from it, so the term is no expectation of a KL; use kl = 'sampled', or 'where_known'."
+            f"from it, so the term is no expectation of a KL"
         )
     return None
 
@@ -572,11 +583,56 @@ def _whole_program(
             f"Sites {unseen} are the guide's alone, so the model draws no values that it could learn from (sleep); use "
             f"'rws' with sleep = 0, 'elbo' or 'iwae'."
         )
-    if "kl" in objective.requests():
+    yield from objective.misfits(structure)
+    yield from _by_itself(objective, structure)
+    if objective.requests() & {"kl", "kl without draws"}:
         for info in structure.sites.values():
             why = _closed_kl(info.name, structure, sums)
             if info.role == "latent" and info.in_guide and why is not None:
-                yield why
+                instead = "use kl = 'sampled', or 'where_known'" if "kl" in objective.requests() else "use 'capacitron'"
+                yield f"{why}; {instead}."
+
+
+def _by_itself(objective: Objective, structure: Structure) -> Iterator[str]:
+    """What requests about one site's distribution, by itself or against other rows, ask of a program."""
+    asked = objective.requests()
+    of_guide = asked & {"cross", "moments", "kl without draws"}
+    of_prior = asked & {"cross", "prior", "kl without draws"}
+    across = asked & {"cross", "moments", "prior"}
+    if across and structure.rows < 2:
+        yield (
+            f"Rows of one batch are compared with each other, and a batch has one row (data plate "
+            f"{structure.data_plate!r}); raise batch_size, or use 'elbo'."
+        )
+    if of_guide:
+        for name in sorted(n for n, i in structure.sites.items() if i.fixed):
+            yield f"Site {name!r} is a factor of the guide, so its distribution is not that of its sites; use 'elbo'."
+    for info in structure.drawn(local=True) if of_guide or of_prior else ():
+        if info.role == "auxiliary":
+            yield (
+                f"Site {info.name!r} is the guide's alone, so the guide's density of what the model draws is unknown; "
+                f"draw it in the model too, or use 'elbo'."
+            )
+            continue
+        for side, parents in (("guide", info.guide_parents), ("model", info.model_parents)):
+            drawn = sorted(p for p in parents if structure.sites[p].role != "observed")
+            if drawn and (of_guide if side == "guide" else of_prior):
+                yield (
+                    f"Site {info.name!r} is compared by its distribution alone, which in the {side} looks at {drawn} "
+                    f"and is another one for every draw of them; let it look at no latent site, or use 'elbo'."
+                )
+        if across and not info.whole:
+            yield (
+                f"Site {info.name!r} is masked, observed in part or inside a scan, so its value is no single draw of "
+                f"its distribution; use 'elbo'."
+            )
+        elif asked & {"cross", "moments"} and not info.elementwise:
+            yield (
+                f"Site {info.name!r} has elements that depend on each other (or is a point), and its distribution is "
+                f"taken element by element; use a Normal or another distribution with to_event, in guide and model."
+            )
+        if "moments" in asked and not info.reparameterised:
+            yield f"Site {info.name!r} is discrete, and its covariance is compared with the identity; use 'tcvae'."
 
 
 def _particles(objective: Objective, structure: Structure) -> Iterator[str]:

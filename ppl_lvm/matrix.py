@@ -7,6 +7,7 @@ where there are groups) and two outer draws, so that no cell is refused for want
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
@@ -37,6 +38,7 @@ def _structure(*latents: SiteInfo) -> Structure:
 
 _PLATES = (Plate("data", 3, 3),)
 _BITS = np.array([0.0, 1.0])
+_NORMAL: Mapping[str, Any] = {"closed_kl": True, "whole": True, "elementwise": True}
 
 
 def _row(**facts: Any) -> Structure:
@@ -45,12 +47,12 @@ def _row(**facts: Any) -> Structure:
 
 def _beside_a_draw(**facts: Any) -> Structure:
     seen = frozenset({ROW})
-    drawn = SiteInfo("w", "latent", True, True, plates=_PLATES, guide_parents=seen, model_parents=seen, closed_kl=True)
+    drawn = SiteInfo("w", "latent", True, True, plates=_PLATES, guide_parents=seen, model_parents=seen, **_NORMAL)
     return _structure(SiteInfo(ROW, "latent", True, plates=_PLATES, **facts), drawn)
 
 
 def _beside_the_guide(**facts: Any) -> Structure:
-    drawn = SiteInfo(ROW, "latent", True, True, plates=_PLATES, closed_kl=True)
+    drawn = SiteInfo(ROW, "latent", True, True, plates=_PLATES, **_NORMAL)
     return _structure(drawn, SiteInfo(HIDDEN, "latent", True, plates=_PLATES, in_guide=False, **facts))
 
 
@@ -62,19 +64,19 @@ def _in_a_scan(**facts: Any) -> Structure:
 def _above(**facts: Any) -> Structure:
     top = SiteInfo(TOP, "latent", False, local_in_model=False, **facts)
     seen = frozenset({TOP})
-    row = SiteInfo(ROW, "latent", True, True, plates=_PLATES, guide_parents=seen, model_parents=seen, closed_kl=True)
+    row = SiteInfo(ROW, "latent", True, True, plates=_PLATES, guide_parents=seen, model_parents=seen, **_NORMAL)
     return _structure(top, row)
 
 
 KINDS: Mapping[str, tuple[str, Structure]] = {
-    "continuous": (ROW, _row(reparameterised=True, closed_kl=True)),
-    "finite": (ROW, _row(support=_BITS, closed_kl=True)),
-    "count": (ROW, _row()),
+    "continuous": (ROW, _row(reparameterised=True, **_NORMAL)),
+    "finite": (ROW, _row(support=_BITS, most=math.log(2.0), **_NORMAL)),
+    "count": (ROW, _row(whole=True, elementwise=True)),
     "continuous global": (TOP, _above(reparameterised=True, closed_kl=True)),
     "finite global": (TOP, _above(support=_BITS, closed_kl=True)),
     "sequence": (ROW, _in_a_scan(reparameterised=True)),
     "model only": (HIDDEN, _beside_the_guide(support=_BITS)),
-    "point": (ROW, _beside_a_draw(reparameterised=True, point=True, parameterised=True, closed_kl=True)),
+    "point": (ROW, _beside_a_draw(reparameterised=True, point=True, parameterised=True, closed_kl=True, whole=True)),
 }
 """Kind of site -> its name in a program, and the program's structure."""
 

@@ -43,6 +43,7 @@ ARROWS = {
     "predict": {"backends", "errors", "fitted"},
     "posterior": {"backends", "data", "errors", "fitted", "legality", "lookup", "predict", "program", "to_arviz"},
     "sampled": {"backends", "errors", "fitted", "posterior", "predict", "program"},
+    "disentanglement": {"errors"},
     "progress": set[str](),
     "parameters": {"algorithm", "backends", "errors", "lookup"},
     "monitor": {"backends"},

@@ -20,7 +20,7 @@ from _pytest.mark import ParameterSet
 
 from ppl_lvm import legality, matrix, program, programs
 from ppl_lvm.algorithm import Estimator, Objective
-from ppl_lvm.backends.base import Call, Plan, initial_extras
+from ppl_lvm.backends.base import Call, Plan, initial_extras, prior_name
 from ppl_lvm.backends.numpyro import NumPyroBound, precision
 from ppl_lvm.backends.pyro import PyroBound
 from ppl_lvm.catalogue import estimators, objectives, resolve
@@ -51,16 +51,23 @@ OBJECTIVES = [o for name in sorted(objectives()) for o in variants(name)]
 OTHERS = sorted({*programs()} - {"vae", "discrete_vae"})
 
 
+def serving(objective: Objective, kind: str) -> list[str]:
+    """Estimators that serve an objective at a site of this kind."""
+    judged = {e: matrix.judged(objective, named(e), *matrix.KINDS[kind])[0] for e in sorted(estimators())}
+    if "joint" in objective.verbs and objective.draws > 2:
+        judged["enumerate"] = "refused"  # nine values are too many for all choices of four draws
+    return [e for e, verdict in judged.items() if verdict != "refused"]
+
+
 def cells() -> Iterator[ParameterSet]:
     """Fast are a cover: each objective at a continuous or a discrete site, with estimators in turn that serve it there,
     and the other programs in turn with the first ones. Compiling each takes NumPyro seconds."""
     for i, objective in enumerate(OBJECTIVES):
-        program, kind = (("vae", "continuous"), ("discrete_vae", "finite"))[i % 2]
-        serving = [
-            e for e in sorted(estimators()) if matrix.judged(objective, named(e), *matrix.KINDS[kind])[0] != "refused"
-        ]
+        kinds = (("vae", "continuous"), ("discrete_vae", "finite"))
+        of_kind = kinds[i % 2] if serving(objective, kinds[i % 2][1]) else kinds[0]
+        served = serving(objective, of_kind[1])
         # An objective of sequences serves no program without a scan.
-        chosen = [(program, serving[i // 2 % len(serving)]) if serving else ("linear_gaussian_chain", "pathwise")]
+        chosen = [(of_kind[0], served[i // 2 % len(served)]) if served else ("linear_gaussian_chain", "pathwise")]
         if type(objective).__name__ == "elbo":
             chosen += [("vae", "stl")]  # serves means alone
         if type(objective).__name__ in ("elbo", "iwae"):
@@ -115,6 +122,8 @@ class Pair:
             value, (count, stride) = s.value.detach().numpy(), layout[s.local].get(n, (1, 1))
             entry = np.arange(value.shape[1 if s.local else 0])
             found[n] = np.take(value, entry - entry // stride % count * stride, axis=1 if s.local else 0)
+            if "prior" in s.extra:
+                found[prior_name(n)] = s.extra["prior"].detach().numpy()
         return found
 
 

@@ -184,7 +184,7 @@ def test_a_recipe_is_frozen() -> None:
 def test_unknown_names_list_the_valid_ones_and_suggest_one() -> None:
     assert re.match(r"Unknown recipe 'iwea'\. Did you mean 'iwae'\? Recipes: .*elbo", message("iwea"))
     unknown = message({"objective": "elbw"})
-    assert "unknown objective 'elbw'. Did you mean 'elbo'? Objectives: chivi, ciwae" in unknown
+    assert "unknown objective 'elbw'. Did you mean 'elbo'? Objectives: autogen, capacitron" in unknown
     assert "path/to/file.py:elbw" in unknown
     unknown = message("elbo", estimator={"y": "pathwis"})
     assert unknown.startswith("estimator.y of recipe 'elbo' asks for an unknown estimator 'pathwis'")

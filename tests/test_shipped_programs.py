@@ -26,6 +26,7 @@ BACKENDS = ["pyro", "numpyro"]
 SHAPES: dict[str, dict[str, tuple[int, ...]]] = {
     "vae": {"z": (2, 3, 6, 8), "x": (2, 3, 6, 5)},
     "discrete_vae": {"z": (2, 3, 6, 8, 4), "x": (2, 3, 6, 5)},
+    "joint_vae": {"z": (2, 3, 6, 6), "c": (2, 3, 6, 1, 10), "x": (2, 3, 6, 5)},
     "probabilistic_pca": {"z": (2, 3, 6, 2), "x": (2, 3, 6, 5)},
     "factor_analysis": {"z": (2, 3, 6, 2), "x": (2, 3, 6, 5)},
     "linear_gaussian_chain": {"z": (2, 3, 6, 4), "x": (2, 3, 6, 4)},
@@ -38,7 +39,7 @@ SHAPES: dict[str, dict[str, tuple[int, ...]]] = {
     "eight_schools": {"u": (2, 3, 1, 10), "mu": (2, 3, 1), "tau": (2, 3, 1), "eta": (2, 3, 1, 8), "y": (2, 3, 1, 8)},
 }
 """Of every site's table, at two outer draws of three draws."""
-ESTIMATORS = {"discrete_vae": "score", "hmm": "score", "poglm": "score"}
+ESTIMATORS = {"discrete_vae": "score", "hmm": "score", "joint_vae": "score", "poglm": "score"}
 
 
 class Fitted:

@@ -14,7 +14,7 @@ from numpyro.distributions.kl import kl_divergence
 from numpyro.distributions.util import validate_sample
 
 from ppl_lvm.backends import _jax_structured
-from ppl_lvm.backends.base import Chain, is_point, product_support, rebuild
+from ppl_lvm.backends.base import Chain, is_point, log_values, product_support, rebuild
 
 Array = jax.Array
 Message = dict[str, Any]
@@ -111,14 +111,39 @@ def site_log_prob(site: Message) -> Array:
     return site["fn"].log_prob(site["value"])
 
 
-def finite_support(fn: Any) -> np.ndarray | None:
+def is_whole(site: Message) -> bool:
+    """Whether a value is one draw of the site's distribution, and nothing of it is masked."""
+    return not isinstance(site["fn"], Chain) and "drawn" not in site and not _masks(site["fn"])
+
+
+def apart(fn: Any) -> Any:
+    """The distribution of the elements of an event."""
     base = _strip(fn)
     while isinstance(base, dist.Independent):
         base = _strip(base.base_dist)
+    return base
+
+
+def elementwise(fn: Any) -> bool:
+    """Whether the elements are independent, and draws."""
+    base = apart(fn)
+    return not is_point(fn) and (not base.event_shape or isinstance(base, OneHotCategorical))
+
+
+def finite_support(fn: Any) -> np.ndarray | None:
+    base = apart(fn)
     if not base.has_enumerate_support:
         return None
     atoms = np.asarray(base.enumerate_support(expand=False))
     return product_support(atoms.reshape(len(atoms), *base.event_shape), fn.event_shape)
+
+
+def most(fn: Any) -> float | None:
+    """log V of a finite support, however large."""
+    base = apart(fn)
+    if not base.has_enumerate_support:
+        return None
+    return log_values(len(base.enumerate_support(expand=False)), base.event_shape, fn.event_shape)
 
 
 def support_value(fn: Any, support: np.ndarray | None, index: Any, as_float: bool) -> Array:

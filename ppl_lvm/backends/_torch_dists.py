@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.distributions import kl_divergence
 
 from ppl_lvm import ops
-from ppl_lvm.backends.base import Chain, is_point, product_support, rebuild
+from ppl_lvm.backends.base import Chain, is_point, log_values, product_support, rebuild
 
 Message = Any
 
@@ -122,14 +122,43 @@ def has_kl(q: Message, p: Message) -> bool:
     return True
 
 
-def finite_support(fn: Any) -> np.ndarray | None:
+def is_whole(site: Message) -> bool:
+    """Whether a value is one draw of the site's distribution, and nothing of it is masked."""
+    return not isinstance(site["fn"], Chain) and "drawn" not in site and not _masks(site)
+
+
+def apart(fn: Any) -> Any:
+    """The distribution of the elements of an event."""
+    while isinstance(fn, torch.distributions.Independent):
+        fn = fn.base_dist
+    return fn
+
+
+def elementwise(fn: Any) -> bool:
+    """Whether the elements are independent, and draws."""
+    base = apart(fn)
+    return not is_point(fn) and (not base.event_shape or _one_hot(base))
+
+
+def _atoms(fn: Any) -> tuple[Tensor, torch.Size] | None:
+    """The values of one element, and its shape."""
     base = fn
     while isinstance(base, torch.distributions.Independent) or type(base).__name__ == "MaskedDistribution":
         base = base.base_dist
-    if not base.has_enumerate_support:
+    return (base.enumerate_support(expand=False), base.event_shape) if base.has_enumerate_support else None
+
+
+def finite_support(fn: Any) -> np.ndarray | None:
+    atoms = _atoms(fn)
+    if atoms is None:
         return None
-    atoms = base.enumerate_support(expand=False)
-    return product_support(atoms.reshape(len(atoms), *base.event_shape).numpy(), fn.event_shape)
+    return product_support(atoms[0].reshape(len(atoms[0]), *atoms[1]).numpy(), fn.event_shape)
+
+
+def most(fn: Any) -> float | None:
+    """log V of a finite support, however large."""
+    atoms = _atoms(fn)
+    return None if atoms is None else log_values(len(atoms[0]), atoms[1], fn.event_shape)
 
 
 def support_value(support: np.ndarray | None, index: Any) -> Tensor:

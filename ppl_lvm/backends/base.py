@@ -67,6 +67,12 @@ class SiteInfo:
     local_in_model: bool = True
     closed_kl: bool = False
     """The library knows KL(guide's distribution || model's) in closed form."""
+    whole: bool = False
+    """No mask, missing entry or scan stands between its value and a draw of its distribution, in guide and model."""
+    elementwise: bool = False
+    """The elements of a value (entries of a vector, variables of a code) are independent, in guide and model."""
+    most: float | None = None
+    """Nats that a draw of finite support holds at most over a uniform prior: log V, summed over elements."""
     user_scaled: bool = False
     fixed: bool = False
     """A guide site whose value is no draw (a factor): it has a density and needs no estimator."""
@@ -133,6 +139,13 @@ class Structure:
             if i.role != "observed" and i.in_guide and not i.fixed and (local is None or i.local == local)
         ]
 
+    def most(self, info: SiteInfo) -> float | None:
+        """Nats that a row's draws of finite support hold at most over a uniform prior, plates inside the row
+        included."""
+        if info.most is None:
+            return None
+        return info.most * float(np.prod([p.subsample for p in info.plates if p.axis is not None], dtype=int))
+
     def undrawn(self) -> list[SiteInfo]:
         """Latent sites of the model that the guide does not draw, in the model's order."""
         return [i for i in self.sites.values() if not i.in_guide]
@@ -186,6 +199,11 @@ def nested(structure: Structure, counts: Mapping[str, int]) -> tuple[Nested, ...
 def inner_name(site: str, j: int) -> str:
     """The name under which a run is given the inner draw j = 1 .. J - 1 of a site, laid out like the site's value."""
     return f"{site}/{j}"
+
+
+def prior_name(site: str) -> str:
+    """The name under which a run is given a draw from a site's prior, laid out like the site's value."""
+    return f"{site}/prior"
 
 
 def log_reverse(marginal: Nested, log_q: Mapping[str, Array], inner: Mapping[str, Array]) -> Array:
@@ -263,6 +281,11 @@ class Plan:
     def values_summed(self) -> int:
         """Runs of the model, each at other values of the sites that are summed out; independent sums share them."""
         return max((g.count for g in self.marginal), default=1)
+
+    def compared(self, structure: Structure, *requests: str) -> list[str]:
+        """The sites that these requests are about: the latent ones of a row, if one of them was made."""
+        asked = self.requests.intersection(requests)
+        return [i.name for i in structure.drawn(local=True) if i.role == "latent"] if asked else []
 
     @property
     def in_sums(self) -> frozenset[str]:
@@ -696,6 +719,12 @@ def product_support(atoms: np.ndarray, event_shape: Sequence[int]) -> np.ndarray
         return None
     rows = [atoms[list(choice)] for choice in itertools.product(range(len(atoms)), repeat=elements)]
     return np.stack(rows).reshape(len(rows), *outer, *atom_shape)
+
+
+def log_values(atoms: int, atom_shape: Sequence[int], event_shape: Sequence[int]) -> float:
+    """log V of independent elements with so many atoms each."""
+    elements = np.prod(tuple(event_shape)[: len(event_shape) - len(atom_shape)], dtype=int)
+    return float(elements * np.log(atoms))
 
 
 def find_data_plate(

@@ -19,10 +19,14 @@ from ppl_lvm.algorithm import GuideFamily, Objective, Resampling, Variant
 from ppl_lvm.backends import _numpyro_forward
 from ppl_lvm.backends._jax_dists import (
     GuideSite,
+    apart,
     draw,
+    elementwise,
     finite_support,
     has_kl,
+    is_whole,
     kl,
+    most,
     site_log_prob,
     support_value,
 )
@@ -68,6 +72,7 @@ from ppl_lvm.backends.base import (
     is_point,
     latent_site,
     losses,
+    prior_name,
     row_params,
     steps_of,
     sum_out,
@@ -404,6 +409,9 @@ class NumPyroBound:
                 and np.array_equal(scales[0], scales[1])
                 and has_kl(site["fn"], of_model["fn"]),
                 user_scaled=any(np.abs(scale - 1.0).max() > 1e-9 for scale in scales),
+                whole=is_whole(site) and is_whole(of_model) and not self._missing.fills(name),
+                elementwise=elementwise(site["fn"]) and elementwise(of_model["fn"]),
+                most=None if role == "observed" or site["is_observed"] else most(site["fn"]),
                 fixed=site["is_observed"] and role == "auxiliary",
                 point=is_point(site["fn"]),
                 steps=steps_of(site["fn"], of_model["fn"]),
@@ -574,10 +582,11 @@ class NumPyroBound:
         given = values or {}
         inner_counts = {n: m.draws - 1 for m in plan.nested for n in m.sites}
         inner_draws = {inner_name(n, j + 1): n for n, count in inner_counts.items() for j in range(count)}
-        inside = [n for n in given if structure.sites[inner_draws.get(n, n)].scanned]
+        level = {**inner_draws, **{prior_name(n): n for n in structure.sites}}
+        inside = [n for n in given if structure.sites[level.get(n, n)].scanned]
         if inside:
             raise BackendError(f"A value was injected into site {inside[0]!r}, which is drawn inside a scan.")
-        given_local = {n: v for n, v in given.items() if structure.sites[inner_draws.get(n, n)].local}
+        given_local = {n: v for n, v in given.items() if structure.sites[level.get(n, n)].local}
         given_outer = {n: v for n, v in given.items() if n not in given_local}
 
         with_inner = sorted({inner_draws[n] for n in given if n in inner_draws})
@@ -701,6 +710,16 @@ class NumPyroBound:
             for info in plan.rows(structure):
                 row = self._row(info, guide, model, frozen, plan, sums, variants.get(info.name), sizes)
                 table["local" if info.local else "outer"][info.name] = row
+            for name in plan.compared(structure, "cross", "moments"):
+                table["local"][name] |= self._of_guide(guide[name], structure.sites[name], plan)
+            for name in plan.compared(structure, "prior"):
+                info, prior = structure.sites[name], prior_name(name)
+                site = guide_site(model[name], site_key(draw_key, prior), injected.get(prior))
+                value = site.rsample() if model[name]["fn"].has_rsample else site.sample()
+                row = {"prior": self._from_site(value, model[name]["fn"].event_dim, info)}
+                if not model[name]["fn"].has_rsample:
+                    row["prior_log_p"] = self._rows(self._full(site.log_prob(value), info), info)
+                table["local"][name] |= row
             if plan.nested:
                 # A site with fewer of them repeats its last, which nothing looks at.
                 js = range(1, plan.inner + 1)
@@ -822,6 +841,27 @@ class NumPyroBound:
                     row[label] = self._scale(self._user_scale(message, self.structure.data_plate, sizes), info)
         return row
 
+    def _of_guide(self, site: Message, info: SiteInfo, plan: Plan) -> dict[str, Array]:
+        """What is requested of a guide's distribution: "cross", "mean" and "variance"."""
+        fn, found = site["fn"], dict[str, Array]()
+        shape = fn.batch_shape + fn.event_shape
+
+        def flat(x: Array, event_dim: int) -> Array:
+            return self._from_site(x, event_dim, info).reshape(self.structure.rows, -1)
+
+        if "moments" in plan.requests:
+            moments = {n: jnp.broadcast_to(getattr(fn, n), shape) for n in ("mean", "variance")}
+            found = {n: flat(x, fn.event_dim) for n, x in moments.items()}
+        if "cross" in plan.requests:
+            assert self.structure.plate_dim is not None
+            base, rows = apart(fn), self.structure.plate_dim - fn.event_dim
+            value = jnp.expand_dims(jnp.moveaxis(jnp.broadcast_to(site["value"], shape), rows, 0), rows)
+            kept = shape[: len(shape) - len(base.event_shape)]
+            every = jnp.broadcast_to(base.log_prob(value), (self.structure.rows, *kept))
+            by_row = flat(jnp.moveaxis(every, 0, -1), fn.event_dim - len(base.event_shape) + 1)
+            found["cross"] = jnp.moveaxis(by_row.reshape(self.structure.rows, -1, self.structure.rows), 2, 0)
+        return found
+
     def _site(
         self,
         info: SiteInfo,
@@ -829,7 +869,8 @@ class NumPyroBound:
         plan: Plan,
         layout: Mapping[str, tuple[int, int]],
     ) -> Site:
-        extra = {"kl": row["kl"]} if "kl" in row else {}
+        requested = ("kl", "cross", "mean", "variance", "prior", "prior_log_p")
+        extra: dict[str, Array] = {n: row[n] for n in requested if n in row}
         optional = (
             *("log_q_frozen", "log_q_drawn", "log_q_inner", "weight", "credit", "through"),
             *("log_p_full", "log_q_full"),

@@ -42,11 +42,15 @@ from ppl_lvm.backends._pyro_modules import Dropout, Modules
 from ppl_lvm.backends._pyro_particles import Together
 from ppl_lvm.backends._torch_dists import (
     GuideSite,
+    apart,
     draw,
+    elementwise,
     finite_support,
     has_kl,
+    is_whole,
     kl,
     log_prob,
+    most,
     site_log_prob,
     support_value,
 )
@@ -76,6 +80,7 @@ from ppl_lvm.backends.base import (
     is_point,
     latent_site,
     losses,
+    prior_name,
     row_params,
     steps_of,
     sum_out,
@@ -343,6 +348,9 @@ class PyroBound:
                 closed_kl=role == "latent" and name in guide and torch.equal(*scales) and has_kl(site, of_model),
                 # A tensor's values are those of this batch, and others in the next one.
                 user_scaled=any(isinstance(scale, Tensor) or abs(scale - 1.0) > 1e-9 for scale in given),
+                whole=is_whole(site) and is_whole(of_model) and not self._missing.fills(name),
+                elementwise=elementwise(site["fn"]) and elementwise(of_model["fn"]),
+                most=None if role == "observed" or site["is_observed"] else most(site["fn"]),
                 fixed=site["is_observed"] and role == "auxiliary",
                 point=is_point(site["fn"]),
                 steps=steps_of(site["fn"], of_model["fn"]),
@@ -824,6 +832,19 @@ class PyroBound:
             )
             for info in plan.rows(structure)
         }
+        for name in plan.compared(structure, "cross", "moments"):
+            requested = self._of_guide(guide[name], structure.sites[name], plan)
+            table[name] = replace(table[name], extra={**table[name].extra, **requested})
+        for name in plan.compared(structure, "prior"):
+            info, fn = structure.sites[name], of_draws(dict(model[name]), structure.sites[name])
+            injected = given.get(prior_name(name))
+            injected = None if injected is None else self._to_site(injected, info, outer, inner)
+            of_prior = GuideSite(fn, injected, info.support, 1, -(n + 1), lambda draw: draw())
+            value = of_prior.rsample() if fn.has_rsample else of_prior.sample()
+            requested = {"prior": self._from_site(value, fn.event_dim, info)}
+            if not fn.has_rsample:
+                requested["prior_log_p"] = self._rows(self._full(log_prob(fn, value), info), info)
+            table[name] = replace(table[name], extra={**table[name].extra, **requested})
         if plan.nested:
             pairs = [anew(j) for j in range(1, plan.inner + 1)]
             found = [{s: torch.stack([p[i][s] for p in pairs]) for s in pairs[0][i]} if pairs else {} for i in (0, 1)]
@@ -943,6 +964,27 @@ class PyroBound:
             **scales,
             **{label: row.get(label) for label in optional},
         )
+
+    def _of_guide(self, site: Message, info: SiteInfo, plan: Plan) -> dict[str, Tensor]:
+        """What is requested of a guide's distribution: "cross", "mean" and "variance"."""
+        fn, found = site["fn"], dict[str, Tensor]()
+
+        def flat(x: Tensor, event_dim: int) -> Tensor:
+            x = self._from_site(x, event_dim, info)
+            return x.reshape(*x.shape[:3], -1)
+
+        if "moments" in plan.requests:
+            shape = fn.batch_shape + fn.event_shape
+            found = {n: flat(getattr(fn, n).expand(shape), fn.event_dim) for n in ("mean", "variance")}
+        if "cross" in plan.requests:
+            assert self.structure.plate_dim is not None
+            base, rows = apart(fn), self.structure.plate_dim - fn.event_dim
+            value = site["value"].expand(fn.batch_shape + fn.event_shape)
+            every = log_prob(base, value.movedim(rows, 0).unsqueeze(rows)).movedim(0, -1)
+            elements = fn.event_dim - len(base.event_shape)
+            by_row = flat(every, elements + 1)
+            found["cross"] = by_row.reshape(*by_row.shape[:3], -1, by_row.shape[2]).movedim(4, 2)
+        return found
 
     # Shapes: batch dimensions are counted from the right, draws on their left; a table row has [M, K, B, *inner].
 
