@@ -373,6 +373,15 @@ class Plan:
     def frozen(self) -> bool:
         return any(e.frozen for e in self.estimators.values())
 
+    @property
+    def relaxed(self) -> bool:
+        """Whether some site's values are off the support of its distribution."""
+        return any(e.relaxed() for e in self.estimators.values())
+
+    def hard(self) -> Plan:
+        """The same run with draws of the sites' own distributions in the place of relaxed ones."""
+        return replace(self, estimators={n: Plain() if e.relaxed() else e for n, e in self.estimators.items()})
+
     def of_classes(self, side: Literal["guide", "model"]) -> dict[str, Callable[[Array, Array], Array]]:
         """Densities of sites whose values are relaxed, as this side has them."""
         return {n: partial(e.log_density, side=side) for n, e in self.estimators.items() if e.relaxed()}
