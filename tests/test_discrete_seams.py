@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import itertools
 import re
+from importlib import import_module
 from typing import Any
 
 import jax
@@ -351,6 +352,48 @@ def test_temperatures_are_schedules(backend: Backend) -> None:
     first, second, moved = losses(1.0), losses(0.4), losses(moving)
     np.testing.assert_allclose(moved, [first[0], second[1]], rtol=0, atol=1e-10)
     assert np.abs(first - second).min() > 1e-3
+
+
+@on_both
+def test_native_programs(backend: Backend) -> None:
+    """Zeros and ones that NumPyro draws as integers carry gradients all the same."""
+    ppl, dist = import_module(backend), import_module(f"{backend}.distributions")
+    xp = torch if backend == "pyro" else jnp
+
+    def native_model(x: Array) -> None:
+        with ppl.plate("data", len(x)):
+            y = ppl.sample("y", dist.Bernoulli(logits=xp.asarray(P_Y, dtype=x.dtype)))
+            ppl.sample("x", dist.Normal(2.0 * y, 1.0), obs=x)
+
+    def native_guide(x: Array) -> None:
+        logit = ppl.param("q", xp.asarray(Y, dtype=x.dtype))
+        with ppl.plate("data", len(x)):
+            ppl.sample("y", dist.Bernoulli(logits=logit))
+
+    engine = Engine(backend, native_model, native_guide, {"x": np.array([1.3])}, portable=False)
+    values = {"y": np.array([[[0]], [[1]]])[:, None]}
+    if backend == "pyro":
+        values = {"y": values["y"].astype(float)}
+    found = engine.loss(elbo(), {"y": straight_through()}, values=values, runs=2)
+    pi = 1.0 / (1.0 + np.exp(-Y))
+    # d/dy of log p(y) + log N(x; 2 y, 1) - log q(y), at y = 0 and 1; the direct gradient of log q has mean zero.
+    slope = P_Y - Y + 2.0 * (1.3 - 2.0 * np.array([0.0, 1.0]))
+    wanted = -pi * (1.0 - pi) * ((1.0 - pi) * slope[0] + pi * slope[1])
+    np.testing.assert_allclose((1.0 - pi) * found.gradient["q"][0] + pi * found.gradient["q"][1], wanted, atol=1e-12)
+
+
+@pytest.mark.parametrize("estimator", [gumbel_rao(samples=3), gumbel_softmax(), reinmax()], ids=named)
+def test_traced_steps_are_eager_ones_on_pyro(estimator: Estimator) -> None:
+    """Noise is drawn anew in every step of a traced one."""
+    program = Program("pair", pair_model, pair_guide, portable=True, arguments=("x",))
+    options: Any = {"backend": "pyro", "dtype": "float64", "batch_size": None, "steps": 4}
+    options |= {"estimator": {"z": estimator, "y": "score"}}
+    eager, traced = (
+        fit(program, None, np.array([1.3, 0.2]), "elbo", compile=mode, **options).history["loss"]
+        for mode in ("eager", "graph")
+    )
+    np.testing.assert_allclose(traced, eager, rtol=0, atol=1e-12)
+    assert len(np.unique(traced)) == 4
 
 
 # What is refused.
