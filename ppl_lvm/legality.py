@@ -96,8 +96,34 @@ def _kind_of_site(c: Case) -> str | None:
         return f"its distribution is a point, which is no draw; {c.remedy}."
     if c.estimator.site == "reparameterised" and not c.site.reparameterised:
         return f"its distribution has no reparameterised draw; {c.remedy}."
+    if c.estimator.site in ("classes", "one_hot") and c.site.classes is None:
+        return f"it is for one-hots and Bernoullis, and the distribution is neither; {c.remedy}."
+    if c.estimator.site == "one_hot" and not c.site.one_hot:
+        return (
+            f"its value is an index, which carries no gradient; make it a OneHotCategorical in guide and model, or "
+            f"{c.remedy}."
+        )
     if c.estimator.site == "finite" and c.site.support is None:
         return f"its distribution has no finite support of at most {LARGEST_SUPPORT} values; {c.remedy}."
+    return None
+
+
+def _relaxed(c: Case) -> str | None:
+    """Relaxed values have a density of their own on both sides."""
+    if not c.estimator.relaxed():
+        return None
+    if c.site.role == "latent" and c.site.classes_in_model is None:
+        return (
+            f"its values are relaxed, and the model's distribution of the site is of another kind, which has no "
+            f"density there; give the model the guide's kind, or {c.remedy}."
+        )
+    if c.site.partly_observed:
+        return f"its values are relaxed, and the data that take the places of some are not; {c.remedy}."
+    if c.objective.requests() & {"cross", "moments", "prior"}:
+        return (
+            f"its values are relaxed, and the objective compares rows by the distributions of values that are not; "
+            f"{c.remedy}."
+        )
     return None
 
 
@@ -127,8 +153,9 @@ def _one_draw_a_row(c: Case) -> str | None:
 
 def _verb(c: Case) -> str | None:
     for verb in sorted(c.verbs):
-        if verb in c.estimator.refuses:
-            return f"inside `{verb}` {c.estimator.refuses[verb]}; {c.remedy}."
+        why = c.estimator.why_refused(verb)
+        if why is not None:
+            return f"inside `{verb}` {why}; {c.remedy}."
     return None
 
 
@@ -145,6 +172,8 @@ def _enough_draws(c: Case) -> str | None:
 def _detached(c: Case) -> str | None:
     if not c.objective.detached or c.moved(c.site.name):
         return None
+    if _live(c.estimator) and c.estimator.why_biased():
+        return f"the objective takes draws as they are, and it changes nothing about them; {c.remedy}."
     if c.site.point:
         return (
             "the objective differentiates densities at fixed draws, and a point moves with its parameters; use 'elbo' "
@@ -266,6 +295,11 @@ def _doubly_reparameterised(c: Case) -> str | None:
         estimator = c.estimators.get(other.name)
         if estimator is None or estimator.frozen:
             continue
+        if estimator.site in ("classes", "one_hot"):
+            return (
+                f"site {other.name!r} of the same row is {_name(estimator)!r}, whose gradient the surrogate would "
+                f"reweigh; use 'pathwise' here."
+            )
         if not (estimator.scored or estimator.exhaustive):
             return f"site {other.name!r} of the same row is {_name(estimator)!r}; make both 'dreg' or both 'pathwise'."
         if estimator.exhaustive and "wake" in c.verbs:
@@ -295,6 +329,7 @@ RULES: tuple[Rule, ...] = (
     _level,
     _inside_a_scan,
     _kind_of_site,
+    _relaxed,
     _one_draw_a_row,
     _verb,
     _enough_draws,
@@ -353,6 +388,9 @@ def decide(objective: Objective, patterns: Mapping[str, Estimator | None], struc
         )
         estimators[info.name] = chosen
         notes.append(f"{info.name}: {_name(chosen)} (chosen by auto)")
+    for info in structure.drawn():
+        if bias := estimators[info.name].why_biased():
+            notes.append(f"{info.name}: {_name(estimators[info.name])} is biased: {bias}")
     cases = (Case(objective, estimators[i.name], i, structure, estimators) for i in structure.drawn())
     refused = {c.site.name: why for c in cases if (why := refusal(c)) is not None}
     problems = [

@@ -279,7 +279,8 @@ class Trainer:
                     inputs["index"] = where[i]
                 leaves, structure = pytree.tree_flatten(inputs)
                 if self._step is None:
-                    rows = data.leaves[0].shape[0] if where is None else where.shape[1]
+                    of_data = data.leaves[0].shape[0] if data.leaves else 0
+                    rows = of_data if where is None else where.shape[1]
                     key = (*self._key, self.mode, self._steps if self.mode == "auto" else None, structure)
                     self._step, self.mode, notes = STEPS.get(
                         key, lambda: self._prepare(leaves, structure, rows)  # noqa: B023 - called at once
@@ -318,9 +319,16 @@ class Trainer:
         return {**tree, "states": dict(zip(tree["states"], rest, strict=True))}
 
     def loss(
-        self, tree: list[Tree], bound: PyroBound, batch: Call, key: int, numbers: Numbers, rows: int | None
+        self,
+        tree: list[Tree],
+        bound: PyroBound,
+        batch: Call,
+        key: int,
+        numbers: Numbers,
+        rows: int | None,
+        plan: Plan | None = None,
     ) -> Tensor:
-        here, planned = with_numbers(self._objective, self._plan, numbers)
+        here, planned = with_numbers(self._objective, self._plan if plan is None else plan, numbers)
         found = []
         with sealed(self._bound.dtype), bound.evaluation():
             for one in tree:

@@ -9,8 +9,9 @@ from __future__ import annotations
 import inspect
 import itertools
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 import numpy as np
@@ -59,6 +60,14 @@ class SiteInfo:
     reparameterised: bool = False
     support: np.ndarray | None = None
     """All values `[V, *event]` of a finite latent site, or None."""
+    classes: int | None = None
+    """V of a latent site whose elements are one-hots, categoricals or Bernoullis, however many they are; or None."""
+    one_hot: bool = False
+    """Its values are weights of classes (one-hots, zeros and ones) that a gradient can flow through, no indices."""
+    classes_in_model: int | None = None
+    """V of the model's distribution of the site where the two are of one kind."""
+    partly_observed: bool = False
+    """Known entries of the data take the places of drawn ones."""
     plates: tuple[Plate, ...] = ()
     guide_parents: frozenset[str] = frozenset()
     """Sites whose values the guide's density of this site looks at."""
@@ -206,6 +215,41 @@ def prior_name(site: str) -> str:
     return f"{site}/prior"
 
 
+def noise_name(site: str, salt: int = 0) -> str:
+    """The name under which a run is given the uniforms of a site with classes, for an estimator's noise of this number.
+
+    They are laid out like the site's value `[.., *elements, V]`, several copies as `[.., copies, *elements, V]`.
+    """
+    return f"{site}~{salt}"
+
+
+def owner(name: str, sites: Container[str]) -> str:
+    """The site that something is injected for: the name itself, or what one of the functions above made of it."""
+    if name in sites:
+        return name
+    value, noise, salt = name.rpartition("~")
+    name = value if noise and salt.isdigit() else name
+    site, inner, j = name.rpartition("/")
+    return site if name not in sites and inner and (j.isdigit() or name == prior_name(site)) else name
+
+
+def class_facts(guide: tuple[int, bool] | None, model: tuple[int, bool] | None) -> dict[str, Any]:
+    """What `SiteInfo` says of a site's classes, from those of its two distributions (V, whether values are no index).
+    """
+    if guide is None:
+        return {}
+    return {"classes": guide[0], "one_hot": guide[1], "classes_in_model": guide[0] if model == guide else None}
+
+
+def check_injected(site: str, value: Array | None) -> None:
+    """Refuses a value that was injected and left aside."""
+    if value is not None:
+        raise BackendError(
+            f"A value was injected into site {site!r}, whose estimator makes its own from noise; inject the noise "
+            f"({noise_name(site)!r})."
+        )
+
+
 def log_reverse(marginal: Nested, log_q: Mapping[str, Array], inner: Mapping[str, Array]) -> Array:
     """`log (1/J) sum_j prod_s q(s | u_j) - sum_s log q(s | u_0)` over the sites s that look at u.
 
@@ -351,6 +395,19 @@ class Plan:
     @property
     def frozen(self) -> bool:
         return any(e.frozen for e in self.estimators.values())
+
+    @property
+    def relaxed(self) -> bool:
+        """Whether some site's values are off the support of its distribution."""
+        return any(e.relaxed() for e in self.estimators.values())
+
+    def hard(self) -> Plan:
+        """The same run with draws of the sites' own distributions in the place of relaxed ones."""
+        return replace(self, estimators={n: Plain() if e.relaxed() else e for n, e in self.estimators.items()})
+
+    def of_classes(self, side: Literal["guide", "model"]) -> dict[str, Callable[[Array, Array], Array]]:
+        """Densities of sites whose values are relaxed, as this side has them."""
+        return {n: partial(e.log_density, side=side) for n, e in self.estimators.items() if e.relaxed()}
 
     def varied(self, name: str, count: int) -> bool:
         """Whether a site's value is one of its estimator's variants, of which there are `count`."""
@@ -995,7 +1052,10 @@ def with_numbers(objective: Objective, plan: Plan, numbers: Numbers) -> tuple[Ob
     def of(owner: str) -> dict[str, Any]:
         return {n.removeprefix(owner + "."): v for n, v in numbers.items() if n.rpartition(".")[0] == owner}
 
-    estimators = {s: e.with_numbers(of(f"estimator.{s}")) for s, e in plan.estimators.items()}
+    def placed(s: str, e: Estimator) -> Estimator:
+        return e.with_numbers({n: v for n, v in of(f"estimator.{s}").items() if n in e.numbers()})
+
+    estimators = {s: placed(s, e) for s, e in plan.estimators.items()}
     return objective.with_numbers(of("objective")), replace(plan, estimators=estimators)
 
 
@@ -1055,9 +1115,19 @@ class Trainer(Protocol):
         """
 
     def loss(
-        self, tree: Any, bound: Any, batch: Call, key: Any, numbers: Numbers, rows: int | None
+        self,
+        tree: Any,
+        bound: Any,
+        batch: Call,
+        key: Any,
+        numbers: Numbers,
+        rows: int | None,
+        plan: Plan | None = None,
     ) -> Any:
-        """The objective's loss per row, `[R]`, on a batch of `bound`, without gradients; `rows` is N."""
+        """The objective's loss per row, `[R]`, on a batch of `bound`, without gradients; `rows` is N.
+
+        `plan` is another one than the fit's; numbers that it has no place for are left aside.
+        """
 
     def params(self, tree: Any, run: int = 0) -> Mapping[str, Any]: ...
 
