@@ -117,7 +117,7 @@ def _inside_a_scan(c: Case) -> str | None:
 def _one_draw_a_row(c: Case) -> str | None:
     support = 0 if c.site.support is None else len(c.site.support)
     inner = [p.name for p in c.site.plates if p.name != c.structure.data_plate]
-    if (c.estimator.count(support) > 1 or c.estimator.weighted) and inner:
+    if (c.estimator.count(support) > 1 or c.estimator.weighted) and inner and not c.estimator.by_row:
         return (
             f"it has one draw for every element of plates {inner}, not one a row; declare them with to_event, or "
             f"{c.remedy}."

@@ -138,11 +138,16 @@ class Structure:
         return [i for i in self.sites.values() if not i.in_guide]
 
 
+VARIANT, SUMMED = ("weight", "credit", "through", "control"), ("credit", "control")
+"""What a table has of a variant besides its value; of these, what is summed over the elements of a row."""
+
+
 class Facts(NamedTuple):
     """See `draws.Site`."""
 
     role: Role
     downstream: frozenset[str]
+    ancestors: frozenset[str] = frozenset()
     joint: tuple[str, ...] = ()
     mixed: bool = False
 
@@ -276,7 +281,7 @@ class Plan:
 
     def facts(self, structure: Structure, name: str) -> Facts:
         """What a row of the table says of its site besides arrays."""
-        facts = Facts(structure.sites[name].role, self.seen(structure).downstream(name))
+        facts = Facts(structure.sites[name].role, self.seen(structure).downstream(name), structure.ancestors(name))
         for group in self.marginal:
             if group.carrier == name and name in group.sites:
                 role: Role = "observed" if group.observed and not group.mixed else "latent"
@@ -629,6 +634,11 @@ _DISCRETE: dict[str, Discrete] = {
 }
 
 
+def of_least_variance(plan: Plan, own: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """The sites whose estimator's own parameters are trained on the variance of the guide's gradient."""
+    return [s for s in own if s in plan.estimators and plan.estimators[s].least_variance]
+
+
 def losses(
     draws: Draws, objective: Objective, plan: Plan
 ) -> tuple[Array, Array | None, Array | None, dict[str, Array]]:
@@ -636,7 +646,7 @@ def losses(
     guide_view = draws.view("guide")
     loss = objective(guide_view)
     ledger = guide_view.ledger
-    apart = plan.frozen or any(s.through is not None for s in draws.sites.values())
+    apart = plan.frozen or any(e.relaxes for e in plan.estimators.values())
     model, guide = loss.model, loss.guide
     if apart:
         guide = loss.model if guide is None else guide

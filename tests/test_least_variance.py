@@ -1,0 +1,56 @@
+"""Own parameters of estimators that are trained on the variance of the guide's gradient.
+
+The estimator of these tests is the control variate of a continuous site that REBAR and RELAX are made of for discrete
+ones: with z the draw and s = z + shift the value that the program sees besides,
+`[h(z) - eta h(s)] grad log q(z) + eta grad h(s)`. Its scale and its shift are its own parameters.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from harness import BACKENDS, Engine
+from toys import GAUSSIANS2, GLOBAL_ROWS, MIXED_YZ, Backend, Toy
+
+from ppl_lvm import fit, ops
+from ppl_lvm.algorithm import Estimator, Objective, SiteDistribution, Variant
+from ppl_lvm.estimators.pathwise import pathwise
+from ppl_lvm.estimators.score import score
+from ppl_lvm.estimators.stl import stl
+from ppl_lvm.objectives.elbo import elbo
+from ppl_lvm.objectives.iwae import iwae
+from ppl_lvm.ops import Array, stop_gradient
+
+on_both = pytest.mark.parametrize("backend", BACKENDS)
+
+
+class controlled(Estimator):
+    site = "reparameterised"
+    least_variance = True
+
+    def count(self, support: int) -> int:
+        return 2
+
+    def initial_own(self, features: int) -> dict[str, Any]:
+        return {"eta": [0.6], "shift": [0.3]}
+
+    def variants(self, dist: SiteDistribution, index: Array) -> Variant:
+        eta, shift = dist.own["eta"][0], dist.own["shift"][0]
+        live = dist.rsample()
+        drawn = stop_gradient(live)
+        log_q = dist.log_prob(drawn)
+        xp = ops.xp(log_q)
+        first, nothing = index == 0, xp.zeros_like(log_q)
+        score = log_q - stop_gradient(log_q)
+        wide = xp.reshape(first, tuple(first.shape) + (1,) * (drawn.ndim - log_q.ndim))
+        return Variant(
+            xp.where(wide, drawn, live + shift),
+            weight=xp.where(first, nothing + 1.0, nothing),
+            credit=xp.where(first, score, -eta * score),
+            through=xp.where(first, nothing, nothing + eta),
+        )
