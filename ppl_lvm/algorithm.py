@@ -345,6 +345,28 @@ class SiteDistribution(Protocol):
     def select(self, index: "Array") -> "Array":
         """Element `index` of the enumerated support, broadcast to the site's batch shape."""
 
+    # Of a site whose elements are one-hots, categoricals or Bernoullis: `*elements` is its event without the classes.
+
+    def log_probs(self) -> "Array":
+        """Log probabilities of the classes, `[*batch, *elements, V]`, live in parameters; of a Bernoulli those of 0
+        and 1."""
+
+    def embed(self, weights: "Array") -> "Array":
+        """The program's value of weights of classes `[*batch, *elements, V]`: those of a one-hot, the second of a
+        Bernoulli, the index of the largest of a categorical."""
+
+    def classes_of(self, value: "Array") -> "Array":
+        """The inverse of `embed`: one-hots `[*batch, *elements, V]` of a hard value."""
+
+    def uniform(self, salt: int = 0, copies: int | None = None) -> "Array":
+        """Noise strictly inside (0, 1), `[*batch, *elements, V]`, or `[copies, *batch, *elements, V]`.
+
+        It is the same for all variants of a draw, and other noise than that of `sample` and of another salt.
+        """
+
+    own: "Mapping[str, Array]"
+    """The estimator's own parameters at this site."""
+
 
 class Estimator(Algorithm):
     """How the draw of a guide site carries gradient to the guide's parameters.
@@ -366,8 +388,9 @@ class Estimator(Algorithm):
     """Its `variants` is asked for one value too, whose weight is that of a draw from elsewhere, `q / b`."""
     bias: ClassVar[str] = ""
     """Why its gradient is biased, in one clause; empty where it is not."""
-    site: ClassVar[Literal["any", "reparameterised", "finite"]] = "any"
-    """The kind of distribution it needs."""
+    site: ClassVar[Literal["any", "reparameterised", "finite", "classes", "one_hot"]] = "any"
+    """The kind of distribution it needs: "classes" are one-hots, categoricals and Bernoullis, any number of elements;
+    "one_hot" those of them whose values are no indices, so that gradient can flow through them."""
     least_draws: ClassVar[int] = 1
     """Draws it needs at the site's level (K for local sites, M for global ones)."""
     refuses: ClassVar[Mapping[str, str]] = {}
@@ -387,6 +410,23 @@ class Estimator(Algorithm):
     def sample(self, dist: SiteDistribution) -> "Array":
         """The value of one draw."""
         raise NotImplementedError(f"Estimator {type(self).__name__} defines neither sample nor variants.")
+
+    def why_biased(self) -> str:
+        """`bias` under these options."""
+        return self.bias
+
+    def why_refused(self, verb: str) -> str | None:
+        """Why it must not serve a verb under these options, or None."""
+        return self.refuses.get(verb)
+
+    def relaxed(self) -> bool:
+        """Whether its values are off the support of the site's distribution, so that `log_density` is the density of
+        the site on both sides."""
+        return False
+
+    def log_density(self, log_probs: "Array", weights: "Array", side: Literal["guide", "model"]) -> "Array":
+        """Log density of relaxed weights of classes, element by element: `[.., V], [.., V] -> [..]`."""
+        raise NotImplementedError(f"Estimator {type(self).__name__} has no relaxed density.")
 
     def count(self, support: int) -> int:
         """Variants per draw, static; `support` is the number of values of a finite site, otherwise 0."""

@@ -96,6 +96,13 @@ def _kind_of_site(c: Case) -> str | None:
         return f"its distribution is a point, which is no draw; {c.remedy}."
     if c.estimator.site == "reparameterised" and not c.site.reparameterised:
         return f"its distribution has no reparameterised draw; {c.remedy}."
+    if c.estimator.site in ("classes", "one_hot") and c.site.classes is None:
+        return f"it is for one-hots and Bernoullis, and the distribution is neither; {c.remedy}."
+    if c.estimator.site == "one_hot" and not c.site.one_hot:
+        return (
+            f"its value is an index, which carries no gradient; make it a OneHotCategorical in guide and model, or "
+            f"{c.remedy}."
+        )
     if c.estimator.site == "finite" and c.site.support is None:
         return f"its distribution has no finite support of at most {LARGEST_SUPPORT} values; {c.remedy}."
     return None
@@ -127,8 +134,9 @@ def _one_draw_a_row(c: Case) -> str | None:
 
 def _verb(c: Case) -> str | None:
     for verb in sorted(c.verbs):
-        if verb in c.estimator.refuses:
-            return f"inside `{verb}` {c.estimator.refuses[verb]}; {c.remedy}."
+        why = c.estimator.why_refused(verb)
+        if why is not None:
+            return f"inside `{verb}` {why}; {c.remedy}."
     return None
 
 

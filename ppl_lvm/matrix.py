@@ -157,7 +157,7 @@ def _bias(objective: Objective, estimators: Mapping[str, Estimator], structure: 
     of_draws = objective.why_biased()
     if all(estimators[i.name].exhaustive for i in structure.drawn(local=True)) and "joint" not in objective.verbs:
         of_draws = ""  # a mean over all values of a row, which knows no number of draws
-    return "; ".join(filter(None, (of_draws, *sorted({e.bias for e in estimators.values()}))))
+    return "; ".join(filter(None, (of_draws, *sorted({e.why_biased() for e in estimators.values()}))))
 
 
 def _objectives(name: str) -> Iterator[tuple[str, Objective]]:

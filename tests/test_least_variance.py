@@ -54,3 +54,37 @@ class controlled(Estimator):
             credit=xp.where(first, score, -eta * score),
             through=xp.where(first, nothing, nothing + eta),
         )
+
+
+CASES = [
+    pytest.param(GAUSSIANS2, elbo(draws=2), {"z1": controlled(), "z2": pathwise()}, id="elbo"),
+    pytest.param(GAUSSIANS2, iwae(draws=3), {"*": controlled()}, id="iwae"),
+    pytest.param(GAUSSIANS2, elbo(), {"z1": controlled(), "z2": stl()}, id="frozen"),
+    pytest.param(MIXED_YZ, elbo(draws=2), {"y": score(), "z": controlled()}, id="below a score"),
+    pytest.param(GLOBAL_ROWS, elbo(outer=2), {"g": controlled(), "z": pathwise()}, id="global"),
+]
+
+
+
+@on_both
+@pytest.mark.parametrize(("toy", "objective", "estimators"), CASES)
+def test_the_gradient_of_the_squared_gradient(
+    backend: Backend, toy: Toy, objective: Objective, estimators: dict[str, Estimator]
+) -> None:
+    """What is differentiated is the gradient that the same run gives at other own parameters, stopped signals included."""
+    engine, rows = Engine.of(backend, toy), len(toy.data["x"])
+    sites = [n for n, e in engine.plan(objective, estimators).estimators.items() if e.least_variance]
+    at = {s: {"eta": np.array([0.6]), "shift": np.array([0.3])} for s in sites}
+    h = 1e-4
+
+    def loss(site: str, name: str, by: float) -> float:
+        own = {**at, site: {**at[site], name: at[site][name] + by}}
+        found = engine.loss(objective, estimators, own=own, seed=4)
+        return sum(float(((found.gradient[n] / rows) ** 2).sum()) for n in toy.guide_params)
+
+    found = engine.loss(objective, estimators, own=at, seed=4)
+    for site in sites:
+        for name in at[site]:
+            slope = (loss(site, name, h) - loss(site, name, -h)) / (2 * h)
+            assert abs(slope) > 1e-3
+            assert float(found.own[site][name][0]) == pytest.approx(slope, rel=1e-6), (site, name)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from functools import cached_property
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,10 +15,12 @@ from numpyro.distributions import constraints
 from numpyro.distributions.kl import kl_divergence
 from numpyro.distributions.util import validate_sample
 
-from ppl_lvm.backends.base import Chain, is_point, product_support, rebuild
+from ppl_lvm.backends.base import Chain, check_injected, is_point, noise_name, product_support, rebuild
 
 Array = jax.Array
 Message = dict[str, Any]
+Density = Callable[[Array, Array], Array]
+"""`(log probabilities, weights) -> log density` of elements with classes, `[..., V], [..., V] -> [...]`."""
 
 
 class _OneHot(type(constraints.simplex)):  # type: ignore[misc]
@@ -104,10 +108,94 @@ def draw(fn: Any, key: Array, as_float: bool) -> Array:
     return value.astype(jnp.zeros(()).dtype) if as_float and _boolean(fn) else value
 
 
+_CLASSES = (
+    OneHotCategorical,
+    *(dist.CategoricalProbs, dist.CategoricalLogits),
+    *(dist.BernoulliProbs, dist.BernoulliLogits),
+)
+
+
+def _of_classes(fn: Any) -> Any:
+    """The one-hot, categorical or Bernoulli distribution inside `to_event`, masks and expansions; None if it is none.
+    """
+    fn = fn.of if isinstance(fn, Chain) else fn
+    while isinstance(fn, (dist.Independent, dist.ExpandedDistribution, dist.MaskedDistribution)):
+        fn = fn.base_dist
+    return fn if isinstance(fn, _CLASSES) else None
+
+
+def _bernoulli(fn: Any) -> bool:
+    return isinstance(fn, (dist.BernoulliProbs, dist.BernoulliLogits))
+
+
+def classes(fn: Any) -> tuple[int, bool] | None:
+    """Number of classes of a site, and whether gradient can flow through its value, which is no index."""
+    base = _of_classes(fn)
+    if base is None:
+        return None
+    if _bernoulli(base):
+        return 2, True
+    return jnp.shape(base.logits)[-1], isinstance(base, OneHotCategorical)
+
+
+def reparameterised(fn: Any) -> bool:
+    """Whether draws are."""
+    return bool(fn.has_rsample)
+
+
+def elements(fn: Any) -> tuple[int, ...]:
+    """The event of a site with classes, without the classes."""
+    return tuple(fn.event_shape)[: len(fn.event_shape) - len(_of_classes(fn).event_shape)]
+
+
+def log_probs(fn: Any) -> Array:
+    """Log probabilities of a site's classes, `[*batch, *elements, V]`."""
+    base = _of_classes(fn)
+    if _bernoulli(base):
+        found = jnp.stack([jax.nn.log_sigmoid(-base.logits), jax.nn.log_sigmoid(base.logits)], -1)
+    else:
+        found = jax.nn.log_softmax(base.logits, -1)
+    return jnp.broadcast_to(found, (*fn.batch_shape, *elements(fn), found.shape[-1]))
+
+
+def classes_of(fn: Any, value: Array) -> Array:
+    """A value as weights of its classes, `[*batch, *elements, V]`: one-hots where it is hard."""
+    base = _of_classes(fn)
+    if isinstance(base, OneHotCategorical):
+        return value
+    dtype = jnp.result_type(base.logits)
+    if _bernoulli(base):
+        return jnp.stack([1.0 - value, value], -1).astype(dtype)
+    return jax.nn.one_hot(value, jnp.shape(base.logits)[-1], dtype=dtype)
+
+
+def embed(fn: Any, weights: Array) -> Array:
+    """The inverse of `classes_of`; of an index, for one-hots."""
+    base = _of_classes(fn)
+    if isinstance(base, OneHotCategorical):
+        return weights
+    return weights[..., 1] if _bernoulli(base) else jnp.argmax(weights, -1)
+
+
 def site_log_prob(site: Message) -> Array:
     if "log_prob" in site:  # of a scan, taken step by step
         return site["log_prob"]
+    if "of_classes" in site:
+        return _log_prob_of_classes(site["fn"], site["value"], site["of_classes"])
     return site["fn"].log_prob(site["value"])
+
+
+def _log_prob_of_classes(fn: Any, value: Array, density: Density) -> Array:
+    """The log density of a site with classes, that of each element given."""
+    if isinstance(fn, dist.MaskedDistribution):
+        return jnp.where(fn._mask, _log_prob_of_classes(fn.base_dist, value, density), 0.0)
+    if isinstance(fn, dist.ExpandedDistribution):
+        return _log_prob_of_classes(fn.base_dist, value, density)
+    if isinstance(fn, dist.Independent):
+        inner = _log_prob_of_classes(fn.base_dist, value, density)
+        n = fn.reinterpreted_batch_ndims
+        return inner.sum(tuple(range(-n, 0))) if n else inner
+    return density(log_probs(fn), classes_of(fn, value))
 
 
 def finite_support(fn: Any) -> np.ndarray | None:
@@ -184,13 +272,33 @@ def _solve(lower: Array, b: Array) -> Array:
 
 
 class GuideSite:
-    """A guide site as an estimator sees it (see `algorithm.SiteDistribution`)."""
+    """A guide site as an estimator sees it (see `algorithm.SiteDistribution`).
+
+    `given(name, event_dim)` is what was injected under the site's name, or its noise's.
+    """
 
     def __init__(
-        self, fn: Any, key: Array, injected: Array | None, support: np.ndarray | None, as_float: bool
+        self,
+        name: str,
+        fn: Any,
+        key: Array,
+        given: Callable[[str, int], Array | None],
+        support: np.ndarray | None,
+        as_float: bool,
+        own: Mapping[str, Array] | None = None,
     ) -> None:
-        self._fn, self._key, self._injected, self._support = fn, key, injected, support
-        self._as_float = as_float
+        self._name, self._fn, self._key, self._given, self._support = name, fn, key, given, support
+        self._as_float, self._noisy = as_float, False
+        self.own = own or {}
+
+    @cached_property
+    def _injected(self) -> Array | None:
+        return self._given(self._name, self._fn.event_dim)
+
+    def check_used(self) -> None:
+        """Refuses a value that was injected where noise was asked for instead."""
+        if self._noisy and "_injected" not in self.__dict__:
+            check_injected(self._name, self._injected)
 
     def sample(self) -> Array:
         value = self._injected
@@ -205,6 +313,26 @@ class GuideSite:
 
     def log_prob(self, value: Array) -> Array:
         return self._fn.log_prob(value)
+
+    def log_probs(self) -> Array:
+        return log_probs(self._fn)
+
+    def embed(self, weights: Array) -> Array:
+        return embed(self._fn, weights)
+
+    def classes_of(self, value: Array) -> Array:
+        return classes_of(self._fn, value)
+
+    def uniform(self, salt: int = 0, copies: int | None = None) -> Array:
+        self._noisy = True
+        like = self.log_probs()
+        event = len(elements(self._fn)) + 1
+        lead = () if copies is None else (copies,)
+        injected = self._given(noise_name(self._name, salt), event + len(lead))
+        if injected is not None:
+            return injected if copies is None else jnp.moveaxis(injected, -event - 1, 0)
+        key = jax.random.fold_in(jax.random.fold_in(self._key, 3), salt)
+        return jax.random.uniform(key, lead + like.shape, like.dtype, minval=jnp.finfo(like.dtype).tiny)
 
     def explore(self, epsilon: float) -> tuple[Array, int]:
         assert self._support is not None

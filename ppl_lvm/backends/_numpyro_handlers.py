@@ -147,8 +147,11 @@ class Handler(Messenger):
         scan_keys: Callable[[int], Array] | None = None,
         scanned: Mapping[str, Array] | None = None,
         cast: Callable[[Any], Any] | None = None,
+        of_classes: Mapping[str, Callable[[Array, Array], Array]] | None = None,
     ) -> None:
         super().__init__()
+        self.of_classes = of_classes or {}
+        """Densities of classes that stand in the place of a distribution's own, by site."""
         self.params, self.key, self.latent, self.observed = params, key, latent, observed
         self.trace: dict[str, Message] = {}
         self.unrolled = unrolled
@@ -210,6 +213,8 @@ class Handler(Messenger):
             enter(msg, key, self._replayed, self.observed, self.scans)
         elif kind == "sample" and not msg["is_observed"] and msg["value"] is None and self.latent is not None:
             msg["value"] = self.latent(msg)
+            if msg["name"] in self.of_classes:
+                msg["of_classes"] = self.of_classes[msg["name"]]
         elif kind == "sample" and msg["is_observed"] and self.observed is not None and not self._drawn(msg["name"]):
             msg["value"] = self.observed(msg)
         if kind == "sample" and self.missing is not None and self.observed is None:
@@ -261,11 +266,12 @@ def _indexing(msg: Message) -> tuple[str, ...]:
     return tuple(name for name, dim in dims.items() if dim >= 0 and shape[dim] > 1)
 
 
-def of_step(value: Array, msg: Message) -> Array:
+def of_step(value: Array, msg: Message, event_dim: int | None = None) -> Array:
     """A site's value `[*batch, T, *event]` at the step of a message inside a scan; outside of one, all of it."""
     if "step" not in msg:
         return value
-    return jnp.take(value, msg["step"], axis=value.ndim - 1 - msg["fn"].event_dim)
+    event_dim = msg["fn"].event_dim if event_dim is None else event_dim
+    return jnp.take(value, msg["step"], axis=value.ndim - 1 - event_dim)
 
 
 def plates_of(trace: Mapping[str, Message]) -> dict[str, Array]:

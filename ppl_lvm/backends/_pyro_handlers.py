@@ -182,8 +182,11 @@ class Handler(Messenger):
         latent: Callable[[Message], None],
         subsamples: Mapping[str, Tensor] | None = None,
         observed: Callable[[Message], None] | None = None,
+        of_classes: Mapping[str, Callable[[Tensor, Tensor], Tensor]] | None = None,
     ) -> None:
         super().__init__()
+        self.of_classes = of_classes or {}
+        """Densities of classes that stand in the place of a distribution's own, by site."""
         self.params, self.latent, self.observed = params, latent, observed
         self.subsamples = dict(subsamples or {})
         self.plates: dict[str, int] = {}
@@ -264,6 +267,8 @@ class Handler(Messenger):
         if not msg["is_observed"] and not msg["infer"].get("_deterministic"):
             self.latent(msg)
             msg["done"] = True
+            if msg["name"] in self.of_classes:
+                msg["of_classes"] = self.of_classes[msg["name"]]
         elif msg["is_observed"] and self.observed is not None:
             self.observed(msg)
         if self.missing is not None and self.observed is None:
@@ -279,9 +284,11 @@ class Handler(Messenger):
             msg["of"], msg["name"] = msg["name"], f"{msg['name']}/{self.step}"
 
 
-def of_step(value: Tensor, msg: Message) -> Tensor:
+def of_step(value: Tensor, msg: Message, event_dim: int | None = None) -> Tensor:
     """A site's value `[*batch, T, *event]` at the step of a message inside a scan; outside of one, all of it."""
-    return value.select(value.dim() - 1 - msg["fn"].event_dim, msg["step"]) if "step" in msg else value
+    if "step" not in msg:
+        return value
+    return value.select(value.dim() - 1 - (msg["fn"].event_dim if event_dim is None else event_dim), msg["step"])
 
 
 def joined_steps(sites: dict[str, Message]) -> dict[str, Message]:

@@ -3,27 +3,93 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 import pyro
 import torch
+from pyro.distributions.torch_distribution import ExpandedDistribution, MaskedDistribution
+from pyro.distributions.util import scale_and_mask
 from torch import Tensor
 from torch.distributions import kl_divergence
 
 from ppl_lvm import ops
-from ppl_lvm.backends.base import Chain, is_point, product_support, rebuild
+from ppl_lvm.backends.base import Chain, check_injected, is_point, noise_name, product_support, rebuild
 
 Message = Any
+Density = Callable[[Tensor, Tensor], Tensor]
+"""`(log probabilities, weights) -> log density` of elements with classes, `[..., V], [..., V] -> [...]`."""
 
 
 def _one_hot(fn: Any) -> bool:
     return isinstance(fn, torch.distributions.OneHotCategorical)
 
 
+def _of_classes(fn: Any) -> Any:
+    """The one-hot, categorical or Bernoulli distribution inside `to_event`, masks and expansions; None if it is none.
+    """
+    fn = fn.of if isinstance(fn, Chain) else fn
+    while isinstance(fn, torch.distributions.Independent | MaskedDistribution | ExpandedDistribution):
+        fn = fn.base_dist
+    known = torch.distributions.Categorical | torch.distributions.Bernoulli
+    return fn if _one_hot(fn) or isinstance(fn, known) else None
+
+
+def classes(fn: Any) -> tuple[int, bool] | None:
+    """Number of classes of a site, and whether gradient can flow through its value, which is no index."""
+    base = _of_classes(fn)
+    if base is None:
+        return None
+    if isinstance(base, torch.distributions.Bernoulli):
+        return 2, True
+    return base.logits.shape[-1], _one_hot(base)
+
+
+def reparameterised(fn: Any) -> bool:
+    """Whether draws are; the library's straight-through one-hots say so of theirs, whose gradient is biased."""
+    return bool(fn.has_rsample) and _of_classes(fn) is None
+
+
+def elements(fn: Any) -> tuple[int, ...]:
+    """The event of a site with classes, without the classes."""
+    return tuple(fn.event_shape)[: len(fn.event_shape) - len(_of_classes(fn).event_shape)]
+
+
+def log_probs(fn: Any) -> Tensor:
+    """Log probabilities of a site's classes, `[*batch, *elements, V]`."""
+    base = _of_classes(fn)
+    logits = base.logits
+    if isinstance(base, torch.distributions.Bernoulli):
+        found = torch.stack([torch.nn.functional.logsigmoid(-logits), torch.nn.functional.logsigmoid(logits)], -1)
+    else:
+        found = torch.log_softmax(logits, -1)
+    return found.expand(*fn.batch_shape, *elements(fn), found.shape[-1])
+
+
+def classes_of(fn: Any, value: Tensor) -> Tensor:
+    """A value as weights of its classes, `[*batch, *elements, V]`: one-hots where it is hard."""
+    base = _of_classes(fn)
+    if _one_hot(base):
+        return value
+    if isinstance(base, torch.distributions.Bernoulli):
+        return torch.stack([1.0 - value, value], -1)
+    return ops.one_hot(value, base.logits.shape[-1])
+
+
+def embed(fn: Any, weights: Tensor) -> Tensor:
+    """The inverse of `classes_of`; of an index, for one-hots."""
+    base = _of_classes(fn)
+    if _one_hot(base):
+        return weights
+    if isinstance(base, torch.distributions.Bernoulli):
+        return weights[..., 1]
+    return weights.argmax(-1)
+
+
 def draw(fn: Any) -> Tensor:
-    if isinstance(fn, torch.distributions.Independent):
+    if isinstance(fn, torch.distributions.Independent | MaskedDistribution):
         return draw(fn.base_dist)
     if _one_hot(fn):
         # torch's own sampler reads the value back to the host, which stalls a GPU and cannot be traced.
@@ -32,15 +98,20 @@ def draw(fn: Any) -> Tensor:
     return fn.sample()
 
 
-def log_prob(fn: Any, value: Tensor) -> Tensor:
+def log_prob(fn: Any, value: Tensor, of_classes: Density | None = None) -> Tensor:
     """`fn.log_prob`, but linear in the value of a one-hot, where torch takes the argmax and loses the gradient.
 
-    Of a binomial, a common likelihood of images, the same number in fewer operations.
+    Of a binomial, a common likelihood of images, the same number in fewer operations. `of_classes` is the density of
+    each element of a site with classes, in the place of the distribution's own.
     """
     if isinstance(fn, torch.distributions.Independent):
-        inner = log_prob(fn.base_dist, value)
+        inner = log_prob(fn.base_dist, value, of_classes)
         n = fn.reinterpreted_batch_ndims
         return inner.reshape(inner.shape[: inner.dim() - n] + (-1,)).sum(-1) if n else inner
+    if isinstance(fn, MaskedDistribution) and fn._mask is not False and _of_classes(fn) is not None:
+        return scale_and_mask(log_prob(fn.base_dist, value, of_classes), mask=fn._mask)
+    if of_classes is not None:
+        return of_classes(log_probs(fn), classes_of(fn, value))
     if _one_hot(fn):
         return (value * fn.logits).sum(-1)
     if _binomial(fn):
@@ -81,7 +152,7 @@ def _unexpanded(x: Tensor) -> Tensor:
 def site_log_prob(site: Message) -> Tensor:
     if "log_prob" in site:  # of a scan, taken step by step
         return site["log_prob"]
-    value = log_prob(site["fn"], site["value"])
+    value = log_prob(site["fn"], site["value"], site.get("of_classes"))
     mask = site["mask"]
     if mask is None or mask is True:
         return value
@@ -146,33 +217,51 @@ def _solve(lower: Tensor, b: Tensor) -> Tensor:
 class GuideSite:
     """A guide site as an estimator sees it (see `algorithm.SiteDistribution`); its draws axis is `dim`.
 
-    `remember(draw)` gives a draw that an earlier run of the same table made, where the two share it.
+    `given(name, event_dim)` is what was injected under the site's name, or its noise's. `remember(draw)` gives a draw
+    that an earlier run of the same table made, where the two share it.
     """
 
     def __init__(
         self,
+        name: str,
         fn: Any,
-        injected: Tensor | None,
+        given: Callable[[str, int], Tensor | None],
         support: np.ndarray | None,
         stride: int,
         dim: int,
         remember: Callable[[Callable[[], Tensor]], Tensor],
+        own: Mapping[str, Tensor] | None = None,
     ) -> None:
-        self._fn, self._injected, self._support = fn, injected, support
+        self._name, self._fn, self._given, self._support = name, fn, given, support
         self._stride, self._dim, self._remember = stride, dim, remember
+        self._noise: dict[tuple[int, int | None], Tensor] = {}
+        self.own = own or {}
 
-    def _share(self, value: Tensor) -> Tensor:
+    @cached_property
+    def _injected(self) -> Tensor | None:
+        return self._given(self._name, self._fn.event_dim)
+
+    def check_used(self) -> None:
+        """Refuses a value that was injected where noise was asked for instead."""
+        if self._noise and "_injected" not in self.__dict__:
+            check_injected(self._name, self._injected)
+
+    def _share(self, value: Tensor, event_dim: int | None = None) -> Tensor:
         """One value for the entries that differ only in variants drawn later."""
         if self._stride == 1:
             return value
-        dim = self._dim - self._fn.event_dim
+        dim = self._dim - (self._fn.event_dim if event_dim is None else event_dim)
         t = torch.arange(value.shape[dim], device=value.device)
         return value.index_select(dim, t // self._stride * self._stride)
 
-    def sample(self) -> Tensor:
+    @cached_property
+    def _drawn(self) -> Tensor:
         if self._injected is not None:
             return self._injected.detach()
         return self._remember(lambda: self._share(draw(self._fn).detach()))
+
+    def sample(self) -> Tensor:
+        return self._drawn
 
     def rsample(self) -> Tensor:
         if self._injected is not None:
@@ -181,6 +270,34 @@ class GuideSite:
 
     def log_prob(self, value: Tensor) -> Tensor:
         return log_prob(self._fn, value)
+
+    def log_probs(self) -> Tensor:
+        return log_probs(self._fn)
+
+    def embed(self, weights: Tensor) -> Tensor:
+        return embed(self._fn, weights)
+
+    def classes_of(self, value: Tensor) -> Tensor:
+        return classes_of(self._fn, value)
+
+    def uniform(self, salt: int = 0, copies: int | None = None) -> Tensor:
+        if (salt, copies) not in self._noise:
+            self._noise[salt, copies] = self._uniform(salt, copies)
+        return self._noise[salt, copies]
+
+    def _uniform(self, salt: int, copies: int | None) -> Tensor:
+        like = self.log_probs()
+        event = len(elements(self._fn)) + 1
+        lead = () if copies is None else (copies,)
+        injected = self._given(noise_name(self._name, salt), event + len(lead))
+        if injected is not None:
+            return injected if copies is None else injected.movedim(-event - 1, 0)
+
+        def noise() -> Tensor:
+            u = torch.rand(lead + tuple(like.shape), dtype=like.dtype, device=like.device)
+            return self._share(u.clamp_min(torch.finfo(u.dtype).tiny), event)
+
+        return self._remember(noise)
 
     def explore(self, epsilon: float) -> tuple[Tensor, int]:
         assert self._support is not None

@@ -9,8 +9,9 @@ from __future__ import annotations
 import inspect
 import itertools
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 import numpy as np
@@ -59,6 +60,14 @@ class SiteInfo:
     reparameterised: bool = False
     support: np.ndarray | None = None
     """All values `[V, *event]` of a finite latent site, or None."""
+    classes: int | None = None
+    """V of a latent site whose elements are one-hots, categoricals or Bernoullis, however many they are; or None."""
+    one_hot: bool = False
+    """Its values are weights of classes (one-hots, zeros and ones) that a gradient can flow through, no indices."""
+    classes_in_model: int | None = None
+    """V of the model's distribution of the site where the two are of one kind."""
+    partly_observed: bool = False
+    """Known entries of the data take the places of drawn ones."""
     plates: tuple[Plate, ...] = ()
     guide_parents: frozenset[str] = frozenset()
     """Sites whose values the guide's density of this site looks at."""
@@ -191,6 +200,41 @@ def nested(structure: Structure, counts: Mapping[str, int]) -> tuple[Nested, ...
 def inner_name(site: str, j: int) -> str:
     """The name under which a run is given the inner draw j = 1 .. J - 1 of a site, laid out like the site's value."""
     return f"{site}/{j}"
+
+
+def noise_name(site: str, salt: int = 0) -> str:
+    """The name under which a run is given the uniforms of a site with classes, for an estimator's noise of this number.
+
+    They are laid out like the site's value `[.., *elements, V]`, several copies as `[.., copies, *elements, V]`.
+    """
+    return f"{site}~{salt}"
+
+
+def owner(name: str, sites: Container[str]) -> str:
+    """The site that something is injected for: the name itself, or one that `inner_name` or `noise_name` made."""
+    if name in sites:
+        return name
+    value, noise, salt = name.rpartition("~")
+    name = value if noise and salt.isdigit() else name
+    site, inner, j = name.rpartition("/")
+    return site if name not in sites and inner and j.isdigit() else name
+
+
+def class_facts(guide: tuple[int, bool] | None, model: tuple[int, bool] | None) -> dict[str, Any]:
+    """What `SiteInfo` says of a site's classes, from those of its two distributions (V, whether values are no index).
+    """
+    if guide is None:
+        return {}
+    return {"classes": guide[0], "one_hot": guide[1], "classes_in_model": guide[0] if model == guide else None}
+
+
+def check_injected(site: str, value: Array | None) -> None:
+    """Refuses a value that was injected and left aside."""
+    if value is not None:
+        raise BackendError(
+            f"A value was injected into site {site!r}, whose estimator makes its own from noise; inject the noise "
+            f"({noise_name(site)!r})."
+        )
 
 
 def log_reverse(marginal: Nested, log_q: Mapping[str, Array], inner: Mapping[str, Array]) -> Array:
@@ -333,6 +377,10 @@ class Plan:
     @property
     def frozen(self) -> bool:
         return any(e.frozen for e in self.estimators.values())
+
+    def of_classes(self, side: Literal["guide", "model"]) -> dict[str, Callable[[Array, Array], Array]]:
+        """Densities of sites whose values are relaxed, as this side has them."""
+        return {n: partial(e.log_density, side=side) for n, e in self.estimators.items() if e.relaxed()}
 
     def varied(self, name: str, count: int) -> bool:
         """Whether a site's value is one of its estimator's variants, of which there are `count`."""

@@ -19,10 +19,12 @@ from ppl_lvm.algorithm import GuideFamily, Objective, Resampling, Variant
 from ppl_lvm.backends import _numpyro_forward
 from ppl_lvm.backends._jax_dists import (
     GuideSite,
+    classes,
     draw,
     finite_support,
     has_kl,
     kl,
+    reparameterised,
     site_log_prob,
     support_value,
 )
@@ -59,6 +61,7 @@ from ppl_lvm.backends.base import (
     check_scale,
     check_sites,
     check_value,
+    class_facts,
     density,
     dreamt,
     example_kinds,
@@ -72,6 +75,7 @@ from ppl_lvm.backends.base import (
     latent_site,
     losses,
     of_least_variance,
+    owner,
     row_params,
     steps_of,
     sum_out,
@@ -394,8 +398,10 @@ class NumPyroBound:
                 name=name,
                 role=role,
                 local=local(site),
-                reparameterised=bool(site["fn"].has_rsample),
+                reparameterised=reparameterised(site["fn"]),
                 support=finite_support(site["fn"]) if role != "observed" and not site["is_observed"] else None,
+                **(class_facts(classes(site["fn"]), classes(of_model["fn"])) if role != "observed" else {}),
+                partly_observed=self._missing.fills(name),
                 plates=plates(site),
                 local_in_model=local(of_model),
                 in_guide=name not in alone,
@@ -578,13 +584,15 @@ class NumPyroBound:
         given = values or {}
         inner_counts = {n: m.draws - 1 for m in plan.nested for n in m.sites}
         inner_draws = {inner_name(n, j + 1): n for n, count in inner_counts.items() for j in range(count)}
-        inside = [n for n in given if structure.sites[inner_draws.get(n, n)].scanned]
+        owners = {n: structure.sites[owner(n, structure.sites)] for n in given}
+        inside = [n for n, info in owners.items() if info.scanned]
         if inside:
             raise BackendError(f"A value was injected into site {inside[0]!r}, which is drawn inside a scan.")
-        given_local = {n: v for n, v in given.items() if structure.sites[inner_draws.get(n, n)].local}
+        given_local = {n: v for n, v in given.items() if owners[n].local}
         given_outer = {n: v for n, v in given.items() if n not in given_local}
 
         with_inner = sorted({inner_draws[n] for n in given if n in inner_draws})
+        of_classes = {side: plan.of_classes(side) for side in ("guide", "model")}
 
         def together(how: Resampling, guided: Handler, key: Array) -> Together:
             """The model of one draw, run inside the guide's scan; its latent sites have what the guide drew there."""
@@ -599,7 +607,15 @@ class NumPyroBound:
             def model() -> dict[str, Message]:
                 before = ppl.handler, ppl.rows
                 drawn, plates = (lambda msg: pair.now[msg["name"]]), plates_of(guided.trace)
-                now = Handler(constrained, guided.key, drawn, plates, side="model", still=not training)
+                now = Handler(
+                    constrained,
+                    guided.key,
+                    drawn,
+                    plates,
+                    side="model",
+                    still=not training,
+                    of_classes=of_classes["model"],
+                )
                 now.together = pair
                 try:
                     return self._trace(self._model, now, batch)
@@ -616,31 +632,45 @@ class NumPyroBound:
             injected = {**outer, **local}
             variants: dict[str, Variant] = {}
 
-            def guide_site(msg: Message, own_key: Array, given: Array | None) -> GuideSite:
+            def guide_site(msg: Message, own_key: Array, given: Mapping[str, Array]) -> GuideSite:
                 info = structure.sites[msg["name"]]
-                value = None if given is None else of_step(self._to_site(given, info), msg)
-                return GuideSite(msg["fn"], own_key, value, info.support, self.program.portable)
+
+                def injected(name: str, event_dim: int) -> Array | None:
+                    return of_step(self._to_site(given[name], info), msg, event_dim) if name in given else None
+
+                fn, portable, learned = msg["fn"], self.program.portable, (own or {}).get(info.name)
+                return GuideSite(info.name, fn, own_key, injected, info.support, portable, learned)
 
             def latent(msg: Message) -> Array:
                 info = structure.sites[msg["name"]]
                 layout, t, own_key = (
                     (local_layout, k, draw_key) if info.local else (outer_layout, m, outer_key)
                 )
-                site = guide_site(msg, message_key(own_key, msg), injected.get(info.name))
+                site = guide_site(msg, message_key(own_key, msg), injected)
                 estimator = plan.estimators[info.name]
                 count, stride = layout[info.name]
-                if not plan.varied(info.name, count):
-                    return estimator.sample(site)
-                variant = estimator.variants(site, t // stride % count)
-                variants[info.name] = variant
-                return variant.value
+                if plan.varied(info.name, count):
+                    variant = estimator.variants(site, t // stride % count)
+                    variants[info.name] = variant
+                    value = variant.value
+                else:
+                    value = estimator.sample(site)
+                site.check_used()
+                return value
 
             def scan_key(n: int) -> Array:
                 names = self._scans[n]
                 scan = draw_key if any(structure.sites[s].local for s in names) else outer_key
                 return site_key(scan, f"$scan{n}")
 
-            guided = Handler(constrained, key, latent, still=not training, scan_keys=scan_key)
+            guided = Handler(
+                constrained,
+                key,
+                latent,
+                still=not training,
+                scan_keys=scan_key,
+                of_classes=of_classes["guide"],
+            )
             if plan.resampling is not None:
                 guided.together = together(plan.resampling, guided, outer_key)
             guide = self._trace(self._guide, guided, batch)
@@ -661,8 +691,15 @@ class NumPyroBound:
 
             replay = partial(Handler, key=key, subsamples=plates, still=not training, scanned=drawn)
 
+            again = partial(replay, of_classes=of_classes["guide"])
+
             def of_model(s: Array | int) -> tuple[dict[str, Message], Handler]:
-                handler = replay({**constrained, **guided.states}, latent=partial(at, s), side="model")
+                handler = replay(
+                    {**constrained, **guided.states},
+                    latent=partial(at, s),
+                    side="model",
+                    of_classes=of_classes["model"],
+                )
                 return self._trace(self._model, handler, batch), handler
 
             def terms(s: Array) -> dict[str, Array]:
@@ -676,7 +713,8 @@ class NumPyroBound:
             sums = plan.sums(jax.vmap(terms)(jnp.arange(plan.values_summed)), 1) if plan.marginal else {}
             frozen: dict[str, Message] = {}
             if stopped is not None:
-                frozen = self._trace(self._guide, replay(stopped, latent=replayed), batch)
+                frozen = self._trace(self._guide, again(stopped, latent=replayed), batch)
+
             def anew(j: Array, given: dict[str, Array]) -> tuple[dict[str, Array], dict[str, Array]]:
                 """Densities of the guide at inner draw j, and under stopped parameters those that are frozen."""
                 sites = structure.sites
@@ -685,18 +723,18 @@ class NumPyroBound:
                     if msg["name"] not in plan.summed_out:
                         return replayed(msg)
                     own_key = jax.random.fold_in(message_key(draw_key, msg), j)
-                    return plan.estimators[msg["name"]].sample(guide_site(msg, own_key, given.get(msg["name"])))
+                    return plan.estimators[msg["name"]].sample(guide_site(msg, own_key, given))
 
                 def densities(trace: dict[str, Message], names: Iterable[str]) -> dict[str, Array]:
                     return {n: self._rows(self._full(site_log_prob(trace[n]), sites[n]), sites[n]) for n in names}
 
-                trace = self._trace(self._guide, replay(constrained, latent=inner), batch)
+                trace = self._trace(self._guide, again(constrained, latent=inner), batch)
                 live = densities(trace, plan.inner_sites)
                 if stopped is None:
                     return live, {}
                 values = drawn | {n: trace[n]["value"] for n in plan.summed_out}
-                again = replay(stopped, latent=lambda msg: of_step(values[msg["name"]], msg))
-                return live, densities(self._trace(self._guide, again, batch), plan.frozen_inner_sites)
+                kept = again(stopped, latent=lambda msg: of_step(values[msg["name"]], msg))
+                return live, densities(self._trace(self._guide, kept, batch), plan.frozen_inner_sites)
 
             sizes = {n: s["args"] for t in (guide, model) for n, s in t.items() if s["type"] == "plate"}
             left = after_run(held, {**guided.states, **modelled.states})

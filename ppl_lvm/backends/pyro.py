@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.distributions import biject_to, transform_to
 from torch.utils.checkpoint import checkpoint
 
-from ppl_lvm.algorithm import GuideFamily, Objective, Resampling, Variant
+from ppl_lvm.algorithm import GuideFamily, Objective, Variant
 from ppl_lvm.backends import _pyro_forward
 from ppl_lvm.backends._pyro_handlers import (
     Handler,
@@ -42,11 +42,13 @@ from ppl_lvm.backends._pyro_modules import Dropout, Modules
 from ppl_lvm.backends._pyro_particles import Together
 from ppl_lvm.backends._torch_dists import (
     GuideSite,
+    classes,
     draw,
     finite_support,
     has_kl,
     kl,
     log_prob,
+    reparameterised,
     site_log_prob,
     support_value,
 )
@@ -67,6 +69,7 @@ from ppl_lvm.backends.base import (
     check_scale,
     check_sites,
     check_value,
+    class_facts,
     density,
     dreamt,
     example_kinds,
@@ -336,8 +339,10 @@ class PyroBound:
                 name=name,
                 role=role,
                 local=local(site),
-                reparameterised=bool(site["fn"].has_rsample),
+                reparameterised=reparameterised(site["fn"]),
                 support=finite_support(site["fn"]) if role != "observed" and not site["is_observed"] else None,
+                **(class_facts(classes(site["fn"]), classes(of_model["fn"])) if role != "observed" else {}),
+                partly_observed=self._missing.fills(name),
                 plates=plates(site),
                 local_in_model=local(of_model),
                 in_guide=name not in alone,
@@ -506,7 +511,7 @@ class PyroBound:
                 "draws that are resampled between steps run together; index arrays from the right (z[..., 0])."
             )
         self._particles = None
-        sites = self._sites(params, constrained, batch, plan, given, (M, K), whole, {})
+        sites = self._sites(params, constrained, batch, plan, given, (M, K), whole, {}, own)
         rows = self.structure.rows
         N = self.structure.plate_size or (rows if total_rows is None else total_rows)
         return Draws(
@@ -618,6 +623,7 @@ class PyroBound:
         sizes: tuple[int, int],
         whole: tuple[bool, bool],
         subsamples: dict[str, Tensor],
+        own: Mapping[str, Mapping[str, Tensor]] | None = None,
     ) -> dict[str, Site]:
         """The table's sites from one run, or from several that are put together, on one mini-batch."""
         memo: dict[Any, Tensor] = {}
@@ -630,7 +636,7 @@ class PyroBound:
             inner = [range(i, i + size) for i in range(0, sizes[1], size)]
 
         def table(m: range, k: range) -> dict[str, Site]:
-            run = partial(self._run, params, constrained, batch, plan, given, m, k)
+            run = partial(self._run, params, constrained, batch, plan, given, own or {}, m, k)
             if plan.chunk is None:
                 return run(memo, subsamples)
             return self._in_piece(run, params, memo, subsamples)
@@ -664,6 +670,7 @@ class PyroBound:
         batch: Call,
         plan: Plan,
         given: Mapping[str, Tensor],
+        own: Mapping[str, Mapping[str, Tensor]],
         outer: range,
         inner: range,
         memo: dict[Any, Tensor],
@@ -690,12 +697,16 @@ class PyroBound:
             """The site with dimensions of draws, and as its estimator sees it."""
             info = structure.sites[msg["name"]]
             fn = of_draws(msg, info)
-            injected = None
-            if given_as in given:
-                injected = of_step(self._to_site(given[given_as], info, outer, inner), msg)
+
+            def injected(name: str, event_dim: int) -> Tensor | None:
+                if name not in given:
+                    return None
+                return of_step(self._to_site(given[name], info, outer, inner), msg, event_dim)
+
             count, stride = layouts[info.name]
             span = count * stride if len(inner if info.local else outer) > 1 else 1
-            return GuideSite(fn, injected, info.support, span, -(n + 1) if info.local else -(n + 2), remember)
+            dim = -(n + 1) if info.local else -(n + 2)
+            return GuideSite(given_as, fn, injected, info.support, span, dim, remember, own.get(info.name))
 
         def latent(msg: Message) -> None:
             info = self._known(msg["name"])
@@ -713,18 +724,20 @@ class PyroBound:
             axis = -(n + 1) if info.local else -(n + 2)
             site = guide_site(msg, info.name, remember)
             estimator = plan.estimators[info.name]
-            if not plan.varied(info.name, count):
+            if plan.varied(info.name, count):
+                t = torch.arange(entries.start, entries.stop)
+                t = t.reshape((-1,) + (1,) * (-axis - 1) if len(entries) > 1 else ())
+                variant = estimator.variants(site, t // stride % count)
+                variants[info.name] = variant
+                msg["value"] = variant.value
+            else:
                 msg["value"] = estimator.sample(site)
-                return
-            t = torch.arange(entries.start, entries.stop)
-            t = t.reshape((-1,) + (1,) * (-axis - 1) if len(entries) > 1 else ())
-            variant = estimator.variants(site, t // stride % count)
-            variants[info.name] = variant
-            msg["value"] = variant.value
+            site.check_used()
 
-        handler = Handler(constrained, latent, subsamples)
+        of_classes = {side: plan.of_classes(side) for side in ("guide", "model")}
+        handler = Handler(constrained, latent, subsamples, of_classes=of_classes["guide"])
         if plan.resampling is not None:
-            handler.together = self._together(plan.resampling, handler, params, constrained, batch)
+            handler.together = self._together(plan, handler, params, constrained, batch)
         dropout = Dropout() if plan.frozen or plan.inner else contextlib.nullcontext()
         with dropout:
             guide = self._trace(self._guide, handler, batch, params)
@@ -760,7 +773,9 @@ class PyroBound:
 
         sums: dict[str, Tensor] = {}
         if handler.together is None:
-            model_handler = Handler(constrained, partial(at, range(1)), handler.subsamples)
+            model_handler = Handler(
+                constrained, partial(at, range(1)), handler.subsamples, of_classes=of_classes["model"]
+            )
             model_dropout = Dropout() if plan.values_summed > 1 else contextlib.nullcontext()
             with model_dropout:
                 model = self._trace(self._model, model_handler, batch, params)
@@ -773,7 +788,9 @@ class PyroBound:
                 # own.
                 at_once = self._at_once.get((M > 1, K > 1), False) and not (model_dropout.used and M > 1)
                 for runs in [rest] if at_once else [range(s, s + 1) for s in rest]:
-                    other = Handler(constrained, partial(at, runs), model_handler.subsamples)
+                    other = Handler(
+                        constrained, partial(at, runs), model_handler.subsamples, of_classes=of_classes["model"]
+                    )
                     with model_dropout.replay():
                         trace = self._trace(self._model, other, batch, params)
                     parts.append(densities(runs, trace))
@@ -792,8 +809,9 @@ class PyroBound:
             if not self._evaluating:
                 self._modules.refuse_noise()
             assert isinstance(dropout, Dropout)
+            replay = Handler(constrained, latent, handler.subsamples, of_classes=of_classes["guide"])
             with dropout.replay():
-                return self._trace(self._guide, Handler(constrained, latent, handler.subsamples), batch, params)
+                return self._trace(self._guide, replay, batch, params)
 
         if plan.frozen:
             frozen = again(stopped, self.constrain(stopped), replayed)
@@ -843,11 +861,11 @@ class PyroBound:
         return table
 
     def _together(
-        self, how: Resampling, guide: Handler, params: Params, constrained: Params, batch: Call
+        self, plan: Plan, guide: Handler, params: Params, constrained: Params, batch: Call
     ) -> Together:
         """The model, run inside the guide's scan; its latent sites have what the guide drew in the same step."""
         structure, ppl = self.structure, self._ppl
-        assert ppl is not None
+        assert ppl is not None and plan.resampling is not None
 
         def rows(sites: dict[str, Message]) -> Tensor:
             found = {n: self._full(site_log_prob(m), structure.sites[n]) for n, m in sites.items()}
@@ -859,14 +877,14 @@ class PyroBound:
 
         def model() -> dict[str, Message]:
             before = ppl.handler, ppl.rows
-            now = Handler(constrained, drawn, guide.subsamples)
+            now = Handler(constrained, drawn, guide.subsamples, of_classes=plan.of_classes("model"))
             now.together = pair
             try:
                 return self._trace(self._model, now, batch, params)
             finally:
                 ppl.handler, ppl.rows = before
 
-        pair = Together(how, rows, structure.data_plate is not None, model)
+        pair = Together(plan.resampling, rows, structure.data_plate is not None, model)
         return pair
 
     def _known(self, name: str, missing: bool = False) -> SiteInfo:
