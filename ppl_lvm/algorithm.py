@@ -367,6 +367,10 @@ class SiteDistribution(Protocol):
     own: "Mapping[str, Array]"
     """The estimator's own parameters at this site."""
 
+    def rows(self) -> "Array":
+        """The numbers of each row, `[.., features]`, which broadcasts over the site's batch shape; of a site that all
+        rows share their mean."""
+
 
 class Estimator(Algorithm):
     """How the draw of a guide site carries gradient to the guide's parameters.
@@ -399,7 +403,8 @@ class Estimator(Algorithm):
     """Weight and through of its variants are the same for all elements of a row, so that they are variants of the row:
     it may serve sites in plates inside a row."""
     relaxes: ClassVar[bool] = False
-    """Its variants have `through`: the program is run on values off the support, which the guide's loss alone sees."""
+    """Its variants have `through`: besides hard draws the program is run on values off the support, which the guide's
+    loss alone sees. `log_density` is the density there, and of hard values that of the distribution."""
     least_variance: ClassVar[bool] = False
     """Its own parameters, which do not change the expectation of the guide's gradient g (the loss's, by row), are
     trained on the sum of g^2 over the guide's parameters: `grad |g|^2`, whose mean is the gradient of g's variance.
@@ -453,9 +458,11 @@ class Estimator(Algorithm):
         """The next state; baselines read the state as it was before this step's signal."""
         return state
 
-    def initial_own(self, features: int) -> dict[str, Any]:
-        """Parameters of the estimator itself; `features` numbers make a row. They are trained to predict the signal, or
-        with `least_variance` so that the guide's gradient varies least."""
+    def initial_own(self, features: int, weights: int = 0) -> dict[str, Any]:
+        """Parameters of the estimator itself; `features` numbers make a row, `weights` of classes a value of the site.
+
+        They are trained to predict the signal, or with `least_variance` so that the guide's gradient varies least.
+        """
         return {}
 
 

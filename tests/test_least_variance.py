@@ -36,7 +36,7 @@ class controlled(Estimator):
     def count(self, support: int) -> int:
         return 2
 
-    def initial_own(self, features: int) -> dict[str, Any]:
+    def initial_own(self, features: int, weights: int = 0) -> dict[str, Any]:
         return {"eta": [0.6], "shift": [0.3]}
 
     def variants(self, dist: SiteDistribution, index: Array) -> Variant:

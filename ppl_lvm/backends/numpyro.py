@@ -27,6 +27,7 @@ from ppl_lvm.backends._jax_dists import (
     reparameterised,
     site_log_prob,
     support_value,
+    weights,
 )
 from ppl_lvm.backends._jax_missing import JaxMissing, feasible
 from ppl_lvm.backends._jax_ops import stopped_once
@@ -51,6 +52,7 @@ from ppl_lvm.backends.base import (
     SUMMED,
     VARIANT,
     Call,
+    Chain,
     Gradients,
     Plan,
     Role,
@@ -65,6 +67,7 @@ from ppl_lvm.backends.base import (
     density,
     dreamt,
     example_kinds,
+    features,
     find_data_plate,
     given_rows,
     inner_axis,
@@ -401,6 +404,7 @@ class NumPyroBound:
                 reparameterised=reparameterised(site["fn"]),
                 support=finite_support(site["fn"]) if role != "observed" and not site["is_observed"] else None,
                 **(class_facts(classes(site["fn"]), classes(of_model["fn"])) if role != "observed" else {}),
+                weights=weights(site["fn"]) if role != "observed" else 0,
                 partly_observed=self._missing.fills(name),
                 plates=plates(site),
                 local_in_model=local(of_model),
@@ -416,6 +420,7 @@ class NumPyroBound:
                 user_scaled=any(np.abs(scale - 1.0).max() > 1e-9 for scale in scales),
                 fixed=site["is_observed"] and role == "auxiliary",
                 point=is_point(site["fn"]),
+                chained=isinstance(site["fn"], Chain),
                 steps=steps_of(site["fn"], of_model["fn"]),
                 scanned=any(name in names for names in self._scans),
             )
@@ -639,7 +644,8 @@ class NumPyroBound:
                     return of_step(self._to_site(given[name], info), msg, event_dim) if name in given else None
 
                 fn, portable, learned = msg["fn"], self.program.portable, (own or {}).get(info.name)
-                return GuideSite(info.name, fn, own_key, injected, info.support, portable, learned)
+                rows = partial(features, batch, info, structure)
+                return GuideSite(info.name, fn, own_key, injected, info.support, portable, learned, rows)
 
             def latent(msg: Message) -> Array:
                 info = structure.sites[msg["name"]]
@@ -1092,7 +1098,8 @@ class NumPyroBound:
             found = pulled(once, own, jnp.zeros(()))
             gradient, _, (*_, N) = found
             of_guide = [g for n, g in gradient.items() if "model" not in self.structure.groups[n]]
-            return sum(jnp.sum((leaf / N) ** 2) for leaf in jax.tree.leaves(of_guide)), found
+            squares = [jnp.sum((leaf / N) ** 2) for leaf in jax.tree.leaves(of_guide)]
+            return sum(squares, jnp.zeros(())), found
 
         by_variance, (gradient, own_gradient, (loss, states_, left, _)) = jax.grad(square, has_aux=True)(own)
         own_gradient = {**own_gradient, **{s: by_variance[s] for s in varied}}

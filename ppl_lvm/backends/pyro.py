@@ -51,6 +51,7 @@ from ppl_lvm.backends._torch_dists import (
     reparameterised,
     site_log_prob,
     support_value,
+    weights,
 )
 from ppl_lvm.backends._torch_missing import TorchMissing, feasible
 from ppl_lvm.backends._torch_ops import Gate, current_gate, stopped_once
@@ -60,6 +61,7 @@ from ppl_lvm.backends.base import (
     SUMMED,
     VARIANT,
     Call,
+    Chain,
     Gradients,
     Plan,
     Role,
@@ -73,6 +75,7 @@ from ppl_lvm.backends.base import (
     density,
     dreamt,
     example_kinds,
+    features,
     find_data_plate,
     given_rows,
     inner_axis,
@@ -342,6 +345,7 @@ class PyroBound:
                 reparameterised=reparameterised(site["fn"]),
                 support=finite_support(site["fn"]) if role != "observed" and not site["is_observed"] else None,
                 **(class_facts(classes(site["fn"]), classes(of_model["fn"])) if role != "observed" else {}),
+                weights=weights(site["fn"]) if role != "observed" else 0,
                 partly_observed=self._missing.fills(name),
                 plates=plates(site),
                 local_in_model=local(of_model),
@@ -354,6 +358,7 @@ class PyroBound:
                 user_scaled=any(isinstance(scale, Tensor) or abs(scale - 1.0) > 1e-9 for scale in given),
                 fixed=site["is_observed"] and role == "auxiliary",
                 point=is_point(site["fn"]),
+                chained=isinstance(site["fn"], Chain),
                 steps=steps_of(site["fn"], of_model["fn"]),
             )
         frame = frames.get(data_plate) if data_plate else None
@@ -706,7 +711,8 @@ class PyroBound:
             count, stride = layouts[info.name]
             span = count * stride if len(inner if info.local else outer) > 1 else 1
             dim = -(n + 1) if info.local else -(n + 2)
-            return GuideSite(given_as, fn, injected, info.support, span, dim, remember, own.get(info.name))
+            rows = partial(features, batch, info, structure)
+            return GuideSite(given_as, fn, injected, info.support, span, dim, remember, own.get(info.name), rows)
 
         def latent(msg: Message) -> None:
             info = self._known(msg["name"])
