@@ -372,6 +372,15 @@ class SiteDistribution(Protocol):
         rows share their mean."""
 
 
+FAR_FROM_LINEAR = "a power of the weights is far from what it has the gradient of"
+"""Why estimators with a gradient through hard values refuse `log_mean_exp`."""
+
+AT_FIXED_DRAWS: Mapping[str, str] = dict.fromkeys(
+    ("weighted", "wake", "variance", "squares", "sleep"), "draws are fixed there, and it changes nothing"
+)
+"""Verbs that estimators with a biased gradient through values refuse, as there is none."""
+
+
 class Estimator(Algorithm):
     """How the draw of a guide site carries gradient to the guide's parameters.
 

@@ -110,6 +110,7 @@ def rows(lines: Sequence[Line]) -> list[dict[str, Any]]:
                 "difference_seeds": None if apart is None else apart.seeds,
                 "draws": next((fit.draws for fit in line.fits), None),
                 "active_units": {site: float(np.mean([u[site] for u in units])) for site in (units or [{}])[0]},
+                "hard_loss": float(np.mean(hard)) if (hard := _of_hard(line)) else None,
                 "seconds": float(np.mean([fit.seconds for fit in line.fits])) if line.fits else None,
                 "errors": dict(line.errors),
             }
@@ -131,7 +132,9 @@ def table(lines: Sequence[Line]) -> Table:
         named.remove("program")
     for name in named:
         result.add_column(name, overflow="fold")
-    for heading in ("seeds", "mean", "error", "difference", "error", "active units", "seconds"):
+    relaxed = any(_of_hard(line) for line in lines)
+    of_hard = ("hard loss",) if relaxed else ()
+    for heading in ("seeds", "mean", "error", "difference", "error", "active units", *of_hard, "seconds"):
         result.add_column(heading, justify="right")
     for line, row in zip(lines, rows(lines), strict=True):
         units = {site: f"{count:g}" for site, count in row["active_units"].items()}
@@ -142,6 +145,7 @@ def table(lines: Sequence[Line]) -> Table:
             _figure(row["difference"], "+"),
             _figure(row["difference_standard_error"]),
             ", ".join(f"{s} {n}" for s, n in units.items()) if len(units) > 1 else next(iter(units.values()), "-"),
+            *((_figure(row["hard_loss"]),) if relaxed else ()),
             "-" if row["seconds"] is None else f"{row['seconds']:.1f}",
         ]
         result.add_row(*(getattr(line, name) or "-" for name in named), *cells)
@@ -150,6 +154,8 @@ def table(lines: Sequence[Line]) -> Table:
         over = "seeds, or held-out rows where there is one seed" if seeds > 1 else "held-out rows"
         apart = f" Differences are from {first.label}, paired by row." if len(lines) > 1 else ""
         notes.append(f"Standard errors are over {over}.{apart}")
+    if relaxed:
+        notes.append("Hard loss: of fits with relaxed values, their objective under hard draws, in nats per row.")
     notes += [
         f"{line.label}: no {name.replace('_', ' ')}: {why}"
         for line in lines
@@ -179,6 +185,10 @@ def write(lines: Sequence[Line], folder: Path) -> None:
         writer = csv.DictWriter(file, names, extrasaction="ignore")
         writer.writeheader()
         writer.writerows(flat)
+
+
+def _of_hard(line: Line) -> list[float]:
+    return [fit.hard_loss for fit in line.fits if fit.hard_loss is not None]
 
 
 def _figure(value: float | None, sign: str = "") -> str:

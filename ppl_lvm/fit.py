@@ -87,7 +87,9 @@ def fit(
     Rows are shuffled once per epoch and taken `batch_size` at a time; the last, smaller batch of an epoch is left out.
     `history` holds "step", "loss" and "gradient_norm" (before clipping) of every step, and "validation" at
     "validation_step"; of stages one after the other, with the number in "stage"; of restarts those of the best one,
-    and in "restarts" what they were compared by: validation, or the mean loss of their last tenth.
+    and in "restarts" what they were compared by: validation, or the mean loss of their last tenth. Where an estimator
+    has relaxed values, "hard_loss" at "hard_step" is the objective under hard draws, on the rows of validation or else
+    on 1,000 or more of the training rows, with noise and schedules as for validation.
 
     Data. The columns of a frame (pandas, polars, pyarrow) go to the arguments of their names, or all together as a
     matrix to the only argument. Sequences `[T_i, ...]` in a list are padded with zeros to `[N, T, ...]`, and what was
@@ -190,11 +192,19 @@ def fit(
 
     held = bound.batch(training)
     numbers = numbers_of(how.objective, plan, moved.optimizers, moved.turns)
+    looked = None if held_out is None else HeldOut(library, chosen, held_out, bound, rows, seed)
+    hard = None
+    if plan.relaxed:
+        of_hard = looked or HeldOut(library, chosen, training, bound, rows, seed, training=True)
+        hard = of_hard.look(trainer, numbers, plan.hard())
+        kind = "training" if looked is None else "validation"
+        messages.append(f"hard draws: history['hard_loss'] is the loss of {of_hard.size:,} {kind} rows under them")
     watch = Watch(
         trainer,
         _runs(how, held_out, seeds, state),
-        None if held_out is None else HeldOut(library, chosen, held_out, bound, rows, seed).look(trainer, numbers),
+        None if looked is None else looked.look(trainer, numbers),
         callbacks,
+        hard=hard,
         params=lambda arrays: _constrained(library, bound, trainer.params_of(arrays)),
         state=lambda arrays, step, r: _state(name, seed, step, trainer, arrays, r, state),
     )

@@ -108,6 +108,20 @@ def _kind_of_site(c: Case) -> str | None:
     return None
 
 
+def _relaxed(c: Case) -> str | None:
+    """Relaxed values have a density of their own on both sides."""
+    if not c.estimator.relaxed():
+        return None
+    if c.site.role == "latent" and c.site.classes_in_model is None:
+        return (
+            f"its values are relaxed, and the model's distribution of the site is of another kind, which has no "
+            f"density there; give the model the guide's kind, or {c.remedy}."
+        )
+    if c.site.partly_observed:
+        return f"its values are relaxed, and the data that take the places of some are not; {c.remedy}."
+    return None
+
+
 def _inside_a_scan(c: Case) -> str | None:
     if not c.site.scanned:
         return None
@@ -266,6 +280,11 @@ def _doubly_reparameterised(c: Case) -> str | None:
         estimator = c.estimators.get(other.name)
         if estimator is None or estimator.frozen:
             continue
+        if estimator.site in ("classes", "one_hot"):
+            return (
+                f"site {other.name!r} of the same row is {_name(estimator)!r}, whose gradient the surrogate would "
+                f"reweigh; use 'pathwise' here."
+            )
         if not (estimator.scored or estimator.exhaustive):
             return f"site {other.name!r} of the same row is {_name(estimator)!r}; make both 'dreg' or both 'pathwise'."
         if estimator.exhaustive and "wake" in c.verbs:
@@ -330,6 +349,7 @@ RULES: tuple[Rule, ...] = (
     _level,
     _inside_a_scan,
     _kind_of_site,
+    _relaxed,
     _one_draw_a_row,
     _verb,
     _enough_draws,
@@ -389,6 +409,9 @@ def decide(objective: Objective, patterns: Mapping[str, Estimator | None], struc
         )
         estimators[info.name] = chosen
         notes.append(f"{info.name}: {_name(chosen)} (chosen by auto)")
+    for info in structure.drawn():
+        if bias := estimators[info.name].why_biased():
+            notes.append(f"{info.name}: {_name(estimators[info.name])} is biased: {bias}")
     cases = (Case(objective, estimators[i.name], i, structure, estimators) for i in structure.drawn())
     refused = {c.site.name: why for c in cases if (why := refusal(c)) is not None}
     problems = [

@@ -108,6 +108,8 @@ class Run:
     early: EarlyStopping | None
     records: dict[str, list[np.ndarray]] = field(default_factory=lambda: {name: [] for name in RECORDS})
     validation: list[tuple[int, float]] = field(default_factory=list)
+    hard: list[tuple[int, float]] = field(default_factory=list)
+    """The loss of hard draws, where those of the fit are relaxed."""
     diverged: int | None = None
     """The step of its first loss that is not finite."""
     ended: tuple[int, Mapping[str, np.ndarray]] | None = None
@@ -150,6 +152,9 @@ class Run:
         if self.validation:
             steps, losses = zip(*self.validation, strict=True)
             found |= {"validation_step": np.array(steps), "validation": np.array(losses)}
+        if self.hard:
+            steps, losses = zip(*self.hard, strict=True)
+            found |= {"hard_step": np.array(steps), "hard_loss": np.array(losses)}
         return found
 
 
@@ -168,6 +173,7 @@ class Watch:
 
     Args:
         look: the validation loss `[R]` of all runs, if there is one.
+        hard: the loss `[R]` of hard draws, if those of the fit are relaxed.
         callbacks: called with a Moment once for every run that has neither stopped nor diverged.
         params, state: constrained parameters, and the state, of one run: `params(arrays)`, `state(arrays, step, run)`.
     """
@@ -180,9 +186,10 @@ class Watch:
         callbacks: Sequence[Callable[[Moment], object]],
         params: Callable[[Mapping[str, np.ndarray]], dict[str, Any]],
         state: Callable[[Mapping[str, np.ndarray], int, int], State],
+        hard: Callable[[Any], np.ndarray] | None = None,
     ) -> None:
         self.runs, self.messages = list(runs), list[str]()
-        self._trainer, self._look, self._callbacks = trainer, look, callbacks
+        self._trainer, self._look, self._hard, self._callbacks = trainer, look, hard, callbacks
         self._params, self._state = params, state
         self._stopped = False
 
@@ -214,9 +221,12 @@ class Watch:
     def check(self, step: int, tree: Any) -> None:
         """Validation and early stopping at this step, then the callbacks."""
         losses = None if self._look is None else self._look(tree)
+        of_hard = None if self._hard is None else self._hard(tree)
         for r, run in enumerate(self.runs):
             if run.over:
                 continue
+            if of_hard is not None:
+                run.hard.append((step, float(of_hard[r])))
             if losses is not None:
                 run.validation.append((step, float(losses[r])))
             if run.early is not None and losses is not None:
@@ -251,6 +261,11 @@ class Watch:
             for r, run in enumerate(self.runs):
                 if run in alive:
                     run.validation.append((step, float(losses[r])))
+        if self._hard is not None and any(not run.hard or run.hard[-1][0] < step for run in alive):
+            of_hard = self._hard(tree)
+            for r, run in enumerate(self.runs):
+                if run in alive:
+                    run.hard.append((step, float(of_hard[r])))
         best = best_of(self.runs)
         run = self.runs[best]
         if len(self.runs) > 1:

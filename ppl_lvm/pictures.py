@@ -33,6 +33,9 @@ def losses(path: Path, history: Mapping[str, np.ndarray]) -> str | None:
         held_out = history["validation"]
         axes.plot(history["validation_step"], held_out, color="tab:orange", marker=".", label="validation rows")
         later = np.concatenate([later, held_out])
+    if "hard_loss" in history:
+        axes.plot(history["hard_step"], history["hard_loss"], color="tab:green", marker=".", label="hard draws")
+        later = np.concatenate([later, history["hard_loss"]])
     finite = later[np.isfinite(later)]
     if len(finite) and np.ptp(finite) > 0:
         axes.set_ylim(finite.min() - 0.05 * np.ptp(finite), finite.max() + 0.05 * np.ptp(finite))

@@ -28,6 +28,7 @@ FILES = (
     PARAMETERS,
     "history.csv",
     "validation.csv",
+    "hard.csv",
     "held_out.csv",
     "history.png",
     "reconstructions.png",
@@ -120,6 +121,9 @@ class Metrics:
     lacks: Mapping[str, str] = field(default_factory=dict)
     guide: str | None = None
     """The family that wrote the guide; None: the program's own."""
+    hard_loss: float | None = None
+    """Of a fit with relaxed values, its objective's last loss per row under hard draws (the other figures are under
+    hard draws too)."""
 
 
 def measure(run: Run, dataset: Dataset, *, draws: int = 5000, seed: int = 0) -> Metrics:
@@ -150,6 +154,7 @@ def measure(run: Run, dataset: Dataset, *, draws: int = 5000, seed: int = 0) -> 
         seconds=float(run.seconds),
         lacks={name: run.lacks[name] for name in ("log_likelihood", "new_rows") if name in run.lacks},
         guide=None if run.recipe.guide is None else type(run.recipe.guide).__name__,
+        hard_loss=float(run.history["hard_loss"][-1]) if "hard_loss" in run.history else None,
     )
 
 
@@ -296,7 +301,8 @@ def write(
 
     posterior.nc holds `posterior_draws` draws for the held-out rows (ArviZ DataTree), metrics.json the
     figures with the recipe, the fit's messages and versions, held_out.csv the log-likelihood of each held-out row,
-    history.csv the losses, validation.csv those of validation rows, parameters.safetensors the parameters, which
+    history.csv the losses, validation.csv those of validation rows, hard.csv those under hard draws of a fit with
+    relaxed ones, parameters.safetensors the parameters, which
     `starting` reads back. Pictures: history.png; latent.png for a program with latents per row; reconstructions.png
     and samples.png for data with an `image_shape`. What was left out is in metrics.json, `left_out`, with the reason.
     `metrics` saves measuring again.
@@ -422,6 +428,9 @@ def _fill(folder: Path, run: Run, dataset: Dataset, metrics: Metrics, posterior_
     if "validation" in run.history:
         of_checks = {"step": run.history["validation_step"], "loss": run.history["validation"]}
         _write_csv(folder / "validation.csv", of_checks)
+    if "hard_loss" in run.history:
+        of_checks = {"step": run.history["hard_step"], "loss": run.history["hard_loss"]}
+        _write_csv(folder / "hard.csv", of_checks)
     # Parameters of rows are those of the held-out rows here, and say nothing of others.
     kept = {name: np.array(value, order="C") for name, value in run.params.items() if name not in run.row_params}
     save_file(kept, folder / PARAMETERS)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from ppl_lvm.algorithm import Schedule, Turn
-from ppl_lvm.backends.base import Call
+from ppl_lvm.backends.base import Call, Plan
 from ppl_lvm.errors import DataError
 
 SPLIT, NOISE = 0x5EED, 0x0B5E
@@ -58,15 +58,25 @@ def _row_shapes(call: Call) -> list[tuple[int, ...]]:
     return [np.shape(a)[1:] for a in call.leaves]
 
 
+LOOKED = 1000
+"""Rows of the training data, at least, that are looked at where there are as many."""
+
+
 class HeldOut:
     """The objective's loss per row on held-out rows, with the same noise and final schedules at every look.
 
     Rows are taken in blocks of the training batch, for which the program is bound already, and what is left over.
-    A schedule is at its end: what is compared is parameters, not schedules.
+    A schedule is at its end: what is compared is parameters, not schedules. `training` rows instead are those that the
+    fit has in its first batches, or all that the program takes at once.
     """
 
-    def __init__(self, library: Any, chosen: Any, call: Call, bound: Any, rows: int | None, seed: int) -> None:
+    def __init__(
+        self, library: Any, chosen: Any, call: Call, bound: Any, rows: int | None, seed: int, training: bool = False
+    ) -> None:
         structure = bound.structure
+        if training:
+            self._of_training(library, call, bound, rows, seed)
+            return
         if structure.plate_size is not None:
             raise DataError(
                 f"The program subsamples plate {structure.data_plate!r} itself, so there is no loss on rows that are "
@@ -77,6 +87,7 @@ class HeldOut:
 
         self.blocks: list[tuple[Any, Call, Any, float]] = []
         held_out = len(call.leaves[0]) if call.leaves else 0
+        self.size = held_out
         size = structure.rows if structure.data_plate is not None else held_out
         for i, first in enumerate(range(0, held_out, max(size, 1))):
             block = call.map(operator.itemgetter(slice(first, first + size)))
@@ -87,15 +98,31 @@ class HeldOut:
         if not self.blocks:
             raise DataError("The validation data have no rows.")
 
+    def _of_training(self, library: Any, call: Call, bound: Any, rows: int | None, seed: int) -> None:
+        structure, size = bound.structure, bound.structure.rows
+        held = len(call.leaves[0]) if call.leaves else 0
+        self._to_numpy, self._rows = library.to_numpy, rows
+        if structure.data_plate is None or structure.plate_size is not None:
+            self._rows, parts = structure.plate_size, [call]
+        else:
+            count = min(max(held // size, 1), -(-LOOKED // size))
+            parts = [call.map(operator.itemgetter(slice(i * size, (i + 1) * size))) for i in range(count)]
+        self.size = len(parts) * size
+        keys = [
+            library.key_of(int(np.random.SeedSequence([seed, NOISE, i]).generate_state(1)[0]))
+            for i in range(len(parts))
+        ]
+        self.blocks = [(bound, bound.batch(p), key, 1.0 / len(parts)) for p, key in zip(parts, keys, strict=True)]
+
     def look(
-        self, trainer: Any, numbers: Mapping[str, float | Schedule | Turn]
+        self, trainer: Any, numbers: Mapping[str, float | Schedule | Turn], plan: Plan | None = None
     ) -> Callable[[Any], np.ndarray]:
-        """A function of the trainer's tree: the loss `[R]` in nats per row."""
+        """A function of the trainer's tree: the loss `[R]` in nats per row, under another plan than the fit's too."""
         final = {n: v.end if isinstance(v, Schedule | Turn) else v for n, v in numbers.items()}
 
         def loss(tree: Any) -> np.ndarray:
             parts = [
-                (trainer.loss(tree, bound, batch, key, final, self._rows), share)
+                (trainer.loss(tree, bound, batch, key, final, self._rows, plan), share)
                 for bound, batch, key, share in self.blocks
             ]
             return np.sum([self._to_numpy(x).astype(np.float64) * share for x, share in parts], axis=0)

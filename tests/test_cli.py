@@ -392,7 +392,7 @@ def test_the_engine_itself_fits_and_fills_a_run_folder(
     assert len(Path("a/history.csv").read_text().splitlines()) == 4
     assert len(Path("a/held_out.csv").read_text().splitlines()) == 4
     assert sorted(path.name for path in Path("a").iterdir()) == sorted(
-        {*report.FILES} - {"reconstructions.png", "samples.png", "validation.csv"}
+        {*report.FILES} - {"reconstructions.png", "samples.png", "validation.csv", "hard.csv"}
     )
 
 

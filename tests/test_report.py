@@ -130,7 +130,7 @@ def test_a_run_folder_holds_draws_figures_and_pictures(tmp_path: Path, images: D
     run = FakeRun()
     out = write(run, images, tmp_path / "runs" / "a", draws=77, posterior_draws=5, seed=3)
     assert out == (tmp_path / "runs" / "a").resolve()
-    assert {entry.name for entry in out.iterdir()} == {*FILES} - {"validation.csv"}
+    assert {entry.name for entry in out.iterdir()} == {*FILES} - {"validation.csv", "hard.csv"}
     assert [entry.name for entry in out.parent.iterdir()] == ["a"]
     assert run.asked == {
         "log_likelihood": (ROWS, 77, 3),
@@ -162,7 +162,7 @@ def test_a_run_folder_holds_draws_figures_and_pictures(tmp_path: Path, images: D
 def test_rows_that_are_no_images_have_no_image_pictures(tmp_path: Path) -> None:
     out = write(FakeRun(latent=1), load("linear_gaussian"), tmp_path / "a", posterior_draws=2)
     absent = {"reconstructions.png", "samples.png"}
-    assert {entry.name for entry in out.iterdir()} == {*FILES} - absent - {"validation.csv"}
+    assert {entry.name for entry in out.iterdir()} == {*FILES} - absent - {"validation.csv", "hard.csv"}
     assert left_out(out) == [f"{name}: left out, as the rows of the data are no images" for name in sorted(absent)]
 
 

@@ -85,9 +85,49 @@ class OneHotCategorical(dist.Distribution):
         return jnp.broadcast_to(values, (len(values), *self.batch_shape, *self.event_shape)) if expand else values
 
 
+class RelaxedOneHotCategorical(dist.Distribution):
+    """Weights `y = softmax((logits + G) / temperature)` with Gumbel noise G, `[..., C]`, inside the simplex.
+
+    Example:
+        >>> RelaxedOneHotCategorical(0.5, logits=jnp.zeros(3)).log_prob(jnp.array([0.2, 0.3, 0.5])).shape
+        ()
+    """
+
+    arg_constraints = {"temperature": constraints.positive, "logits": constraints.real_vector}
+    reparametrized_params = ["temperature", "logits"]
+    support = constraints.simplex
+
+    def __init__(
+        self,
+        temperature: Array | float,
+        probs: Array | None = None,
+        logits: Array | None = None,
+        *,
+        validate_args: bool | None = None,
+    ) -> None:
+        if (probs is None) == (logits is None):
+            raise ValueError("RelaxedOneHotCategorical needs one of probs and logits.")
+        self.temperature = jnp.asarray(temperature)
+        self.logits = jax.nn.log_softmax(jnp.log(jnp.asarray(probs)) if logits is None else jnp.asarray(logits), -1)
+        batch = jnp.broadcast_shapes(self.temperature.shape, self.logits.shape[:-1])
+        super().__init__(batch, self.logits.shape[-1:], validate_args=validate_args)
+
+    def sample(self, key: Array, sample_shape: tuple[int, ...] = ()) -> Array:
+        noise = jax.random.gumbel(key, sample_shape + self.batch_shape + self.event_shape, self.logits.dtype)
+        return jax.nn.softmax((self.logits + noise) / self.temperature[..., None], -1)
+
+    @validate_sample
+    def log_prob(self, value: Array) -> Array:
+        tau, log_y, C = self.temperature, jnp.log(value), self.event_shape[0]
+        own = (self.logits - (tau[..., None] + 1.0) * log_y).sum(-1)
+        norm = jax.nn.logsumexp(self.logits - tau[..., None] * log_y, -1)
+        return jax.lax.lgamma(float(C)) + (C - 1) * jnp.log(tau) + own - C * norm
+
+
 def namespace() -> Any:
     """`numpyro.distributions` with what it lacks."""
-    return SimpleNamespace(**{**vars(dist), "OneHotCategorical": OneHotCategorical})
+    own = {kind.__name__: kind for kind in (OneHotCategorical, RelaxedOneHotCategorical)}
+    return SimpleNamespace(**{**vars(dist), **own})
 
 
 def _strip(fn: Any) -> Any:

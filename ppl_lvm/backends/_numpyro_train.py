@@ -197,9 +197,16 @@ class Trainer:
             return tree, {name: (v if self._several else v[:, None])[:n].T for name, v in records.items()}
 
     def loss(
-        self, tree: Tree, bound: NumPyroBound, batch: Call, key: Any, numbers: Numbers, rows: int | None
+        self,
+        tree: Tree,
+        bound: NumPyroBound,
+        batch: Call,
+        key: Any,
+        numbers: Numbers,
+        rows: int | None,
+        plan: Plan | None = None,
     ) -> jax.Array:
-        plan, objective = self._plan, self._objective
+        plan, objective = self._plan if plan is None else plan, self._objective
 
         def one(tree: Tree, args: Any, kwargs: Any, key: Any, numbers: Numbers, rows: Any) -> jax.Array:
             here, planned = with_numbers(objective, plan, numbers)
@@ -217,7 +224,7 @@ class Trainer:
         with precision(self._bound.dtype):
             f = all_runs
             if self.mode == "compiled":
-                what = (*self._cached, "loss", shapes, rows is None, self._several)
+                what = (*self._cached, static_key(objective, plan), "loss", shapes, rows is None, self._several)
                 f = STEPS.get(what, lambda: jax.jit(all_runs))
             scalars = {name: jnp.asarray(v, float) for name, v in numbers.items()}
             total = None if rows is None else jnp.asarray(rows, float)

@@ -314,9 +314,16 @@ class Trainer:
         return {**tree, "states": dict(zip(tree["states"], rest, strict=True))}
 
     def loss(
-        self, tree: list[Tree], bound: PyroBound, batch: Call, key: int, numbers: Numbers, rows: int | None
+        self,
+        tree: list[Tree],
+        bound: PyroBound,
+        batch: Call,
+        key: int,
+        numbers: Numbers,
+        rows: int | None,
+        plan: Plan | None = None,
     ) -> Tensor:
-        here, planned = with_numbers(self._objective, self._plan, numbers)
+        here, planned = with_numbers(self._objective, self._plan if plan is None else plan, numbers)
         found = []
         with sealed(self._bound.dtype), bound.evaluation():
             for one in tree:

@@ -384,6 +384,15 @@ class Plan:
     def frozen(self) -> bool:
         return any(e.frozen for e in self.estimators.values())
 
+    @property
+    def relaxed(self) -> bool:
+        """Whether some site's values are off the support of its distribution."""
+        return any(e.relaxed() for e in self.estimators.values())
+
+    def hard(self) -> Plan:
+        """The same run with draws of the sites' own distributions in the place of relaxed ones."""
+        return replace(self, estimators={n: Plain() if e.relaxed() else e for n, e in self.estimators.items()})
+
     def of_classes(self, side: Literal["guide", "model"]) -> dict[str, Callable[[Array, Array], Array]]:
         """Densities of sites whose values are relaxed, all or some of them, as this side has them."""
         estimators = self.estimators.items()
@@ -1039,7 +1048,10 @@ def with_numbers(objective: Objective, plan: Plan, numbers: Numbers) -> tuple[Ob
     def of(owner: str) -> dict[str, Any]:
         return {n.removeprefix(owner + "."): v for n, v in numbers.items() if n.rpartition(".")[0] == owner}
 
-    estimators = {s: e.with_numbers(of(f"estimator.{s}")) for s, e in plan.estimators.items()}
+    def placed(s: str, e: Estimator) -> Estimator:
+        return e.with_numbers({n: v for n, v in of(f"estimator.{s}").items() if n in e.numbers()})
+
+    estimators = {s: placed(s, e) for s, e in plan.estimators.items()}
     return objective.with_numbers(of("objective")), replace(plan, estimators=estimators)
 
 
@@ -1099,9 +1111,19 @@ class Trainer(Protocol):
         """
 
     def loss(
-        self, tree: Any, bound: Any, batch: Call, key: Any, numbers: Numbers, rows: int | None
+        self,
+        tree: Any,
+        bound: Any,
+        batch: Call,
+        key: Any,
+        numbers: Numbers,
+        rows: int | None,
+        plan: Plan | None = None,
     ) -> Any:
-        """The objective's loss per row, `[R]`, on a batch of `bound`, without gradients; `rows` is N."""
+        """The objective's loss per row, `[R]`, on a batch of `bound`, without gradients; `rows` is N.
+
+        `plan` is another one than the fit's; numbers that it has no place for are left aside.
+        """
 
     def params(self, tree: Any, run: int = 0) -> Mapping[str, Any]: ...
 
