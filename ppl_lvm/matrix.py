@@ -37,6 +37,7 @@ def _structure(*latents: SiteInfo) -> Structure:
 
 _PLATES = (Plate("data", 3, 3),)
 _BITS = np.array([0.0, 1.0])
+_CLASSES: dict[str, Any] = {"classes": 2, "one_hot": True, "classes_in_model": 2}
 
 
 def _row(**facts: Any) -> Structure:
@@ -68,10 +69,12 @@ def _above(**facts: Any) -> Structure:
 
 KINDS: Mapping[str, tuple[str, Structure]] = {
     "continuous": (ROW, _row(reparameterised=True, closed_kl=True)),
-    "finite": (ROW, _row(support=_BITS, closed_kl=True)),
+    "finite": (ROW, _row(support=_BITS, closed_kl=True, **_CLASSES)),
+    "index": (ROW, _row(support=_BITS, closed_kl=True, **_CLASSES | {"one_hot": False})),
+    "many classes": (ROW, _row(closed_kl=True, **_CLASSES)),
     "count": (ROW, _row()),
     "continuous global": (TOP, _above(reparameterised=True, closed_kl=True)),
-    "finite global": (TOP, _above(support=_BITS, closed_kl=True)),
+    "finite global": (TOP, _above(support=_BITS, closed_kl=True, **_CLASSES)),
     "sequence": (ROW, _in_a_scan(reparameterised=True)),
     "model only": (HIDDEN, _beside_the_guide(support=_BITS)),
     "point": (ROW, _beside_a_draw(reparameterised=True, point=True, parameterised=True, closed_kl=True)),
@@ -80,7 +83,10 @@ KINDS: Mapping[str, tuple[str, Structure]] = {
 
 MEANING: Mapping[str, str] = {
     "continuous": "a reparameterised site of a row (Normal, Gamma)",
-    "finite": "a site of a row with finite support (Bernoulli, Categorical)",
+    "finite": "a site of a row with finite support, whose values gradient can flow through (Bernoulli, "
+    "OneHotCategorical)",
+    "index": "a site of a row with finite support, whose values are indices (Categorical)",
+    "many classes": "Bernoullis or one-hots of a row, more of them than can be summed over",
     "count": "a discrete site of a row without finite support (Poisson)",
     "continuous global": "a reparameterised site that all rows share, above continuous ones of the rows",
     "finite global": "a finite site that all rows share, above continuous ones of the rows",
@@ -91,11 +97,12 @@ MEANING: Mapping[str, str] = {
 
 VARIANTS: Mapping[str, tuple[Mapping[str, Any], ...]] = {
     "elbo": ({"kl": "closed_form"}, {"free_bits": 0.5}),
+    "gumbel_softmax": ({"hard": True},),
     "renyi": ({"alpha": "max"},),
     "f_divergence": ({"divergence": "total_variation"},),
     "rws": ({"sleep": 0.5},),
 }
-"""Options that change a verdict, beside the defaults."""
+"""Options of objectives and estimators that change a verdict, beside the defaults."""
 
 
 @dataclass(frozen=True)
@@ -125,9 +132,10 @@ def cells(objective: str | None = None, estimator: str | None = None) -> Iterato
     """
     for name in [objective] if objective else catalogue.objectives():
         for label, o in _objectives(name):
-            for e in [estimator] if estimator else catalogue.estimators():
-                for kind in KINDS:
-                    yield cell(label, o, _estimator(e), kind)
+            for named in [estimator] if estimator else catalogue.estimators():
+                for e in _estimators(named):
+                    for kind in KINDS:
+                        yield cell(label, o, e, kind)
 
 
 def cell(label: str, objective: Objective, estimator: Estimator, kind: str) -> Cell:
@@ -140,7 +148,8 @@ def cell(label: str, objective: Objective, estimator: Estimator, kind: str) -> C
         'biased'
     """
     verdict, why = judged(objective, estimator, *KINDS[kind])
-    return Cell(label, type(estimator).__name__, kind, verdict, why)
+    options = {name: getattr(estimator, name) for name in estimator.model_fields_set}
+    return Cell(label, _labelled(type(estimator).__name__, options), kind, verdict, why)
 
 
 def judged(objective: Objective, estimator: Estimator, site: str, structure: Structure) -> tuple[Verdict, str]:
@@ -165,15 +174,20 @@ def _objectives(name: str) -> Iterator[tuple[str, Objective]]:
     assert issubclass(kind, Objective)
     few: dict[str, Any] = {"draws": 4, "groups": 2} if "groups" in kind.model_fields else {"draws": 2}
     for options in ({}, *VARIANTS.get(name, ())):
-        said = ", ".join(f"{option} = {value!r}" for option, value in options.items())
-        yield f"{name} ({said})" if said else name, kind(outer=2, **few, **options)
+        yield _labelled(name, options), kind(outer=2, **few, **options)
+
+
+def _labelled(name: str, options: Mapping[str, Any]) -> str:
+    said = ", ".join(f"{option} = {value!r}" for option, value in options.items())
+    return f"{name} ({said})" if said else name
 
 
 @cache
-def _estimator(name: str) -> Estimator:
+def _estimators(name: str) -> tuple[Estimator, ...]:
+    """An estimator at its defaults, then under the options that change a verdict."""
     kind = catalogue.resolve("estimator", name, Path.cwd(), "The table")
     assert issubclass(kind, Estimator)
-    return kind()
+    return tuple(kind(**options) for options in ({}, *VARIANTS.get(name, ())))
 
 
 def text(objective: str | None = None, estimator: str | None = None) -> str:
@@ -183,7 +197,7 @@ def text(objective: str | None = None, estimator: str | None = None) -> str:
         lines += ["", label] if lines else [label]
         for name, row in groupby(of_objective, key=lambda c: c.estimator):
             for i, (said, kinds) in enumerate(_together(row)):
-                lines.append(f"  {'' if i else name:15} {', '.join(kinds)}: {said}")
+                lines.append(f"  {'' if i else name:28} {', '.join(kinds)}: {said}")
     return "\n".join(lines)
 
 

@@ -95,8 +95,9 @@ class Engine:
     ) -> Loss:
         """One run, or `runs` of them with different noise.
 
-        Injected `values` are laid out as in the table, behind an axis of runs if there are several; `weight` is the
-        probability of each outer draw. `states` and `own` are what estimators and objective keep and learn.
+        Injected `values` are laid out as in the table, behind an axis of runs if there are several; noise of a site
+        with classes goes by `noise_name(site, salt)`, `[M, K, B, *inner, *elements, V]`, copies in front of elements.
+        `weight` is the probability of each outer draw. `states` and `own` are what estimators and objective keep and learn.
         """
         chosen, given = self.plan(objective, estimators), values or {}
         if runs is None:

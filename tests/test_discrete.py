@@ -590,13 +590,10 @@ def evidence(x: np.ndarray) -> float:
 @pytest.mark.parametrize("held_out", [None, DATA[:3] + 0.1])
 def test_a_relaxed_fit_reports_the_loss_of_hard_draws(backend: Backend, held_out: np.ndarray | None) -> None:
     schedule = {"schedule": "exponential", "start": 1.0, "end": 0.5, "steps": 5}
-    how = {"steps": 5, "check_every": 2, "draws": 3, "batch_size": None, "learning_rate": 1e-14}
-    estimator = {"name": "gumbel_softmax", "temperature": schedule}
-    run = fit(
-        *(MIXTURE, None, DATA, "elbo"),
-        **{"backend": backend, "dtype": "float64", "validation": held_out, "compile": "eager", "estimator": estimator},
-        **how,
-    )
+    how: Any = {"steps": 5, "check_every": 2, "draws": 3, "learning_rate": 1e-14}
+    how |= {"backend": backend, "dtype": "float64", "compile": "eager"}
+    how |= {"batch_size": 2} if held_out is None else {"batch_size": None, "validation": held_out}
+    run = fit(MIXTURE, None, DATA, "elbo", estimator={"name": "gumbel_softmax", "temperature": schedule}, **how)
     assert run.history["hard_step"].tolist() == [2, 4, 5]
     wanted = evidence(DATA if held_out is None else held_out)
     np.testing.assert_allclose(run.history["hard_loss"], wanted, rtol=0, atol=1e-10)

@@ -31,6 +31,7 @@ def of_a_row(prior: Callable[[Ppl, Array], object], posterior: Callable[[Ppl, Ar
         theta = ppl.param("theta", 0.1)
         with ppl.plate("data", len(x)):
             z = ppl.sample("z", prior(ppl, theta + 0.0 * x))
+            z = z if z.ndim == x.ndim else ppl.xp.sum(z, axis=-1)
             ppl.sample("x", ppl.dist.Normal(theta + z, 1.0), obs=x)
 
     def guide(ppl: Ppl, x: Array) -> None:
@@ -46,6 +47,14 @@ def normal(ppl: Ppl, loc: Array) -> object:
 
 def bit(ppl: Ppl, logits: Array) -> object:
     return ppl.dist.Bernoulli(logits=logits)
+
+
+def index(ppl: Ppl, logits: Array) -> object:
+    return ppl.dist.Categorical(logits=ppl.xp.stack([0.0 * logits, logits], -1))
+
+
+def bits(ppl: Ppl, logits: Array) -> object:
+    return ppl.dist.Bernoulli(logits=ppl.xp.stack([logits] * 40, axis=-1)).to_event(1)
 
 
 def count(ppl: Ppl, log_rate: Array) -> object:
@@ -136,6 +145,8 @@ def in_a_scan() -> Program:
 PROGRAMS: dict[str, Program] = {
     "continuous": of_a_row(normal, normal),
     "finite": of_a_row(bit, bit),
+    "index": of_a_row(index, index),
+    "many classes": of_a_row(bits, bits),
     "count": of_a_row(geometric, count),
     "continuous global": above(normal),
     "finite global": above(bit),
@@ -155,7 +166,7 @@ def structure(backend: Backend, kind: str) -> Structure:
 
 def every() -> list[tuple[str, Objective, Estimator]]:
     named = [pair for name in objectives() for pair in matrix._objectives(name)]
-    return [(label, o, matrix._estimator(e)) for label, o in named for e in estimators()]
+    return [(label, o, e) for label, o in named for name in estimators() for e in matrix._estimators(name)]
 
 
 def test_every_kind_of_site_is_explained() -> None:
@@ -196,7 +207,7 @@ def test_what_a_refusal_offers_is_legal(kind: str) -> None:
             assert offered or "use another objective" in why or "free of" in why, (label, why)
             for name in offered:
                 if name in estimators():
-                    other = legality.decide(objective, {site: matrix._estimator(name)}, found)
+                    other = legality.decide(objective, {site: matrix._estimators(name)[0]}, found)
                     assert site not in other.refused, (label, name, why)
                     served += 1
                 else:
@@ -246,7 +257,7 @@ def test_globals_beside_rows_are_legal_in_lower_bounds(name: str) -> None:
 
 def test_sites_of_one_guide_may_have_estimators_of_their_own() -> None:
     """A class and a Gaussian in a row under every objective that serves each alone."""
-    by_name = {n: matrix._estimator(n) for n in estimators()}
+    by_name = {n: matrix._estimators(n)[0] for n in estimators()}
     z, y = matrix.KINDS["continuous"][1].sites["z"], matrix.KINDS["finite"][1].sites["z"]
     both = matrix._structure(replace(y, name="y"), z)
     for name in ("elbo", "iwae", "vis", "rws", "renyi", "log_variance"):

@@ -1111,14 +1111,15 @@ def _in_pieces(inner: Callable[..., Any], size: int) -> Callable[..., Any]:
 
     def run(m: Array, k: Array, outer: dict[str, Array], local: dict[str, Array]) -> dict[str, Any]:
         def cut(a: Array) -> Array:
-            return a.reshape(-1, size, *a.shape[1:])
+            return a.reshape(len(a) // size, size, *a.shape[1:])
 
         def piece(part: tuple[Array, dict[str, Array]]) -> dict[str, Any]:
             return inner(m, part[0], outer, part[1])
 
         table = jax.lax.map(jax.checkpoint(piece), (cut(k), jax.tree.map(cut, local)))
         first = jax.tree.map(lambda a: a[0], table["outer"])
-        return jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), table) | {"outer": first}
+        # The value of a factor has no entries, from which no axis could be inferred.
+        return jax.tree.map(lambda a: a.reshape(a.shape[0] * a.shape[1], *a.shape[2:]), table) | {"outer": first}
 
     return run
 
