@@ -1,0 +1,427 @@
+"""Discrete draws with values beside them: antithetic pairs (DisARM), and relaxed values as a control variate (REBAR,
+RELAX).
+
+Expectations are exact. The antithetic estimator is piecewise constant in its uniforms, so it is summed over the pieces.
+For the others hard draws are summed over, and the noise given them is integrated: the exponentials E_D and E_i of a
+relaxed value enter through their ratios alone, so that V of them are V - 1 numbers with the uniform distribution on a
+simplex. Quadrature there is of Gauss and Legendre; the tests say how far off it is.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import oracle
+import pytest
+import test_discrete as discrete
+from _pytest.mark import ParameterSet
+from harness import BACKENDS, Engine, assert_equal, assert_unbiased
+from toys import BERNOULLI, CATEGORICALS, MIXED_YZ, MIXED_ZY, PLATE, UPWARD, Array, Backend, Ppl, Toy
+
+from ppl_lvm.algorithm import Estimator, Objective
+from ppl_lvm.estimators.disarm import disarm
+from ppl_lvm.estimators.enumerate import enumerate as enumerated
+from ppl_lvm.estimators.pathwise import pathwise
+from ppl_lvm.estimators.rebar import rebar
+from ppl_lvm.estimators.relax import relax
+from ppl_lvm.estimators.score import score
+from ppl_lvm.estimators.stl import stl
+from ppl_lvm.objectives.elbo import elbo
+from ppl_lvm.objectives.iwae import iwae
+
+on_both = pytest.mark.parametrize("backend", BACKENDS)
+TO_ROUNDING, TO_QUADRATURE = 1e-12, 1e-9
+TAU, ETA = 0.5, 0.7
+OWN: dict[str, dict[str, np.ndarray]] = {
+    "rebar": {"log_temperature": np.log([TAU]), "log_eta": np.log([ETA])},
+    "relax": {
+        **{"log_temperature": np.log([TAU]), "log_eta": np.log([ETA])},
+        **{"w": np.array([0.8, -0.6]), "u": np.array([0.2, -0.5])},
+        "X": np.array([[0.7, -0.4]]),
+    },
+}
+
+
+def own_of(estimators: Mapping[str, Estimator], weights: Mapping[str, int]) -> dict[str, dict[str, np.ndarray]]:
+    """Own parameters anywhere but where they start."""
+    found = {}
+    for site, estimator in estimators.items():
+        if estimator.initial_own(1, 1):
+            own = dict(OWN[type(estimator).__name__])
+            if "w" in own:
+                own["U"] = np.sin(1.0 + np.arange(2 * weights[site])).reshape(weights[site], 2)
+            found[site] = own
+    return found
+
+
+class Noise(NamedTuple):
+    """Outcomes of one element's noise, with their probability, and the weights of classes of each variant."""
+
+    weight: Array  # [O]
+    values: Array  # [O, variants, V]
+    given: Mapping[str, Array]  # what is injected: "", a hard draw [O, V], and "~0", uniforms [O, V]
+
+
+def softmax(x: np.ndarray) -> np.ndarray:
+    e = np.exp(x - x.max(-1, keepdims=True))
+    return e / e.sum(-1, keepdims=True)
+
+
+def simplex(V: int, n: int) -> tuple[np.ndarray, np.ndarray]:
+    """Nodes `[.., V]` and weights of the uniform distribution on the simplex of two or three exponentials, E_D first.
+
+    Relaxed values are rough where E_D and another of three vanish together. So the triangle is halved, and each half is
+    written in polar form around that vertex.
+    """
+    t, w = np.polynomial.legendre.leggauss(n)
+    t, w = (t + 1) / 2, w / 2
+    if V == 2:
+        return np.stack([1 - t, t], -1), w
+    r, b = (x.ravel()[:, None] for x in np.meshgrid(t, t, indexing="ij"))
+    far = (1 - b) * np.array([1.0, 0.0, 0.0]) + b * np.array([0.0, 0.5, 0.5])
+    halves = [(1 - r) * np.eye(3)[vertex] + r * far for vertex in (1, 2)]
+    return np.concatenate(halves), np.tile(np.outer(w, w).ravel() * r[:, 0], 2)
+
+
+def noise(estimator: Estimator, pi: np.ndarray, n: int) -> Noise:
+    """All outcomes of one element with these probabilities of classes, `n` nodes for each integral."""
+    V = len(pi)
+    if isinstance(estimator, score):
+        return Noise(pi, np.eye(V)[:, None], {"": np.eye(V)})
+    if isinstance(estimator, disarm):
+        beta = pi[:-1] / pi[::-1].cumsum()[::-1][:-1]
+        cuts = [np.unique([0.0, b, 1.0 - b, 1.0]) for b in beta]
+        pieces = [list(zip((c[1:] + c[:-1]) / 2, np.diff(c), strict=True)) for c in cuts]
+        weight, values, uniforms = [], [], []
+        for piece in itertools.product(*pieces):
+            u = np.array([middle for middle, _ in piece])
+            weight.append(np.prod([length for _, length in piece]))
+            uniforms.append([*u, 0.5])
+            pair = [np.append(sticks, True).argmax() for sticks in (u < beta, 1 - u < beta)]
+            values.append(np.eye(V)[pair])
+        return Noise(np.array(weight), np.array(values), {"~0": np.array(uniforms)})
+    assert isinstance(estimator, rebar | relax)
+    at, of_node = simplex(V, n)
+    weight, values, uniforms, draws = [], [], [], []
+    for D in range(V):
+        order = [D, *(i for i in range(V) if i != D)]
+        E = np.empty_like(at)
+        E[:, order] = at
+        arrival = E / pi + E[:, [D]]
+        arrival[:, D] = E[:, D]
+        soft = softmax(-np.log(arrival) / TAU)
+        hard = np.broadcast_to(np.eye(V)[D], soft.shape)
+        weight.append(pi[D] * of_node)
+        values.append(np.stack([hard, soft, soft], 1))
+        uniforms.append(np.exp(-E))
+        draws.append(hard)
+    given = {"": np.concatenate(draws), "~0": np.concatenate(uniforms)}
+    return Noise(np.concatenate(weight), np.concatenate(values), given)
+
+
+def together(estimator: Estimator, noises: list[Noise], n: int) -> tuple[np.ndarray, np.ndarray]:
+    """Outcomes `[T, R]` of the noise of R elements, and their probability `[T]`.
+
+    Relaxed values of different draws, rows and sites never meet in one term of a gradient, only hard ones do; so they
+    may be integrated over one noise.
+    """
+    if isinstance(estimator, enumerated):
+        return np.zeros((1, len(noises)), int), np.ones(1)
+    if not isinstance(estimator, rebar | relax):
+        index = np.indices([len(x.weight) for x in noises]).reshape(len(noises), -1).T
+        return index, np.prod([x.weight[index[:, r]] for r, x in enumerate(noises)], axis=0)
+    V = noises[0].values.shape[-1]
+    _, of_node = simplex(V, n)
+    D, node = np.indices((V ** len(noises), len(of_node))).reshape(2, -1)
+    digits = np.stack(np.unravel_index(D, (V,) * len(noises)), -1)
+    chance = [x.weight.reshape(V, -1).sum(1)[digits[:, r]] for r, x in enumerate(noises)]
+    return digits * len(of_node) + node[:, None], np.prod(chance, axis=0) * of_node[node]
+
+
+def noise_or_none(estimator: Estimator, pi: np.ndarray, n: int) -> Noise:
+    if isinstance(estimator, enumerated):
+        V = len(pi)
+        return Noise(np.ones(1), np.eye(V)[None], {})
+    return noise(estimator, pi, n)
+
+
+def of_one_site(
+    name: str, estimator: Estimator, pi: np.ndarray, K: int, n: int, program: Any = lambda y: y
+) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """What to inject into the one site of a row, laid out like a table of outcomes, and their probability."""
+    one = noise(estimator, pi, n)
+    index, weight = together(estimator, [one] * K, n)
+    found = {}
+    for what, array in one.given.items():
+        laid = np.repeat(array[index], one.values.shape[1], axis=1)[:, :, None]
+        found[name + what] = laid if what else program(laid)
+    return found, weight
+
+
+def of_two_sites(
+    toy: Toy, estimators: Mapping[str, Estimator], K: int, n: int
+) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """The same of z1 and of z2, which is drawn from it in every value of z1 that a draw has."""
+    p, x = toy.params, float(toy.data["x"][0])
+    first, second = estimators["z1"], estimators["z2"]
+    of_x = toy is UPWARD
+    one = noise_or_none(first, softmax(p["q_z1_logits"] + (x * p["q_z1_gain"] if of_x else 0.0)), n)
+    shift = 0.0 if of_x else x * p["q_z2_gain"]
+    found: dict[str, list[np.ndarray]] = {}
+    weights = []
+    R1, index, weight = one.values.shape[1], *together(first, [one] * K, n)
+    for t, chance in zip(index, weight, strict=True):
+        rows = one.values[t].reshape(K * R1, -1)
+        noises = [noise_or_none(second, softmax(row @ p["q_z2_logits"] + shift), n) for row in rows]
+        R2, below, then = noises[0].values.shape[1], *together(second, noises, n)
+        weights.append(chance * then)
+        for what, array in one.given.items():
+            laid = np.repeat(array[t], R1 * R2, axis=0)[None, :, None]
+            found.setdefault("z1" + what, []).append(np.broadcast_to(laid, (len(then), *laid.shape[1:])))
+        for what in noises[0].given:
+            laid = np.stack([x.given[what][below[:, r]] for r, x in enumerate(noises)], 1)
+            found.setdefault("z2" + what, []).append(np.repeat(laid, R2, axis=1)[:, :, None])
+    return {name: np.concatenate(arrays) for name, arrays in found.items()}, np.concatenate(weights)
+
+
+BERNOULLI_CASES = [
+    (elbo(), disarm()),
+    (elbo(draws=2), disarm()),
+    (iwae(draws=2), disarm()),
+    (iwae(draws=3), disarm()),
+    (elbo(), rebar()),
+    (elbo(draws=2), rebar(learn=False, temperature=TAU, eta=ETA)),
+    (elbo(), relax(hidden=2)),
+    (iwae(draws=2), rebar()),
+    (iwae(draws=2), relax(hidden=2)),
+]
+
+
+def name_of(cell: object) -> str | None:
+    if isinstance(cell, dict):
+        return "-".join(type(e).__name__ for e in cell.values())
+    if isinstance(cell, Objective):
+        return f"{type(cell).__name__}-{cell.draws}"
+    return type(cell).__name__ if isinstance(cell, Estimator) else getattr(cell, "name", None)
+
+
+def tolerance(*estimators: Estimator) -> float:
+    return TO_QUADRATURE if any(e.relaxes for e in estimators) else TO_ROUNDING
+
+
+@on_both
+@pytest.mark.parametrize(("objective", "estimator"), BERNOULLI_CASES, ids=name_of)
+def test_a_bernoulli(backend: Backend, objective: Any, estimator: Estimator) -> None:
+    """Model and guide; off by less than 1e-12 with 32 nodes where the temperature is 1/2."""
+    p, K = 1 / (1 + np.exp(1.5)), objective.draws
+    values, weight = of_one_site("z", estimator, np.array([1 - p, p]), K, 32, lambda y: y[..., 1])
+    found = Engine.of(backend, BERNOULLI).loss(
+        objective.model_copy(update={"outer": len(weight)}),
+        {"z": estimator},
+        values=values,
+        weight=weight,
+        own=own_of({"z": estimator}, {"z": 2}),
+    )
+    assert_equal(found, *oracle.exact(BERNOULLI, type(objective).__name__, K), TO_ROUNDING)
+
+
+FIXED = rebar(learn=False, temperature=TAU, eta=ETA)
+PAIRS: list[tuple[Objective, Estimator, Estimator]] = [
+    (elbo(), disarm(), score()),
+    (elbo(), score(), disarm()),
+    (elbo(), disarm(), disarm()),
+    (elbo(), enumerated(), disarm()),
+    (elbo(), disarm(), enumerated()),
+    (elbo(), FIXED, score()),
+    (elbo(), FIXED, enumerated()),
+    (elbo(), score(), rebar()),
+    (elbo(), enumerated(), relax(hidden=2)),
+    (elbo(), disarm(), relax(hidden=2)),
+    (elbo(), FIXED, disarm()),
+    (elbo(), FIXED, relax(hidden=2)),
+    (iwae(draws=2), disarm(), score()),
+    (iwae(draws=2), score(), disarm()),
+    (iwae(draws=2), disarm(), disarm()),
+    (iwae(draws=2), FIXED, score()),
+    (iwae(draws=2), score(), relax(hidden=2)),
+]
+
+
+def cells() -> Iterator[ParameterSet]:
+    for (i, case), toy, backend in itertools.product(enumerate(PAIRS), (CATEGORICALS, UPWARD), BACKENDS):
+        fast = toy is UPWARD if backend == "pyro" else toy is CATEGORICALS and i % 4 == 1
+        fast = fast and not (case[1].relaxes and case[2].relaxes)
+        name = "-".join([backend, *map(str, map(name_of, (toy, *case)))])
+        yield pytest.param(backend, toy, *case, id=name, marks=[] if fast else [pytest.mark.slow])
+
+
+@pytest.mark.parametrize(("backend", "toy", "objective", "first", "second"), [*cells()])
+def test_a_site_and_one_that_is_drawn_from_it(
+    backend: Backend, toy: Toy, objective: Objective, first: Estimator, second: Estimator
+) -> None:
+    """Gradient that flows through a relaxed value reaches what is drawn from it by that site's own estimator.
+
+    With 16 nodes for every integral the expectation is off by less than 1e-10, with 24 by less than 1e-14.
+    """
+    estimators = {"z1": first, "z2": second}
+    values, weight = of_two_sites(toy, estimators, objective.draws, 16)
+    found = Engine.of(backend, toy).loss(
+        objective.model_copy(update={"outer": len(weight)}),
+        estimators,
+        values=values,
+        weight=weight,
+        own=own_of(estimators, {"z1": 2, "z2": 3}),
+    )
+    exact = oracle.exact(toy, type(objective).__name__, objective.draws)
+    assert_equal(found, *exact, tolerance(first, second))
+
+
+# Elements of a site: in one event, in a plate inside the row, and as indices.
+
+
+def of_elements(
+    estimator: Estimator, pi: np.ndarray, n: int, program: Any = lambda y: y
+) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """The same of one draw of a site of two elements, whose relaxed values do meet: `pi` is `[2, V]`."""
+    ones = [noise(estimator, p, n) for p in pi]
+    index = np.indices([len(x.weight) for x in ones]).reshape(2, -1)
+    weight = ones[0].weight[index[0]] * ones[1].weight[index[1]]
+    found = {}
+    for what in ones[0].given:
+        laid = np.stack([x.given[what][at] for x, at in zip(ones, index, strict=True)], 1)[:, None, None]
+        laid = np.repeat(laid, ones[0].values.shape[1], axis=1)
+        found["z" + what] = laid if what else program(laid)
+    return found, weight
+
+
+ELEMENTS = [
+    pytest.param(3, {}, disarm(), id="one-hots-disarm"),
+    pytest.param(3, {"plate": True}, disarm(), id="plate-disarm"),
+    pytest.param(2, {"bernoulli": True}, disarm(), id="bernoullis-disarm"),
+    pytest.param(2, {"bernoulli": True}, relax(hidden=2), id="bernoullis-relax"),
+    pytest.param(2, {"plate": True}, relax(hidden=2), id="plate-relax"),
+    pytest.param(2, {}, rebar(), id="one-hots-rebar"),
+]
+
+
+@on_both
+@pytest.mark.parametrize(("V", "kind", "estimator"), ELEMENTS)
+def test_elements_of_a_row(backend: Backend, V: int, kind: dict[str, bool], estimator: Estimator) -> None:
+    """All elements of a row have values beside the draw together, in whatever way they are declared."""
+    pi = softmax(discrete.THETA[:2, :V])
+    program = (lambda y: y[..., 1]) if "bernoulli" in kind else (lambda y: y)
+    values, weight = of_elements(estimator, pi, 16, program)
+    with jax.enable_x64(True):
+        run = discrete.engine(backend, discrete.quadratic, 2, V, **kind)
+        found = run.loss(
+            elbo(outer=len(weight)),
+            {"z": estimator},
+            values=values,
+            weight=weight,
+            own=own_of({"z": estimator}, {"z": V if "plate" in kind else 2 * V}),
+        )
+        assert_equal(found, None, discrete.exact(discrete.quadratic, 2, V), tolerance(estimator))
+
+
+@on_both
+def test_indices(backend: Backend) -> None:
+    """A categorical's value is an index, with which the program looks up what it needs."""
+    logits, prior, at = np.array([0.4, -0.3, 0.9]), np.array([0.1, 0.5, -0.2]), np.array([-0.8, 0.3, 1.7])
+
+    def model(ppl: Ppl, x: Array) -> None:
+        loc = ppl.param("at", at)
+        with ppl.plate("data", len(x)):
+            z = ppl.sample("z", ppl.dist.Categorical(logits=ppl.param("prior", prior)))
+            ppl.sample("x", ppl.dist.Normal(loc[z], 1.0), obs=x)
+
+    def guide(ppl: Ppl, x: Array) -> None:
+        with ppl.plate("data", len(x)):
+            ppl.sample("z", ppl.dist.Categorical(logits=ppl.param("logits", logits)))
+
+    engine = Engine(backend, model, guide, {"x": np.array([0.6])}, portable=True)
+    for objective in (elbo(), iwae(draws=2)):
+        exact = engine.loss(objective, {"z": enumerated()})
+        values, weight = of_one_site("z", disarm(), softmax(logits), objective.draws, 0)
+        many = objective.model_copy(update={"outer": len(weight)})
+        found = engine.loss(many, {"z": disarm()}, values=values, weight=weight)
+        assert_equal(found, float(exact.value), exact.gradient, TO_ROUNDING)
+
+
+@on_both
+@pytest.mark.parametrize("estimator", [disarm(), FIXED, relax(hidden=2)], ids=name_of)
+@pytest.mark.parametrize("objective", [elbo(), iwae(draws=2)], ids=name_of)
+def test_a_global_class(backend: Backend, objective: Objective, estimator: Estimator) -> None:
+    """The rows are summed over under every value of it, soft ones included."""
+    one = noise(estimator, softmax(PLATE.params["q_g_logits"]), 24)
+    values = {"g" + what: np.repeat(array, one.values.shape[1], axis=0) for what, array in one.given.items()}
+    estimators = {"g": estimator, "z": enumerated()}
+    found = Engine.of(backend, PLATE).loss(
+        objective.model_copy(update={"outer": len(one.weight)}),
+        estimators,
+        values=values,
+        weight=one.weight,
+        own=own_of(estimators, {"g": 2}),
+    )
+    assert_equal(found, *oracle.exact(PLATE, type(objective).__name__, objective.draws), tolerance(estimator))
+
+
+# Beside a continuous site the expectation over classes alone is that of enumeration, at every noise of the other's.
+
+
+@on_both
+@pytest.mark.parametrize("estimator", [disarm(), rebar(), relax(hidden=2)], ids=name_of)
+@pytest.mark.parametrize("above", [pathwise(), score()], ids=name_of)
+def test_below_a_continuous_site(backend: Backend, above: Estimator, estimator: Estimator) -> None:
+    p, z = MIXED_YZ.params, 0.4
+    values, weight = of_one_site("y", estimator, softmax(p["q_y_logits"] + z * p["q_y_gain"]), 2, 24)
+    rows = values["y~0"].shape[1]
+    engine = Engine.of(backend, MIXED_YZ)
+    for objective in (elbo(draws=2), iwae(draws=2)):
+        found = engine.loss(
+            objective.model_copy(update={"outer": len(weight)}),
+            {"z": above, "y": estimator},
+            values={**values, "z": np.full((len(weight), rows, 1), z)},
+            weight=weight,
+            own=own_of({"y": estimator}, {"y": 2}),
+        )
+        exact = engine.loss(objective, {"z": above, "y": enumerated()}, values={"z": np.full((1, 4, 1), z)})
+        assert_equal(found, float(exact.value), exact.gradient, tolerance(estimator))
+
+
+@on_both
+@pytest.mark.parametrize("estimator", [disarm(), rebar(), relax(hidden=2)], ids=name_of)
+@pytest.mark.parametrize("below", [pathwise(), stl()], ids=name_of)
+def test_above_a_continuous_site(backend: Backend, below: Estimator, estimator: Estimator) -> None:
+    """z is drawn from each value of y by the same noise, soft values included."""
+    p, x, noise_of_z = MIXED_ZY.params, MIXED_ZY.data["x"][0], -0.7
+    one = noise(estimator, softmax(p["q_y_logits"]), 24)
+
+    def z(y: np.ndarray) -> np.ndarray:
+        return y @ p["q_z_loc"] + p["q_z_gain"] * x + np.exp(y @ p["q_z_log_scale"]) * noise_of_z
+
+    rows = one.values.shape[1]
+    values = {"y" + what: np.repeat(a[:, None, None], rows, axis=1) for what, a in one.given.items()}
+    engine = Engine.of(backend, MIXED_ZY)
+    found = engine.loss(
+        elbo(outer=len(one.weight)),
+        {"y": estimator, "z": below},
+        values={**values, "z": z(one.values)[..., None]},
+        weight=one.weight,
+        own=own_of({"y": estimator}, {"y": 2}),
+    )
+    exact = engine.loss(elbo(), {"y": enumerated(), "z": below}, values={"z": z(np.eye(2))[None, :, None]})
+    assert_equal(found, float(exact.value), exact.gradient, tolerance(estimator))
+
+
+@pytest.mark.parametrize("estimator", [disarm(), rebar(), relax(hidden=2)], ids=name_of)
+def test_three_classes_by_two_elements(estimator: Estimator) -> None:
+    """By sampling: 40,000 draws of the library's own noise, each mean within 4 standard errors."""
+    with jax.enable_x64(True):
+        run = discrete.engine("numpyro", discrete.quadratic, 2, 3)
+        own = own_of({"z": estimator}, {"z": 6})
+        found = run.loss(elbo(draws=100), {"z": estimator}, own=own, runs=400, seed=1)
+        assert_unbiased(found, None, discrete.exact(discrete.quadratic, 2, 3), bound=4.0)
