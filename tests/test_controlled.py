@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Mapping
+from functools import cache
 from typing import Any, NamedTuple
 
 import jax
@@ -19,9 +20,10 @@ import oracle
 import pytest
 import test_discrete as discrete
 from _pytest.mark import ParameterSet
-from harness import BACKENDS, Engine, assert_equal, assert_unbiased
+from harness import BACKENDS, Engine, Loss, assert_equal, assert_unbiased
 from toys import BERNOULLI, CATEGORICALS, MIXED_YZ, MIXED_ZY, PLATE, UPWARD, Array, Backend, Ppl, Toy
 
+from ppl_lvm import Fit, fit
 from ppl_lvm.algorithm import Estimator, Objective
 from ppl_lvm.estimators.disarm import disarm
 from ppl_lvm.estimators.enumerate import enumerate as enumerated
@@ -32,6 +34,7 @@ from ppl_lvm.estimators.score import score
 from ppl_lvm.estimators.stl import stl
 from ppl_lvm.objectives.elbo import elbo
 from ppl_lvm.objectives.iwae import iwae
+from ppl_lvm.program import Program
 
 on_both = pytest.mark.parametrize("backend", BACKENDS)
 TO_ROUNDING, TO_QUADRATURE = 1e-12, 1e-9
@@ -372,9 +375,15 @@ def test_a_global_class(backend: Backend, objective: Objective, estimator: Estim
 # Beside a continuous site the expectation over classes alone is that of enumeration, at every noise of the other's.
 
 
-@on_both
-@pytest.mark.parametrize("estimator", [disarm(), rebar(), relax(hidden=2)], ids=name_of)
-@pytest.mark.parametrize("above", [pathwise(), score()], ids=name_of)
+def beside(*others: Estimator) -> Iterator[ParameterSet]:
+    for i, (other, estimator) in enumerate(itertools.product(others, (disarm(), rebar(), relax(hidden=2)))):
+        for backend in BACKENDS:
+            name = "-".join([backend, *map(str, map(name_of, (other, estimator)))])
+            fast = backend == "pyro" or i == 2
+            yield pytest.param(backend, other, estimator, id=name, marks=[] if fast else [pytest.mark.slow])
+
+
+@pytest.mark.parametrize(("backend", "above", "estimator"), [*beside(pathwise(), score())])
 def test_below_a_continuous_site(backend: Backend, above: Estimator, estimator: Estimator) -> None:
     p, z = MIXED_YZ.params, 0.4
     values, weight = of_one_site("y", estimator, softmax(p["q_y_logits"] + z * p["q_y_gain"]), 2, 24)
@@ -392,9 +401,7 @@ def test_below_a_continuous_site(backend: Backend, above: Estimator, estimator: 
         assert_equal(found, float(exact.value), exact.gradient, tolerance(estimator))
 
 
-@on_both
-@pytest.mark.parametrize("estimator", [disarm(), rebar(), relax(hidden=2)], ids=name_of)
-@pytest.mark.parametrize("below", [pathwise(), stl()], ids=name_of)
+@pytest.mark.parametrize(("backend", "below", "estimator"), [*beside(pathwise(), stl())])
 def test_above_a_continuous_site(backend: Backend, below: Estimator, estimator: Estimator) -> None:
     """z is drawn from each value of y by the same noise, soft values included."""
     p, x, noise_of_z = MIXED_ZY.params, MIXED_ZY.data["x"][0], -0.7
@@ -425,3 +432,223 @@ def test_three_classes_by_two_elements(estimator: Estimator) -> None:
         own = own_of({"z": estimator}, {"z": 6})
         found = run.loss(elbo(draws=100), {"z": estimator}, own=own, runs=400, seed=1)
         assert_unbiased(found, None, discrete.exact(discrete.quadratic, 2, 3), bound=4.0)
+
+
+# Variance.
+
+
+def spread(found: Loss, weight: np.ndarray, name: str) -> float:
+    g = found.gradient[name]
+    return float(weight @ g**2 - (weight @ g) ** 2)
+
+
+def test_less_variance_than_the_score() -> None:
+    """On the same draws: of the Bernoulli's logit at K = 1, 0.51 and 0.007 (DisARM) and 0.28 (REBAR) by quadrature."""
+    p = 1 / (1 + np.exp(1.5))
+    found = {}
+    for name, estimator in (("score", score()), ("disarm", disarm()), ("rebar", rebar()), ("relax", relax(hidden=2))):
+        values, weight = of_one_site("z", estimator, np.array([1 - p, p]), 1, 24, lambda y: y[..., 1])
+        given = {n: v[:, None] for n, v in values.items()}
+        own = own_of({"z": estimator}, {"z": 2})
+        if name == "relax":  # without its network
+            own["z"] |= {"w": np.zeros(2)}
+        runs = Engine.of("numpyro", BERNOULLI).loss(elbo(), {"z": estimator}, values=given, own=own, runs=len(weight))
+        found[name] = spread(runs, weight, "q_logit")
+    assert found["disarm"] < 0.02 * found["score"] and found["rebar"] < 0.6 * found["score"]
+    assert found["relax"] == pytest.approx(found["rebar"], rel=1e-10)
+
+
+TRAINED = [
+    pytest.param(elbo(draws=2), rebar(), id="elbo-rebar"),
+    pytest.param(iwae(draws=3), relax(hidden=2), id="iwae-relax"),
+]
+
+
+@on_both
+@pytest.mark.parametrize(("objective", "estimator"), TRAINED)
+def test_own_parameters_descend_the_squared_gradient(
+    backend: Backend, objective: Objective, estimator: Estimator
+) -> None:
+    """At fixed draws: the temperature moves what is stopped in the score's signal, too."""
+    with jax.enable_x64(True):
+        run = discrete.engine(backend, discrete.quadratic, 2, 3)
+        at = own_of({"z": estimator}, {"z": 6})["z"]
+
+        def loss(own: Any) -> Loss:
+            return run.loss(objective, {"z": estimator}, own={"z": own}, seed=4)
+
+        found, h = loss(at).own["z"], 1e-4
+        direction = {n: np.cos(1.0 + np.arange(v.size)).reshape(v.shape) for n, v in at.items()}
+        ends = [
+            (loss({n: v + by * direction[n] for n, v in at.items()}).gradient["theta"] ** 2).sum() for by in (h, -h)
+        ]
+        slope = sum((found[n] * d).sum() for n, d in direction.items())
+        assert slope == pytest.approx((ends[0] - ends[1]) / (2 * h), rel=1e-6)
+        assert all(np.abs(found[n]).max() > 1e-3 for n in at if n != "X")  # its rows are zeros
+
+
+@cache
+def parabola() -> tuple[float, float, float]:
+    """`E a b` and `E b^2` of the Bernoulli's gradient `a - eta b`, where b has mean zero, and the mean of what eta's
+    logarithm is trained by at 0.7; by quadrature."""
+    p = 1 / (1 + np.exp(1.5))
+    values, weight = of_one_site("z", rebar(), np.array([1 - p, p]), 1, 24, lambda y: y[..., 1])
+    given = {n: v[:, None] for n, v in values.items()}
+
+    def runs(eta: float) -> Loss:
+        at = {"z": {**OWN["rebar"], "log_eta": np.log([eta])}}
+        return Engine.of("numpyro", BERNOULLI).loss(elbo(), {"z": rebar()}, values=given, own=at, runs=len(weight))
+
+    one, other = (runs(eta) for eta in (1.0, 0.7))
+    b = (other.gradient["q_logit"] - one.gradient["q_logit"]) / 0.3
+    a = one.gradient["q_logit"] + b
+    assert abs(weight @ b) < 1e-10
+    return float(weight @ (a * b)), float(weight @ b**2), float(weight @ other.own["z"]["log_eta"][:, 0])
+
+
+def test_the_mean_slope_is_that_of_the_variance() -> None:
+    ab, bb, slope = parabola()
+    assert slope == pytest.approx(2 * 0.7 * (0.7 * bb - ab), rel=1e-9) and abs(slope) > 1e-3
+
+
+@on_both
+def test_eta_is_trained_to_where_the_gradient_varies_least(backend: Backend) -> None:
+    """Model and guide stand still, and so does the temperature; within 0.05 of the optimum by quadrature."""
+    ab, bb, _ = parabola()
+    best = ab / bb
+    assert abs(np.log(best / 0.3)) > 0.3
+    names = [*(n for n in BERNOULLI.params if n != "slope"), "estimator.z.log_temperature"]
+    rows = {"x": np.full(64, 1.5)}
+    run = fit(
+        Program("bernoulli", BERNOULLI.model, BERNOULLI.guide, portable=True, arguments=("x",)),
+        data=rows,
+        recipe="elbo",
+        estimator={"name": "rebar", "temperature": TAU, "eta": 0.3},
+        optimizer={"slope": {"name": "sgd", "learning_rate": 0.0}, "*": {"name": "adam", "learning_rate": 0.02}},
+        freeze=names,
+        steps=400,
+        backend=backend,
+        dtype="float64",
+        compile="graph" if backend == "pyro" else "auto",
+    )
+    found = next(v for n, v in run.state.arrays.items() if "log_eta" in n and "optimizer" not in n)
+    assert np.exp(found).item() == pytest.approx(best, abs=0.05)
+
+
+# The two backends, the ways to run a step, and fits.
+
+
+@pytest.mark.parametrize("estimator", [disarm(), rebar(), relax(hidden=2)], ids=name_of)
+@pytest.mark.parametrize("objective", [elbo(draws=2), pytest.param(iwae(draws=3), marks=pytest.mark.slow)], ids=name_of)
+def test_backends_agree(objective: Objective, estimator: Estimator) -> None:
+    """At one noise, own parameters' gradients included."""
+    rng, K, rows = np.random.default_rng(0), objective.draws, estimator.count(0)
+    values = {"z~0": np.repeat(rng.uniform(0.01, 0.99, (1, K, 1, 2, 3)), rows, axis=1)}
+    if not isinstance(estimator, disarm):
+        values["z"] = np.repeat(np.eye(3)[rng.integers(0, 3, (1, K, 1, 2))], rows, axis=1)
+    found = []
+    with jax.enable_x64(True):
+        for backend in BACKENDS:
+            run = discrete.engine(backend, discrete.quadratic, 2, 3)
+            found.append(run.loss(objective, {"z": estimator}, values=values, own=own_of({"z": estimator}, {"z": 6})))
+    ours, theirs = found
+    assert_equal(ours, float(theirs.value), theirs.gradient, 1e-12)
+    assert ours.own.keys() == theirs.own.keys()
+    for name, gradient in theirs.own.get("z", {}).items():
+        np.testing.assert_allclose(ours.own["z"][name], gradient, rtol=1e-10, atol=1e-14, err_msg=name)
+        assert name == "X" or np.abs(gradient).max() > 1e-6
+
+
+def trained(backend: Backend, estimator: Any, **options: Any) -> Fit:
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(24, 3)) + 2.0 * rng.integers(0, 2, (24, 1))
+    recipe = {"objective": "elbo", "steps": 20, "batch_size": 8, "learning_rate": 0.02, "seed": 1}
+    given = recipe | {"estimator": estimator, "dtype": "float64", "backend": backend} | options
+    return fit(CODES, data=x, **{"recipe": given.pop("objective"), **given})
+
+
+def codes_model(ppl: Ppl, x: Array) -> None:
+    """Three bits a row and a linear decoder."""
+    weight, bias = ppl.param("weight", np.eye(3)), ppl.param("bias", np.zeros(3))
+    with ppl.plate("data", len(x)):
+        z = ppl.sample("z", ppl.dist.Bernoulli(logits=ppl.param("prior", np.zeros(3))).to_event(1))
+        ppl.sample("x", ppl.dist.Normal(z @ weight + bias, 1.0).to_event(1), obs=x)
+
+
+def codes_guide(ppl: Ppl, x: Array) -> None:
+    encoder, shift = ppl.param("encoder", 0.3 * np.eye(3)), ppl.param("shift", np.zeros(3))
+    with ppl.plate("data", len(x)):
+        ppl.sample("z", ppl.dist.Bernoulli(logits=x @ encoder + shift).to_event(1))
+
+
+CODES = Program("codes", codes_model, codes_guide, portable=True, arguments=("x",))
+
+
+def assert_same_state(one: Fit, other: Fit, tolerance: float) -> None:
+    assert one.state.arrays.keys() == other.state.arrays.keys()
+    for name, value in one.state.arrays.items():
+        np.testing.assert_allclose(value, other.state.arrays[name], rtol=tolerance, atol=tolerance, err_msg=name)
+
+
+STEPPED = [("disarm", {}), ("relax", {}), ("rebar", {"objective": "iwae", "draws": 2})]
+
+
+@pytest.mark.parametrize(("estimator", "options"), STEPPED, ids=lambda o: o if isinstance(o, str) else "")
+def test_traced_as_eager_on_pyro(estimator: str, options: dict[str, Any]) -> None:
+    eager, graph = (trained("pyro", estimator, compile=mode, **options) for mode in ("eager", "graph"))
+    assert graph.state.mode == "graph" and not graph.messages
+    assert_same_state(eager, graph, 0.0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("estimator", "options"), STEPPED, ids=lambda o: o if isinstance(o, str) else "")
+def test_compiled_as_eager_on_pyro(estimator: str, options: dict[str, Any]) -> None:
+    eager, compiled = (trained("pyro", estimator, compile=mode, **options) for mode in ("eager", "compiled"))
+    assert compiled.state.mode == "compiled"
+    assert_same_state(eager, compiled, 1e-9)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("estimator", "options"), STEPPED, ids=lambda o: o if isinstance(o, str) else "")
+def test_compiled_as_eager_on_numpyro(estimator: str, options: dict[str, Any]) -> None:
+    few = {**options, "steps": 3}
+    eager, compiled = (trained("numpyro", estimator, compile=mode, **few) for mode in ("eager", "compiled"))
+    assert_same_state(eager, compiled, 1e-9)
+
+
+@on_both
+@pytest.mark.parametrize("estimator", ["disarm", "rebar", "relax"])
+def test_a_fit(backend: Backend, estimator: str) -> None:
+    """In single precision the loss falls, own parameters move, and the state goes on to the same bits."""
+    options: dict[str, Any] = {"dtype": "float32", "learning_rate": 0.05, "compile": "auto"}
+    whole = trained(backend, estimator, steps=120, **options)
+    loss = np.asarray(whole.history["loss"])
+    assert np.isfinite(loss).all() and loss[-20:].mean() < loss[:20].mean() - 0.1
+    own = {n: v for n, v in whole.state.arrays.items() if "log_eta" in n and "optimizer" not in n}
+    assert bool(own) == (estimator != "disarm") and all(abs(float(v[0])) > 1e-3 for v in own.values())
+
+
+@pytest.mark.parametrize("backend", ["pyro", pytest.param("numpyro", marks=pytest.mark.slow)])
+def test_pieces(backend: Backend) -> None:
+    """Draws in pieces are run again for both derivatives."""
+    rng, estimator = np.random.default_rng(0), relax(hidden=2)
+    values = {
+        "z~0": np.repeat(rng.uniform(0.01, 0.99, (1, 4, 1, 2, 3)), 3, axis=1),
+        "z": np.repeat(np.eye(3)[rng.integers(0, 3, (1, 4, 1, 2))], 3, axis=1),
+    }
+    with jax.enable_x64(True):
+        run = discrete.engine(backend, discrete.quadratic, 2, 3)
+        own = own_of({"z": estimator}, {"z": 6})
+        pieces, whole = (
+            run.loss(iwae(draws=4, chunk=c), {"z": estimator}, values=values, own=own) for c in (2, None)
+        )
+    assert_equal(pieces, float(whole.value), whole.gradient, TO_ROUNDING)
+    for name, gradient in whole.own["z"].items():
+        np.testing.assert_allclose(pieces.own["z"][name], gradient, rtol=1e-10, atol=1e-14, err_msg=name)
+
+
+def test_turns() -> None:
+    """They move with the guide."""
+    run = trained("pyro", "rebar", alternate={"model": 1, "guide": 2}, steps=6)
+    moved = [v for n, v in run.state.arrays.items() if n.startswith("own/z/log_eta")]
+    assert len(moved) == 1 and abs(moved[0].item()) > 1e-3
