@@ -170,6 +170,8 @@ def _enough_draws(c: Case) -> str | None:
 def _detached(c: Case) -> str | None:
     if not c.objective.detached or c.moved(c.site.name):
         return None
+    if _live(c.estimator) and c.estimator.why_biased():
+        return f"the objective takes draws as they are, and it changes nothing about them; {c.remedy}."
     if c.site.point:
         return (
             "the objective differentiates densities at fixed draws, and a point moves with its parameters; use 'elbo' "

@@ -97,7 +97,8 @@ class Engine:
 
         Injected `values` are laid out as in the table, behind an axis of runs if there are several; noise of a site
         with classes goes by `noise_name(site, salt)`, `[M, K, B, *inner, *elements, V]`, copies in front of elements.
-        `weight` is the probability of each outer draw. `states` and `own` are what estimators and objective keep and learn.
+        `weight` is the probability of each outer draw. `states` and `own` are what estimators and objective keep and
+        learn.
         """
         chosen, given = self.plan(objective, estimators), values or {}
         if runs is None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import itertools
 import re
+from importlib import import_module
 from typing import Any
 
 import jax
@@ -16,7 +17,7 @@ import torch
 from harness import BACKENDS, Engine, assert_equal
 from toys import Array, Backend, Ppl
 
-from ppl_lvm import legality
+from ppl_lvm import legality, matrix
 from ppl_lvm.algorithm import Estimator, Objective
 from ppl_lvm.backends import _jax_dists, _torch_dists
 from ppl_lvm.backends.base import inner_name, noise_name
@@ -38,6 +39,7 @@ from ppl_lvm.objectives.fivo import fivo
 from ppl_lvm.objectives.iwae import iwae
 from ppl_lvm.objectives.rws import rws
 from ppl_lvm.objectives.vis import vis
+from ppl_lvm.objectives.wake_sleep import wake_sleep
 from ppl_lvm.program import Program
 
 on_both = pytest.mark.parametrize("backend", BACKENDS)
@@ -322,6 +324,8 @@ def test_masks_leave_out_relaxed_densities() -> None:
         fn = dist(logits=array(logits)).mask(array(elements)).to_event(1).mask(array(rows))
         found = log_prob(fn, array(y), lambda p, w: density(p, w, "guide"))
         np.testing.assert_allclose(np.asarray(found), wanted, rtol=0, atol=1e-12)
+        nothing = log_prob(fn.mask(False), array(y), lambda p, w: density(p, w, "guide"))
+        np.testing.assert_array_equal(np.asarray(nothing), 0.0)
 
 
 def test_masked_one_hots_have_a_gradient_on_pyro() -> None:
@@ -330,6 +334,35 @@ def test_masked_one_hots_have_a_gradient_on_pyro() -> None:
     _torch_dists.log_prob(fn, value).sum().backward()
     assert value.grad is not None
     np.testing.assert_allclose(value.grad.numpy(), -np.log(3.0), atol=1e-14)
+
+
+@on_both
+def test_programs_may_be_relaxed_themselves(backend: Backend) -> None:
+    """`RelaxedOneHotCategorical` has pathwise draws inside the simplex, and torch's density, on both."""
+
+    def model(ppl: Ppl, x: Array) -> None:
+        p, tau = ppl.param("p", Z), ppl.xp.asarray(0.6)
+        with ppl.plate("data", len(x)):
+            z = ppl.sample("z", ppl.dist.RelaxedOneHotCategorical(tau, logits=p))
+            ppl.sample("x", ppl.dist.Normal(z @ p, 1.0), obs=x)
+
+    def guide(ppl: Ppl, x: Array) -> None:
+        q, tau = ppl.param("q", P_Z), ppl.xp.asarray(0.8)
+        with ppl.plate("data", len(x)):
+            ppl.sample("z", ppl.dist.RelaxedOneHotCategorical(tau, logits=q))
+
+    engine = Engine(backend, model, guide, {"x": np.array([0.3, 1.1])}, portable=True)
+    z = engine.sites(elbo(draws=500), {"z": pathwise()})["z"]
+    value = torch.tensor(z.value)
+    assert (value > 0).all() and torch.allclose(value.sum(-1), torch.ones((), dtype=torch.float64))
+    for tau, logits, found in ((0.6, Z, z.log_p), (0.8, P_Z, z.log_q)):
+        temperature = torch.tensor(tau, dtype=torch.float64)
+        wanted = torch.distributions.RelaxedOneHotCategorical(temperature, logits=torch.tensor(logits)).log_prob(value)
+        np.testing.assert_allclose(found, wanted.numpy(), rtol=0, atol=1e-9)
+    # The largest weight is a draw of the classes: 1,000 of them, four standard errors.
+    largest = np.bincount(z.value.argmax(-1).ravel(), minlength=3) / 1000.0
+    assert (np.abs(largest - softmax(P_Z)) < 4.0 * np.sqrt(softmax(P_Z) / 1000.0)).all()
+    assert np.abs(engine.loss(elbo(), {"z": pathwise()}).gradient["q"]).max() > 1e-3
 
 
 # Recipes.
@@ -351,6 +384,48 @@ def test_temperatures_are_schedules(backend: Backend) -> None:
     first, second, moved = losses(1.0), losses(0.4), losses(moving)
     np.testing.assert_allclose(moved, [first[0], second[1]], rtol=0, atol=1e-10)
     assert np.abs(first - second).min() > 1e-3
+
+
+@on_both
+def test_native_programs(backend: Backend) -> None:
+    """Zeros and ones that NumPyro draws as integers carry gradients all the same."""
+    ppl, dist = import_module(backend), import_module(f"{backend}.distributions")
+    xp = torch if backend == "pyro" else jnp
+
+    def native_model(x: Array) -> None:
+        with ppl.plate("data", len(x)):
+            y = ppl.sample("y", dist.Bernoulli(logits=xp.asarray(P_Y, dtype=x.dtype)))
+            ppl.sample("x", dist.Normal(2.0 * y, 1.0), obs=x)
+
+    def native_guide(x: Array) -> None:
+        logit = ppl.param("q", xp.asarray(Y, dtype=x.dtype))
+        with ppl.plate("data", len(x)):
+            ppl.sample("y", dist.Bernoulli(logits=logit))
+
+    engine = Engine(backend, native_model, native_guide, {"x": np.array([1.3])}, portable=False)
+    values = {"y": np.array([[[0]], [[1]]])[:, None]}
+    if backend == "pyro":
+        values = {"y": values["y"].astype(float)}
+    found = engine.loss(elbo(), {"y": straight_through()}, values=values, runs=2)
+    pi = 1.0 / (1.0 + np.exp(-Y))
+    # d/dy of log p(y) + log N(x; 2 y, 1) - log q(y), at y = 0 and 1; the direct gradient of log q has mean zero.
+    slope = P_Y - Y + 2.0 * (1.3 - 2.0 * np.array([0.0, 1.0]))
+    wanted = -pi * (1.0 - pi) * ((1.0 - pi) * slope[0] + pi * slope[1])
+    np.testing.assert_allclose((1.0 - pi) * found.gradient["q"][0] + pi * found.gradient["q"][1], wanted, atol=1e-12)
+
+
+@pytest.mark.parametrize("estimator", [gumbel_rao(samples=3), gumbel_softmax(), reinmax()], ids=named)
+def test_traced_steps_are_eager_ones_on_pyro(estimator: Estimator) -> None:
+    """Noise is drawn anew in every step of a traced one."""
+    program = Program("pair", pair_model, pair_guide, portable=True, arguments=("x",))
+    options: Any = {"backend": "pyro", "dtype": "float64", "batch_size": None, "steps": 4}
+    options |= {"estimator": {"z": estimator, "y": "score"}}
+    eager, traced = (
+        fit(program, None, np.array([1.3, 0.2]), "elbo", compile=mode, **options).history["loss"]
+        for mode in ("eager", "graph")
+    )
+    np.testing.assert_allclose(traced, eager, rtol=0, atol=1e-12)
+    assert len(np.unique(traced)) == 4
 
 
 # What is refused.
@@ -399,6 +474,12 @@ def test_what_is_refused(backend: Backend) -> None:
         legality.plan(elbo(), rest | {"y": e, "z": stl()}, found)
     for name, chosen in legality.plan(elbo(), {}, found)[0].estimators.items():
         assert not chosen.why_biased(), name
+
+
+def test_a_site_of_all_rows_whose_draws_are_fixed() -> None:
+    for e in EVERY:
+        found = matrix.cell("wake_sleep", wake_sleep(outer=2), e, "finite global")
+        assert found.verdict == "refused" and "the objective takes draws as they are" in found.why
 
 
 @on_both

@@ -149,6 +149,9 @@ def draw(fn: Any, key: Array, as_float: bool) -> Array:
     return value.astype(jnp.zeros(()).dtype) if as_float and _boolean(fn) else value
 
 
+_NOISE = 0x7015E
+"""What sets the key of an estimator's noise apart from those of draws."""
+
 _CLASSES = (
     OneHotCategorical,
     *(dist.CategoricalProbs, dist.CategoricalLogits),
@@ -379,7 +382,7 @@ class GuideSite:
         injected = self._given(noise_name(self._name, salt), event + len(lead))
         if injected is not None:
             return injected if copies is None else jnp.moveaxis(injected, -event - 1, 0)
-        key = jax.random.fold_in(jax.random.fold_in(self._key, 3), salt)
+        key = jax.random.fold_in(jax.random.fold_in(self._key, _NOISE), salt)
         return jax.random.uniform(key, lead + like.shape, like.dtype, minval=jnp.finfo(like.dtype).tiny)
 
     def explore(self, epsilon: float) -> tuple[Array, int]:

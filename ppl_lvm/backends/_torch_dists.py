@@ -117,7 +117,7 @@ def log_prob(fn: Any, value: Tensor, of_classes: Density | None = None) -> Tenso
         return inner.reshape(inner.shape[: inner.dim() - n] + (-1,)).sum(-1) if n else inner
     if isinstance(fn, MaskedDistribution) and fn._mask is not False and _of_classes(fn) is not None:
         return scale_and_mask(log_prob(fn.base_dist, value, of_classes), mask=fn._mask)
-    if of_classes is not None:
+    if of_classes is not None and not isinstance(fn, MaskedDistribution):
         return of_classes(log_probs(fn), classes_of(fn, value))
     if _one_hot(fn):
         return (value * fn.logits).sum(-1)

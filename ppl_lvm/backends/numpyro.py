@@ -1117,7 +1117,7 @@ def _in_pieces(inner: Callable[..., Any], size: int) -> Callable[..., Any]:
             return inner(m, part[0], outer, part[1])
 
         table = jax.lax.map(jax.checkpoint(piece), (cut(k), jax.tree.map(cut, local)))
-        first = jax.tree.map(lambda a: a[0], table["outer"])
+        first = jax.tree.map(lambda a: a[0], table.pop("outer"))
         # The value of a factor has no entries, from which no axis could be inferred.
         return jax.tree.map(lambda a: a.reshape(a.shape[0] * a.shape[1], *a.shape[2:]), table) | {"outer": first}
 

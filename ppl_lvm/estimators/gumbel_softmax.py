@@ -39,7 +39,7 @@ class gumbel_softmax(Estimator):
     def why_biased(self) -> str:
         if self.hard:
             return "the gradient is that of relaxed values"
-        return "values are relaxed, so it is the objective of a relaxed program (none, with a KL in closed form)"
+        return "values are relaxed, and so is the program that the objective is of (with a KL in closed form, of none)"
 
     def why_refused(self, verb: str) -> str | None:
         if verb == "log_mean_exp" and self.hard:
