@@ -28,7 +28,7 @@ def perturbed(dist: SiteDistribution) -> tuple[Array, Array, Array]:
 
 
 def linear_density(log_probs: Array, weights: Array) -> Array:
-    """`sum_i y_i log pi_i`, `[.., V], [.., V] -> [..]`: the density of hard classes, continued to all weights of them."""
+    """`sum_i y_i log pi_i`, `[.., V], [.., V] -> [..]`: the density of hard classes, continued to all weights."""
     return ops.xp(weights).sum(weights * log_probs, axis=-1)
 
 

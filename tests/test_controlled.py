@@ -23,9 +23,11 @@ from _pytest.mark import ParameterSet
 from harness import BACKENDS, Engine, Loss, assert_equal, assert_unbiased
 from toys import BERNOULLI, CATEGORICALS, MIXED_YZ, MIXED_ZY, PLATE, UPWARD, Array, Backend, Ppl, Toy
 
-from ppl_lvm import Fit, fit
+from ppl_lvm import Fit, fit, recipe
 from ppl_lvm.algorithm import Estimator, Objective
+from ppl_lvm.errors import LegalityError, RecipeError
 from ppl_lvm.estimators.disarm import disarm
+from ppl_lvm.estimators.dreg import dreg
 from ppl_lvm.estimators.enumerate import enumerate as enumerated
 from ppl_lvm.estimators.pathwise import pathwise
 from ppl_lvm.estimators.rebar import rebar
@@ -34,6 +36,8 @@ from ppl_lvm.estimators.score import score
 from ppl_lvm.estimators.stl import stl
 from ppl_lvm.objectives.elbo import elbo
 from ppl_lvm.objectives.iwae import iwae
+from ppl_lvm.objectives.log_variance import log_variance
+from ppl_lvm.objectives.vis import vis
 from ppl_lvm.program import Program
 
 on_both = pytest.mark.parametrize("backend", BACKENDS)
@@ -562,8 +566,8 @@ def test_backends_agree(objective: Objective, estimator: Estimator) -> None:
 def trained(backend: Backend, estimator: Any, **options: Any) -> Fit:
     rng = np.random.default_rng(0)
     x = rng.normal(size=(24, 3)) + 2.0 * rng.integers(0, 2, (24, 1))
-    recipe = {"objective": "elbo", "steps": 20, "batch_size": 8, "learning_rate": 0.02, "seed": 1}
-    given = recipe | {"estimator": estimator, "dtype": "float64", "backend": backend} | options
+    given: dict[str, Any] = {"objective": "elbo", "steps": 20, "batch_size": 8, "learning_rate": 0.02, "seed": 1}
+    given |= {"estimator": estimator, "dtype": "float64", "backend": backend} | options
     return fit(CODES, data=x, **{"recipe": given.pop("objective"), **given})
 
 
@@ -639,9 +643,7 @@ def test_pieces(backend: Backend) -> None:
     with jax.enable_x64(True):
         run = discrete.engine(backend, discrete.quadratic, 2, 3)
         own = own_of({"z": estimator}, {"z": 6})
-        pieces, whole = (
-            run.loss(iwae(draws=4, chunk=c), {"z": estimator}, values=values, own=own) for c in (2, None)
-        )
+        pieces, whole = (run.loss(iwae(draws=4, chunk=c), {"z": estimator}, values=values, own=own) for c in (2, None))
     assert_equal(pieces, float(whole.value), whole.gradient, TO_ROUNDING)
     for name, gradient in whole.own["z"].items():
         np.testing.assert_allclose(pieces.own["z"][name], gradient, rtol=1e-10, atol=1e-14, err_msg=name)
@@ -652,3 +654,143 @@ def test_turns() -> None:
     run = trained("pyro", "rebar", alternate={"model": 1, "guide": 2}, steps=6)
     moved = [v for n, v in run.state.arrays.items() if n.startswith("own/z/log_eta")]
     assert len(moved) == 1 and abs(moved[0].item()) > 1e-3
+
+
+# What is refused.
+
+
+def refused(
+    match: str,
+    estimators: Mapping[str, Estimator],
+    toy: Toy | Program = CATEGORICALS,
+    objective: Objective = elbo(),  # noqa: B008 - frozen
+    data: Any = None,
+) -> None:
+    with pytest.raises(LegalityError, match=match):
+        if isinstance(toy, Toy):
+            Engine.of("pyro", toy).plan(objective, estimators)
+        else:
+            assert callable(toy.guide)
+            Engine("pyro", toy.model, toy.guide, data, portable=True).plan(objective, estimators)
+
+
+def test_own_parameters_do_not_learn_from_a_part_of_the_variance() -> None:
+    why = r"'z2' is drawn from its relaxed values without a gradient \('{}'\).*'rebar' with learn = false, or use '"
+    for second in (score(), disarm(), FIXED):
+        refused(why.format(type(second).__name__), {"z1": rebar(), "z2": second})
+    refused(why.format("score"), {"z1": relax(), "z2": score()})
+    for legal in ({"z1": rebar(), "z2": enumerated()}, {"z1": FIXED, "z2": relax()}):
+        Engine.of("pyro", CATEGORICALS).plan(elbo(), legal)
+    Engine.of("pyro", MIXED_ZY).plan(elbo(), {"y": rebar(), "z": pathwise()})
+
+
+def test_parameters_of_both_are_the_models() -> None:
+    def z(ppl: Ppl, x: Array) -> Array:
+        return ppl.sample("z", ppl.dist.Bernoulli(logits=ppl.param("shared", 0.2) + 0.0 * x))
+
+    def guide(ppl: Ppl, x: Array) -> None:
+        with ppl.plate("data", len(x)):
+            z(ppl, x)
+
+    def model(ppl: Ppl, x: Array) -> None:
+        with ppl.plate("data", len(x)):
+            ppl.sample("x", ppl.dist.Normal(z(ppl, x), 1.0), obs=x)
+
+    shared = Program("shared", model, guide, portable=True, arguments=("x",))
+    data = {"x": np.zeros(2)}
+    for estimator in (rebar(), relax()):
+        refused(
+            r"share parameters \['shared'\], and its control variate is in the guide's gradient alone; use '",
+            {"z": estimator},
+            shared,
+            data=data,
+        )
+    Engine("pyro", model, guide, data, portable=True).plan(elbo(), {"z": disarm()})
+
+
+def test_verbs_sites_and_dreg() -> None:
+    for estimator in (disarm(), rebar(), relax()):
+        refused(r"inside `log_mean_exp` its credits .*; use '", {"z": estimator}, BERNOULLI, vis(draws=2))
+        refused(r"inside `variance` draws are fixed there; use", {"z": estimator}, BERNOULLI, log_variance(draws=2))
+        refused("one-hots and Bernoullis, and the distribution is neither", {"z": estimator, "y": score()}, MIXED_YZ)
+        refused(
+            "z.*make both|whose gradient the surrogate would reweigh",
+            {"z": dreg(), "y": estimator},
+            MIXED_YZ,
+            iwae(draws=2),
+        )
+
+
+def test_a_live_global_above_dreg() -> None:
+    """Soft values of a global are moved with, so that the surrogate of the rows would reweigh them."""
+
+    def model(ppl: Ppl, x: Array) -> None:
+        g = ppl.sample("g", ppl.dist.Bernoulli(logits=ppl.param("prior", 0.1)))
+        with ppl.plate("data", len(x)):
+            z = ppl.sample("z", ppl.dist.Normal(g, 1.0))
+            ppl.sample("x", ppl.dist.Normal(z, 1.0), obs=x)
+
+    def guide(ppl: Ppl, x: Array) -> None:
+        g = ppl.sample("g", ppl.dist.Bernoulli(logits=ppl.param("logit", 0.3)))
+        with ppl.plate("data", len(x)):
+            ppl.sample("z", ppl.dist.Normal(0.5 * x + g * ppl.param("gain", 0.2), 1.0))
+
+    program, data = Program("above", model, guide, portable=True, arguments=("x",)), {"x": np.zeros(2)}
+    sites = {"z": dreg()}
+    refused("global site 'g' carries a pathwise gradient", {"g": rebar(), **sites}, program, iwae(draws=2), data)
+    Engine("pyro", model, guide, data, portable=True).plan(iwae(draws=2), {"g": disarm(), **sites})
+
+
+def test_a_model_of_another_kind() -> None:
+    def site(ppl: Ppl, logits: Array) -> object:
+        return ppl.dist.Bernoulli(logits=logits)
+
+    def model(ppl: Ppl, x: Array) -> None:
+        with ppl.plate("data", len(x)):
+            z = ppl.sample("z", ppl.dist.Binomial(1, logits=ppl.param("prior", 0.1) + 0.0 * x))
+            ppl.sample("x", ppl.dist.Normal(z, 1.0), obs=x)
+
+    def guide(ppl: Ppl, x: Array) -> None:
+        with ppl.plate("data", len(x)):
+            ppl.sample("z", site(ppl, ppl.param("logit", 0.3) + x))
+
+    program, data = Program("other", model, guide, portable=True, arguments=("x",)), {"x": np.zeros(2)}
+    refused("is of another kind, which has no density there; give the model", {"z": rebar()}, program, data=data)
+    Engine("pyro", model, guide, data, portable=True).plan(elbo(), {"z": disarm()})
+
+
+def test_steps_of_a_scan() -> None:
+    """Each step is drawn from the last, so that two values of a step are two sequences."""
+
+    def codes(ppl: Ppl, x: Array, logit: Array) -> Array:
+        def step(carry: Array, _: Array) -> tuple[Array, Array]:
+            z = ppl.sample("z", ppl.dist.Bernoulli(logits=logit + carry))
+            return z, z
+
+        return ppl.scan(step, 0.0 * x, ppl.xp.zeros(3))[1]
+
+    def model(ppl: Ppl, x: Array) -> None:
+        logit = ppl.param("prior", 0.1)
+        with ppl.plate("data", len(x)):
+            z = codes(ppl, x, logit)
+            ppl.sample("x", ppl.dist.Normal(ppl.xp.sum(z, axis=0), 1.0), obs=x)
+
+    def guide(ppl: Ppl, x: Array) -> None:
+        logit = ppl.param("logit", 0.2)
+        with ppl.plate("data", len(x)):
+            codes(ppl, x, logit)
+
+    program, data = Program("steps", model, guide, portable=True, arguments=("x",)), {"x": np.zeros(2)}
+    for estimator in (disarm(), rebar()):
+        refused("drawn step by step inside a scan", {"z": estimator}, program, data=data)
+
+
+def test_options() -> None:
+    with pytest.raises(RecipeError, match="temperature has a schedule and is learned; set learn = false"):
+        recipe(
+            "elbo",
+            estimator={"name": "rebar", "temperature": {"schedule": "linear", "start": 1.0, "end": 0.5, "steps": 10}},
+        )
+    with pytest.raises(RecipeError, match="eta"):
+        recipe("elbo", estimator={"name": "rebar", "eta": -1.0})
+    assert rebar(learn=False, eta=0.3).numbers() == {"temperature": 0.5, "eta": 0.3}

@@ -9,15 +9,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
 from harness import BACKENDS, Engine
 from toys import GAUSSIANS2, GLOBAL_ROWS, MIXED_YZ, Backend, Toy
 
-from ppl_lvm import fit, ops
+from ppl_lvm import ops
 from ppl_lvm.algorithm import Estimator, Objective, SiteDistribution, Variant
 from ppl_lvm.estimators.pathwise import pathwise
 from ppl_lvm.estimators.score import score
@@ -65,13 +62,12 @@ CASES = [
 ]
 
 
-
 @on_both
 @pytest.mark.parametrize(("toy", "objective", "estimators"), CASES)
 def test_the_gradient_of_the_squared_gradient(
     backend: Backend, toy: Toy, objective: Objective, estimators: dict[str, Estimator]
 ) -> None:
-    """What is differentiated is the gradient that the same run gives at other own parameters, stopped signals included."""
+    """What is differentiated is the gradient that the same run gives at other own parameters, stopped signals too."""
     engine, rows = Engine.of(backend, toy), len(toy.data["x"])
     sites = [n for n, e in engine.plan(objective, estimators).estimators.items() if e.least_variance]
     at = {s: {"eta": np.array([0.6]), "shift": np.array([0.3])} for s in sites}
