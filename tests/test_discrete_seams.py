@@ -428,6 +428,29 @@ def test_traced_steps_are_eager_ones_on_pyro(estimator: Estimator) -> None:
     assert len(np.unique(traced)) == 4
 
 
+@on_both
+def test_a_program_without_data(backend: Backend) -> None:
+    """A term and no rows: what is relaxed and what is hard, in a fit that goes by a factor alone."""
+
+    def model(ppl: Ppl) -> None:
+        z = ppl.sample("z", ppl.dist.OneHotCategorical(logits=ppl.xp.zeros((3,))))
+        ppl.factor("f", 2.0 * z[..., 0])
+
+    def guide(ppl: Ppl) -> None:
+        ppl.sample("z", ppl.dist.OneHotCategorical(logits=ppl.param("q", Z)))
+
+    program = Program("term", model, guide, portable=True, arguments=())
+    options: Any = {"backend": backend, "batch_size": None, "compile": "eager", "dtype": "float64", "draws": 5}
+    start = {"q": np.array([2.0, 0.0, 0.0])}
+    run = fit(program, None, None, "elbo", estimator="gumbel_softmax", start=start, steps=2, **options)
+    # At the posterior a hard draw has the weight E exp(2 z_0) / 3, whatever it is.
+    hard = fit(program, None, None, "elbo", estimator="reinmax", start=start, steps=1, **options)
+    wanted = -np.log((np.exp(2.0) + 2.0) / 3.0)
+    assert hard.history["loss"][0] == pytest.approx(wanted, abs=1e-12)
+    assert run.history["hard_step"].tolist() == [2]
+    assert abs(run.history["hard_loss"][0] - wanted) < 0.02 < abs(run.history["loss"][1] - wanted)
+
+
 # What is refused.
 
 

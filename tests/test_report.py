@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from xarray import DataTree
 
-from ppl_lvm import pictures
+from ppl_lvm import comparison, pictures
 from ppl_lvm.datasets import Dataset, load
 from ppl_lvm.datasets._base import sequences
 from ppl_lvm.errors import DataError, PplLvmError
@@ -185,6 +185,26 @@ def test_validation_messages_and_parameters_are_kept(tmp_path: Path) -> None:
     np.testing.assert_array_equal(kept["decoder.w"], np.eye(2)[:, ::-1])
     with pytest.raises(DataError, match=r"nowhere.*give a run folder"):
         starting(tmp_path / "nowhere")
+
+
+def test_the_loss_of_hard_draws_is_beside_the_relaxed_one(tmp_path: Path) -> None:
+    """In the run folder, in its figures, and in a column of a comparison that has such a fit."""
+    history = {
+        "step": np.arange(4),
+        "loss": np.array([9.0, 5.0, 4.0, 3.0]),
+        "hard_step": np.array([2, 4]),
+        "hard_loss": np.array([9.5, 8.25]),
+    }
+    out = write(FakeRun(history=history), load("linear_gaussian"), tmp_path / "a", posterior_draws=2)
+    with (out / "hard.csv").open() as file:
+        assert list(csv.DictReader(file)) == [{"step": "2", "loss": "9.5"}, {"step": "4", "loss": "8.25"}]
+    assert json.loads((out / "metrics.json").read_text())["hard_loss"] == 8.25
+    plain, relaxed = _metrics("elbo", [-1.0, -3.0]), replace(_metrics("relaxed", [-2.0, -3.5]), hard_loss=8.25)
+    lines = [comparison.Line("vae", "pyro", m.recipe, None, (m,), {}) for m in (plain, relaxed)]
+    assert [row["hard_loss"] for row in comparison.rows(lines)] == [None, 8.25]
+    shown = _text(comparison.table(lines))
+    assert "hard loss" in shown and "8.250" in shown and "their objective under hard draws" in shown
+    assert "hard loss" not in _text(comparison.table(lines[:1]))
 
 
 def test_a_fit_without_a_loss_of_every_step_has_no_picture_of_losses(tmp_path: Path) -> None:

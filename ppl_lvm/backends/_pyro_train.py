@@ -275,7 +275,8 @@ class Trainer:
                     inputs["index"] = where[i]
                 leaves, structure = pytree.tree_flatten(inputs)
                 if self._step is None:
-                    rows = data.leaves[0].shape[0] if where is None else where.shape[1]
+                    of_data = data.leaves[0].shape[0] if data.leaves else 0
+                    rows = of_data if where is None else where.shape[1]
                     key = (*self._key, self.mode, self._steps if self.mode == "auto" else None, structure)
                     self._step, self.mode, notes = STEPS.get(
                         key, lambda: self._prepare(leaves, structure, rows)  # noqa: B023 - called at once
