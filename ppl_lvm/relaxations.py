@@ -10,10 +10,10 @@ from ppl_lvm.algorithm import SiteDistribution, Variant
 from ppl_lvm.ops import Array, stop_gradient
 
 
-def perturbed(dist: SiteDistribution) -> tuple[Array, Array, Array]:
-    """A hard draw D and perturbed log probabilities z, z' of which it is the largest entry, `[*batch, *elements, V]`.
+def perturbed(dist: SiteDistribution) -> tuple[Array, Array, Array, Array]:
+    """A hard draw D, `log pi`, and perturbed z, z' of which D is the largest entry, all `[*batch, *elements, V]`.
 
-    They have the same value and another gradient: z is `log pi + G` at fixed Gumbel noise G; z' is drawn given D, at
+    z and z' have the same value and another gradient: z is `log pi + G` at fixed Gumbel noise G; z' is drawn given D, at
     the fixed noise of that draw. With exponentials E, `z'` is `-log E_D` at the class D and `-log(E_i / pi_i + E_D)`
     elsewhere: an exponential of rate pi_i that is more than E_D.
     """
@@ -24,7 +24,7 @@ def perturbed(dist: SiteDistribution) -> tuple[Array, Array, Array]:
     log_e = xp.log(-xp.log(u))
     of_draw = xp.sum(hard * log_e, axis=-1, keepdims=True)
     given = -xp.where(hard > 0, of_draw, xp.logaddexp(log_e - log_pi, of_draw))
-    return hard, stop_gradient(given) + (log_pi - stop_gradient(log_pi)), given
+    return hard, log_pi, stop_gradient(given) + (log_pi - stop_gradient(log_pi)), given
 
 
 def linear_density(log_probs: Array, weights: Array) -> Array:
@@ -48,11 +48,12 @@ def controlled(
     `E c(s')`, as s' is a draw given D, and so is `E grad c(s)`, as s and s' have one distribution. That holds for the
     direct dependence of c on parameters (log q at s and s') as well, whose expectation is the same at both.
     """
-    hard, z, given = perturbed(dist)
-    drawn = dist.embed(hard)
-    log_q = dist.log_prob(drawn)
-    score = log_q - stop_gradient(log_q)
+    hard, log_pi, z, given = perturbed(dist)
     xp = ops.xp(z)
+    # Of all elements, those under a mask too: the relaxed values of all are differentiated.
+    batch = dist.log_prob(dist.embed(hard)).ndim
+    log_q = xp.sum(hard * log_pi, axis=tuple(range(batch, z.ndim)))
+    score = log_q - stop_gradient(log_q)
     soft, soft_ = (ops.softmax(x / temperature, -1) for x in (z, given))
     first, last = index == 0, index == 2
     wide = tuple(first.shape) + (1,) * (z.ndim - log_q.ndim)

@@ -23,7 +23,7 @@ from _pytest.mark import ParameterSet
 from harness import BACKENDS, Engine, Loss, assert_equal, assert_unbiased
 from toys import BERNOULLI, CATEGORICALS, MIXED_YZ, MIXED_ZY, PLATE, UPWARD, Array, Backend, Ppl, Toy
 
-from ppl_lvm import Fit, fit, recipe
+from ppl_lvm import Fit, fit, program, recipe
 from ppl_lvm.algorithm import Estimator, Objective
 from ppl_lvm.errors import LegalityError, RecipeError
 from ppl_lvm.estimators.disarm import disarm
@@ -203,6 +203,8 @@ BERNOULLI_CASES = [
     (elbo(), rebar()),
     (elbo(draws=2), rebar(learn=False, temperature=TAU, eta=ETA)),
     (elbo(), relax(hidden=2)),
+    (elbo(kl="closed_form"), disarm()),
+    (elbo(kl="closed_form"), relax(hidden=2)),
     (iwae(draws=2), rebar()),
     (iwae(draws=2), relax(hidden=2)),
 ]
@@ -356,6 +358,33 @@ def test_indices(backend: Backend) -> None:
         many = objective.model_copy(update={"outer": len(weight)})
         found = engine.loss(many, {"z": disarm()}, values=values, weight=weight)
         assert_equal(found, float(exact.value), exact.gradient, TO_ROUNDING)
+
+
+@on_both
+@pytest.mark.parametrize("estimator", [disarm(), rebar(), relax(hidden=2)], ids=name_of)
+def test_a_mask(backend: Backend, estimator: Estimator) -> None:
+    """It takes away the site's density; what the data say of the value is a function of the draw as ever."""
+    logit, x = 0.4, 1.3
+
+    def z(ppl: Ppl, x: Array, start: float) -> Array:
+        logits = ppl.param(f"logit{start}", start) + 0.0 * x
+        return ppl.sample("z", ppl.dist.Bernoulli(logits=logits).mask(x < 0.0))
+
+    def model(ppl: Ppl, x: Array) -> None:
+        with ppl.plate("data", len(x)):
+            ppl.sample("x", ppl.dist.Normal(z(ppl, x, -0.2), 1.0), obs=x)
+
+    def guide(ppl: Ppl, x: Array) -> None:
+        with ppl.plate("data", len(x)):
+            z(ppl, x, logit)
+
+    p = 1 / (1 + np.exp(-logit))
+    values, weight = of_one_site("z", estimator, np.array([1 - p, p]), 1, 24, lambda y: y[..., 1])
+    found = Engine(backend, model, guide, {"x": np.array([x])}, portable=True).loss(
+        elbo(outer=len(weight)), {"z": estimator}, values=values, weight=weight, own=own_of({"z": estimator}, {"z": 2})
+    )
+    exact = p * (1 - p) * ((x - 1.0) ** 2 - x**2) / 2
+    assert_equal(found, None, {"logit0.4": exact, "logit-0.2": 0.0}, tolerance(estimator))
 
 
 @on_both
@@ -656,6 +685,15 @@ def test_turns() -> None:
     assert len(moved) == 1 and abs(moved[0].item()) > 1e-3
 
 
+@on_both
+def test_restarts_and_a_network(backend: Backend) -> None:
+    """A shipped program with networks, several runs at once."""
+    x = np.random.default_rng(0).integers(0, 2, (12, 9))
+    small = program("discrete_vae", variables=3, categories=4)
+    run = fit(small, data=x, recipe="elbo", estimator="relax", restarts=2, steps=4, batch_size=6, backend=backend)
+    assert np.isfinite(np.asarray(run.history["loss"])).all()
+
+
 # What is refused.
 
 
@@ -735,9 +773,9 @@ def test_a_live_global_above_dreg() -> None:
         with ppl.plate("data", len(x)):
             ppl.sample("z", ppl.dist.Normal(0.5 * x + g * ppl.param("gain", 0.2), 1.0))
 
-    program, data = Program("above", model, guide, portable=True, arguments=("x",)), {"x": np.zeros(2)}
+    chosen, data = Program("above", model, guide, portable=True, arguments=("x",)), {"x": np.zeros(2)}
     sites = {"z": dreg()}
-    refused("global site 'g' carries a pathwise gradient", {"g": rebar(), **sites}, program, iwae(draws=2), data)
+    refused("global site 'g' carries a pathwise gradient", {"g": rebar(), **sites}, chosen, iwae(draws=2), data)
     Engine("pyro", model, guide, data, portable=True).plan(iwae(draws=2), {"g": disarm(), **sites})
 
 
@@ -754,8 +792,8 @@ def test_a_model_of_another_kind() -> None:
         with ppl.plate("data", len(x)):
             ppl.sample("z", site(ppl, ppl.param("logit", 0.3) + x))
 
-    program, data = Program("other", model, guide, portable=True, arguments=("x",)), {"x": np.zeros(2)}
-    refused("is of another kind, which has no density there; give the model", {"z": rebar()}, program, data=data)
+    chosen, data = Program("other", model, guide, portable=True, arguments=("x",)), {"x": np.zeros(2)}
+    refused("is of another kind, which has no density there; give the model", {"z": rebar()}, chosen, data=data)
     Engine("pyro", model, guide, data, portable=True).plan(elbo(), {"z": disarm()})
 
 
@@ -780,9 +818,9 @@ def test_steps_of_a_scan() -> None:
         with ppl.plate("data", len(x)):
             codes(ppl, x, logit)
 
-    program, data = Program("steps", model, guide, portable=True, arguments=("x",)), {"x": np.zeros(2)}
+    chosen, data = Program("steps", model, guide, portable=True, arguments=("x",)), {"x": np.zeros(2)}
     for estimator in (disarm(), rebar()):
-        refused("drawn step by step inside a scan", {"z": estimator}, program, data=data)
+        refused("drawn step by step inside a scan", {"z": estimator}, chosen, data=data)
 
 
 def test_options() -> None:
