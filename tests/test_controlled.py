@@ -23,8 +23,9 @@ from _pytest.mark import ParameterSet
 from harness import BACKENDS, Engine, Loss, assert_equal, assert_unbiased
 from toys import BERNOULLI, CATEGORICALS, MIXED_YZ, MIXED_ZY, PLATE, UPWARD, Array, Backend, Ppl, Toy
 
-from ppl_lvm import Fit, fit, program, recipe
+from ppl_lvm import Fit, fit, matrix, program, recipe
 from ppl_lvm.algorithm import Estimator, Objective
+from ppl_lvm.catalogue import objectives
 from ppl_lvm.errors import LegalityError, RecipeError
 from ppl_lvm.estimators.disarm import disarm
 from ppl_lvm.estimators.dreg import dreg
@@ -236,6 +237,33 @@ def test_a_bernoulli(backend: Backend, objective: Any, estimator: Estimator) -> 
         own=own_of({"z": estimator}, {"z": 2}),
     )
     assert_equal(found, *oracle.exact(BERNOULLI, type(objective).__name__, K), TO_ROUNDING)
+
+
+def served() -> Iterator[ParameterSet]:
+    for name in objectives():
+        for label, objective in matrix._objectives(name):
+            for estimator in (disarm(), rebar()):
+                if matrix.cell(label, objective, estimator, "finite").verdict != "refused":
+                    fast = isinstance(estimator, disarm)
+                    marks = [] if fast else [pytest.mark.slow]
+                    yield pytest.param(objective, estimator, id=f"{label}-{name_of(estimator)}", marks=marks)
+
+
+@pytest.mark.parametrize(("objective", "estimator"), [*served()])
+def test_every_objective_that_they_serve(objective: Objective, estimator: Estimator) -> None:
+    """The expectation of its gradient is that of the sum over all values; a kink is hit by quadrature to 1e-4."""
+    p, K, engine = 1 / (1 + np.exp(1.5)), objective.draws, Engine.of("pyro", BERNOULLI)
+    values, weight = of_one_site("z", estimator, np.array([1 - p, p]), K, 24, lambda y: y[..., 1])
+    exact = engine.loss(objective.model_copy(update={"outer": 1}), {"z": enumerated()})
+    found = engine.loss(
+        objective.model_copy(update={"outer": len(weight)}),
+        {"z": estimator},
+        values=values,
+        weight=weight,
+        own=own_of({"z": estimator}, {"z": 2}),
+    )
+    rough = estimator.relaxes and not objective.smooth()
+    assert_equal(found, float(exact.value), exact.gradient, 1e-4 if rough else tolerance(estimator))
 
 
 FIXED = rebar(learn=False, temperature=TAU, eta=ETA)
