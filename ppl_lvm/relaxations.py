@@ -13,8 +13,8 @@ from ppl_lvm.ops import Array, stop_gradient
 def perturbed(dist: SiteDistribution) -> tuple[Array, Array, Array, Array]:
     """A hard draw D, `log pi`, and perturbed z, z' of which D is the largest entry, all `[*batch, *elements, V]`.
 
-    z and z' have the same value and another gradient: z is `log pi + G` at fixed Gumbel noise G; z' is drawn given D, at
-    the fixed noise of that draw. With exponentials E, `z'` is `-log E_D` at the class D and `-log(E_i / pi_i + E_D)`
+    z and z' have the same value and another gradient: z is `log pi + G` at fixed Gumbel noise G; z' is drawn given D,
+    at the fixed noise of that draw. With exponentials E, `z'` is `-log E_D` at the class D and `-log(E_i / pi_i + E_D)`
     elsewhere: an exponential of rate pi_i that is more than E_D.
     """
     hard, log_pi, u = dist.classes_of(dist.sample()), dist.log_probs(), dist.uniform()
