@@ -179,17 +179,20 @@ def measure(bound: Any, batch: Call, estimator: Estimator, draws: int, runs: int
 
 
 def picture(path: Path, table: Mapping[str, Mapping[int, Measured]], g: np.ndarray, error: np.ndarray) -> None:
-    """Noise against K, and error of one run (bias and noise together) against its cost."""
+    """Bias with two errors, noise against K, and the error of one run (both together) against its cost."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(12, 5), layout="constrained")
-    left, right = figure.subplots(1, 2)
+    figure = Figure(figsize=(15, 5), layout="constrained")
+    bars, left, right = figure.subplots(1, 3)
     scale = float(np.linalg.norm(g))
+    bars.set(xlabel="bias / |g|", xlim=(0.0, 1.0), yticks=[])
+    bars.invert_yaxis()
     for i, (name, of_draws) in enumerate(table.items()):
         most = max(of_draws)
-        bias, _ = of_draws[most].bias(g.ravel(), error.ravel())
+        bias, floor = of_draws[most].bias(g.ravel(), error.ravel())
         noise = [m.noise(scale) for m in of_draws.values()]
         style: Any = {"marker": "os^vDPX*"[i % 8], "color": f"C{i % 10}", "linestyle": "-" if i < 10 else "--"}
+        bars.barh(i, bias, xerr=2.0 * floor, color=style["color"], capsize=3.0)
         left.plot([*of_draws], noise, label=name, **style)
         total = [np.hypot(bias, n) for n in noise]
         right.plot([m.milliseconds for m in of_draws.values()], total, **style)

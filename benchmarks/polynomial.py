@@ -87,8 +87,8 @@ def main() -> None:
         for power in asked.powers:
             found = [run(method, power, seed, asked.steps, backend=asked.backend) for seed in asked.seeds]
             losses = np.array([f["loss"] for f in found])
-            error = losses.std(ddof=1) / len(losses) ** 0.5 if len(losses) > 1 else np.nan
-            cells.append(f"{losses.mean():.4f} ({error:.4f})")
+            error = f" ({losses.std(ddof=1) / len(losses) ** 0.5:.4f})" if len(losses) > 1 else ""
+            cells.append(f"{losses.mean():.4f}{error}")
             seconds += [f["seconds"] for f in found]
         print(f"| {method} | " + " | ".join(cells) + f" | {np.mean(seconds):.1f} |", flush=True)
 

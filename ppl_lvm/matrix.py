@@ -128,7 +128,7 @@ def cells(objective: str | None = None, estimator: str | None = None) -> Iterato
 
     Example:
         >>> [f"{c.kind}: {c.verdict}" for c in cells("iwae", "vimco")][:3]
-        ['continuous: unbiased', 'finite: unbiased', 'count: unbiased']
+        ['continuous: unbiased', 'finite: unbiased', 'index: unbiased']
     """
     for name in [objective] if objective else catalogue.objectives():
         for label, o in _objectives(name):

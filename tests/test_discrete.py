@@ -388,8 +388,12 @@ def test_one_draw_has_the_published_gradient(estimator: Estimator, V: int) -> No
             np.testing.assert_allclose(of_bits.gradient, wanted.gradient, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("V", range(2, 9))
+REINMAX = [(b, V, b == "numpyro" and V not in (2, 8)) for b in BACKENDS for V in range(2, 9)]
+
+
+@pytest.mark.parametrize(
+    ("backend", "V"), [pytest.param(b, V, marks=[pytest.mark.slow] if slow else []) for b, V, slow in REINMAX]
+)
 def test_reinmax_is_exact_for_quadratics(backend: Backend, V: int) -> None:
     """`E_D[gradient] = J(pi) f` at temperature 1, where straight-through is off by more than a tenth."""
     rng = np.random.default_rng(V)
@@ -591,7 +595,7 @@ def evidence(x: np.ndarray) -> float:
 def test_a_relaxed_fit_reports_the_loss_of_hard_draws(backend: Backend, held_out: np.ndarray | None) -> None:
     schedule = {"schedule": "exponential", "start": 1.0, "end": 0.5, "steps": 5}
     how: Any = {"steps": 5, "check_every": 2, "draws": 3, "learning_rate": 1e-14}
-    how |= {"backend": backend, "dtype": "float64", "compile": "eager"}
+    how |= {"backend": backend, "dtype": "float64", "compile": "eager" if backend == "pyro" else "auto"}
     how |= {"batch_size": 2} if held_out is None else {"batch_size": None, "validation": held_out}
     run = fit(MIXTURE, None, DATA, "elbo", estimator={"name": "gumbel_softmax", "temperature": schedule}, **how)
     assert run.history["hard_step"].tolist() == [2, 4, 5]
