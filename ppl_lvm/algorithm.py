@@ -321,13 +321,18 @@ class Variant:
 
     weight w   the value is `sum_v w_v h_v`; its own gradient counts (None: the site's density, for whole supports)
     credit s   adds `s_v sg(h_v)`: value zero, live in the guide's parameters
-    through r  adds `r_v (h_v - sg(h_v))`: gradient through the value only, value zero
+    through r  adds `r_v (h_v - sg(h_v))`: gradient through the value only, value zero; in the guide's loss alone
+    control c  adds `c_v`: value and expected gradient zero, live in the guide's parameters; in the guide's loss alone
+
+    Each is one array over the site's batch shape. A site in plates inside a row has one number a row: its credits and
+    controls are summed over the elements, and weight and through must be the same for all of them (see `by_row`).
     """
 
     value: "Array"
     weight: "Array | None" = None
     credit: "Array | None" = None
     through: "Array | None" = None
+    control: "Array | None" = None
 
 
 class SiteDistribution(Protocol):
@@ -370,6 +375,10 @@ class SiteDistribution(Protocol):
     own: "Mapping[str, Array]"
     """The estimator's own parameters at this site."""
 
+    def rows(self) -> "Array":
+        """The numbers of each row, `[.., features]`, which broadcasts over the site's batch shape; of a site that all
+        rows share their mean."""
+
 
 FAR_FROM_LINEAR = "a power of the weights is far from what it has the gradient of"
 """Why estimators with a gradient through hard values refuse `log_mean_exp`."""
@@ -407,6 +416,18 @@ class Estimator(Algorithm):
     """Draws it needs at the site's level (K for local sites, M for global ones)."""
     refuses: ClassVar[Mapping[str, str]] = {}
     """Verbs it must not serve, each with the reason in one clause; legality adds what serves instead."""
+    by_row: ClassVar[bool] = False
+    """Weight and through of its variants are the same for all elements of a row, so that they are variants of the row:
+    it may serve sites in plates inside a row."""
+    relaxes: ClassVar[bool] = False
+    """Its variants have `through`: besides hard draws the program is run on values off the support, which the guide's
+    loss alone sees. `log_density` is the density there, and of hard values that of the distribution."""
+    least_variance: ClassVar[bool] = False
+    """Its own parameters, which do not change the expectation of the guide's gradient g (the loss's, by row), are
+    trained on the sum of g^2 over the guide's parameters: `grad |g|^2`, whose mean is the gradient of g's variance.
+
+    Tucker, Mnih, Maddison, Lawson, Sohl-Dickstein (2017), REBAR, arXiv:1703.07370; Grathwohl, Choi, Wu, Roeder,
+    Duvenaud (2018), RELAX, arXiv:1711.00123."""
 
     def sample(self, dist: SiteDistribution) -> "Array":
         """The value of one draw."""
@@ -454,8 +475,11 @@ class Estimator(Algorithm):
         """The next state; baselines read the state as it was before this step's signal."""
         return state
 
-    def initial_own(self, features: int) -> dict[str, Any]:
-        """Parameters of the estimator itself, trained to predict the signal; `features` numbers make a row."""
+    def initial_own(self, features: int, weights: int = 0) -> dict[str, Any]:
+        """Parameters of the estimator itself; `features` numbers make a row, `weights` of classes a value of the site.
+
+        They are trained to predict the signal, or with `least_variance` so that the guide's gradient varies least.
+        """
         return {}
 
 

@@ -16,7 +16,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -59,10 +59,14 @@ class Site:
     plates: tuple[Plate, ...] = ()
     downstream: frozenset[str] = frozenset()
     """Sites whose density depends on this site's value, itself included, through the guide's later sites too."""
+    ancestors: frozenset[str] = frozenset()
+    """Guide sites that its draw depends on."""
     variants: int = 1
     weight: Array | None = None
     credit: Array | None = None
     through: Array | None = None
+    control: Array | None = None
+    """See `algorithm.Variant`."""
     log_p_full: Array | None = None
     log_q_full: Array | None = None
     """Densities before inner plates are summed: `[M, K, B, *inner]` of a local site, one in the place of axes that the
@@ -260,15 +264,23 @@ class Draws:
         base = split[:, :, 0]
         scores = {s.name: self._split(self._score(s), level)[:, :, 0] for s in self._scored(level)}
         loss = self._joint(f, base, scores, level, lambda a: self._split(a, level)[:, :, 0])
-        credit, through = self._credits(level)
+        credit, through, control = self._credits(level)
+        for site in self._scored(level):
+            # Draws that follow a value which gradient flows through: their score is part of that gradient.
+            count = self._counts(level, site.name)[1]
+            if count is not None:
+                term = self._score(site) * stop_gradient(count)
+                credit = term if credit is None else credit + term
         if credit is None and through is None:
             return loss
         xp = ops.xp(base)
+        if control is not None:
+            loss = loss + xp.sum(control, axis=1)
         for v in range(level.variants):
             changed = f(replace_one_each(base, split[:, :, v]), 1)  # [M, K, B]: draw k at its variant v
             if credit is not None:
                 loss = loss + xp.sum(self._split(credit, level)[:, :, v] * stop_gradient(changed), axis=1)
-            if through is not None and self.side == "guide":
+            if through is not None:
                 r = self._split(through, level)[:, :, v]
                 loss = loss + xp.sum(r * (changed - stop_gradient(changed)), axis=1)
         return loss
@@ -540,20 +552,47 @@ class Draws:
                 found[name] = self._lift(site, site.weight)
         return found
 
-    def _credits(self, level: _Level) -> tuple[Array | None, Array | None]:
-        """`s` and `r` of the variants: each site's own, times the other variant sites' weights."""
+    def _credits(self, level: _Level) -> tuple[Array | None, Array | None, Array | None]:
+        """`s`, `r` and the controls of the variants, each site's as its entries count; the guide's alone where they are
+        of value and expectation zero."""
         weights = self._weights_of(level)
-        sums: list[Array | None] = [None, None]
+        credit: Array | None = None
+        through: Array | None = None
+        control: Array | None = None
         for name, site in level.latents.items():
-            for i, own in enumerate((site.credit, site.through)):
-                if own is None:
-                    continue
-                term = self._lift(site, own)
-                for other, w in weights.items():
-                    if other != name:
-                        term = term * stop_gradient(w)
-                sums[i] = term if sums[i] is None else sums[i] + term
-        return sums[0], sums[1]
+            weight, more = self._counts(level, name)
+            count = _plus(weight, more)
+            if site.credit is not None:
+                credit = _plus(credit, self._lift(site, site.credit) * count)
+            if more is not None and name in weights:
+                credit = _plus(credit, (weights[name] - stop_gradient(weights[name])) * more)
+            if site.through is not None and self.side == "guide":
+                through = _plus(through, self._lift(site, site.through) * count)
+            if site.control is not None and self.side == "guide":
+                control = _plus(control, self._lift(site, site.control) * weight)
+        return credit, through, control
+
+    def _counts(
+        self, level: _Level, name: str, without: frozenset[str] = frozenset()
+    ) -> tuple[Array | float, Array | None]:
+        """How each entry counts for the terms of a site that have the value zero: by the weights of the others' values,
+        and besides where gradient flows through the value of a site that it is drawn from.
+
+        There this site's terms belong to that gradient: `r (E h - sg E h)`, the expectation over what is drawn after.
+        """
+        without = without | {name}
+        weight: Array | float = 1.0
+        for other, w in self._weights_of(level).items():
+            if other not in without:
+                weight = weight * stop_gradient(w)
+        if self.side == "model":
+            return weight, None
+        more: Array | None = None
+        for other, site in level.latents.items():
+            if site.through is not None and other not in without and other in level.latents[name].ancestors:
+                count = _plus(*self._counts(level, other, without))
+                more = _plus(more, stop_gradient(self._lift(site, site.through)) * count)
+        return weight, more
 
     def _baseline(self, site: Site, signal: Signal) -> Array | float:
         """The site's baseline for a signal, stopped; notes both for an estimator that learns from them."""
@@ -579,11 +618,13 @@ class Draws:
             weight = w if weight is None else weight * w
         weighted = h if weight is None else weight * h
         total = xp.sum(base * weighted, axis=1)
-        credit, through = self._credits(level)
+        credit, through, control = self._credits(level)
         if credit is not None:
             total = total + xp.sum(base * credit * stop_gradient(h), axis=1)
-        if through is not None and self.side == "guide":
+        if through is not None:
             total = total + xp.sum(base * through * (h - stop_gradient(h)), axis=1)
+        if control is not None:
+            total = total + xp.sum(base * control, axis=1)
         for site in self._scored(level):
             if weight is None:
                 part, score = self._credited(site, h, cost)
@@ -601,8 +642,9 @@ class Draws:
                 repeated = xp.broadcast_to(baseline[:, :, None], self._split(h, level).shape)
                 baseline = xp.reshape(repeated, h.shape)
             share = stopped * (part - baseline)
-            if through is not None and self.side == "guide":
-                share = share + stop_gradient(through) * part
+            more = self._counts(level, site.name)[1]
+            if more is not None:
+                share = share + stop_gradient(more) * part
             total = total + xp.sum(score * share, axis=1)
         return total
 
@@ -647,6 +689,11 @@ class Draws:
                 terms = terms - second * pick(self._lift(site, site.log_score))
         total = ops.xp(log_w).sum(terms, axis=1)
         return total - stop_gradient(total)
+
+
+def _plus(a: Array | float | None, b: Array | float | None) -> Any:
+    """The sum of what there is."""
+    return b if a is None else a if b is None else a + b
 
 
 def _of_rows(part: Array) -> Array:

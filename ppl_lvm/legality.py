@@ -143,7 +143,10 @@ def _inside_a_scan(c: Case) -> str | None:
 def _one_draw_a_row(c: Case) -> str | None:
     support = 0 if c.site.support is None else len(c.site.support)
     inner = [p.name for p in c.site.plates if p.name != c.structure.data_plate]
-    if (c.estimator.count(support) > 1 or c.estimator.weighted) and inner:
+    several = c.estimator.count(support) > 1 or c.estimator.weighted
+    if several and c.site.chained:
+        return f"it is drawn step by step inside a scan, each step from the last, not once a row; {c.remedy}."
+    if several and inner and not c.estimator.by_row:
         return (
             f"it has one draw for every element of plates {inner}, not one a row; declare them with to_event, or "
             f"{c.remedy}."
@@ -313,6 +316,41 @@ def _doubly_reparameterised(c: Case) -> str | None:
     return None
 
 
+def _relaxed_beside_hard(c: Case) -> str | None:
+    """Values that the guide's loss alone sees."""
+    if not c.estimator.relaxes:
+        return None
+    if c.site.role == "latent" and c.estimator.site == "one_hot" and c.site.classes_in_model is None:
+        return (
+            f"its control variate is at relaxed values, and the model's distribution of the site is of another kind, "
+            f"which has no density there; give the model the guide's kind, or {c.remedy}."
+        )
+    shared = sorted(n for n, used in c.structure.groups.items() if len(used) == 2)
+    if shared:
+        return (
+            f"model and guide share parameters {shared}, and its control variate is in the guide's gradient alone; "
+            f"{c.remedy}."
+        )
+    return None
+
+
+def _learned_control(c: Case) -> str | None:
+    """The variance of draws that follow a relaxed value depends on it through what they are drawn from."""
+    if not (c.estimator.least_variance and c.estimator.initial_own(1, 1)):
+        return None
+    for other in c.structure.drawn():
+        estimator = c.estimators.get(other.name)
+        if estimator is None or c.site.name not in c.structure.ancestors(other.name):
+            continue
+        if not (estimator.exhaustive or (other.reparameterised and c.live(other.name))):
+            return (
+                f"site {other.name!r} is drawn from its relaxed values without a gradient ({_name(estimator)!r}), so "
+                f"that its own parameters would be trained on a part of the variance; use 'rebar' with learn = false, "
+                f"or {c.remedy}."
+            )
+    return None
+
+
 def _level(c: Case) -> str | None:
     if c.site.role == "latent" and c.site.local_in_model and not c.site.local and c.objective.verbs != {"mean"}:
         return (
@@ -339,6 +377,8 @@ RULES: tuple[Rule, ...] = (
     _one_of_many,
     _pooled,
     _doubly_reparameterised,
+    _relaxed_beside_hard,
+    _learned_control,
 )
 
 
@@ -431,6 +471,7 @@ def plan(
         found.sums,
         nested(structure, dict(objective.marginal or ())),
         objective.resampling(),
+        {i.name: i.weights for i in structure.drawn() if i.weights},
     ), found.notes
 
 
@@ -450,7 +491,7 @@ def _stopped(objective: Objective, estimator: Estimator) -> Estimator:
 def _live(estimator: Estimator) -> bool:
     """Whether gradient flows through the value of a draw."""
     single = type(estimator).count is Estimator.count
-    return single and not (estimator.scored or estimator.exhaustive or estimator.weighted)
+    return estimator.relaxes or (single and not (estimator.scored or estimator.exhaustive or estimator.weighted))
 
 
 def _wants_kl(objective: Objective) -> bool:

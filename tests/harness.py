@@ -32,7 +32,7 @@ class Loss(NamedTuple):
     value: np.ndarray
     gradient: dict[str, np.ndarray]
     own: dict[str, dict[str, np.ndarray]] = {}
-    """Gradients of the parameters of estimators and objective, of one run."""
+    """Gradients of the parameters of estimators and objective."""
 
 
 class Row(NamedTuple):
@@ -129,7 +129,7 @@ class Engine:
                 compiled = jax.jit(lambda *every: jax.lax.map(step, every), compiler_options=_QUICK)
                 value, gradient, pulled = compiled(keys, arrays)
                 losses, gradients = np.asarray(value), {n: np.asarray(g) for n, g in gradient.items()}
-                of_own = {s: {n: np.asarray(g[0]) for n, g in gs.items()} for s, gs in pulled.items()}
+                of_own = {s: {n: np.asarray(g) for n, g in gs.items()} for s, gs in pulled.items()}
             else:
                 tensors = {name: torch.tensor(value) for name, value in given.items()}
                 every = [
@@ -138,10 +138,14 @@ class Engine:
                 ]
                 losses = np.stack([value.numpy() for value, *_ in every])
                 gradients = {n: np.stack([g[n].numpy() for _, g, _ in every]) for n in self.bound.initial}
-                of_own = {s: {n: g.numpy() for n, g in gs.items()} for s, gs in every[0][2].items()}
+                of_own = {
+                    s: {n: np.stack([o[s][n].numpy() for *_, o in every]) for n in gs}
+                    for s, gs in every[0][2].items()
+                }
         if runs is None:
-            return Loss(losses[0], {name: value[0] for name, value in gradients.items()}, of_own)
-        return Loss(losses, gradients)
+            alone = {s: {n: g[0] for n, g in gs.items()} for s, gs in of_own.items()}
+            return Loss(losses[0], {name: value[0] for name, value in gradients.items()}, alone)
+        return Loss(losses, gradients, of_own)
 
     def guide_loss(self, objective: Objective, estimators: Mapping[str, Estimator], seed: int = 0) -> float:
         """The guide's loss of one run; that of the model is `loss`."""

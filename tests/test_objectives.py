@@ -231,6 +231,7 @@ ESTIMATORS = [
     for name in estimator_files()
     if issubclass(kind := resolve("estimator", name, Path(), "the test"), Estimator)
     and not kind.marginal  # of sites that these programs do not have; see `test_marginal.py`
+    and kind.site not in ("classes", "one_hot")  # values of their own; see `test_discrete.py`, `test_controlled.py`
     for e in options(kind)
 ]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from functools import cached_property
 from types import SimpleNamespace
@@ -200,6 +201,12 @@ def elements(fn: Any) -> tuple[int, ...]:
     return tuple(fn.event_shape)[: len(fn.event_shape) - len(_of_classes(fn).event_shape)]
 
 
+def weights(fn: Any) -> int:
+    """How many weights of classes make a value; 0 of a site without classes."""
+    known = classes(fn)
+    return 0 if known is None else math.prod(elements(fn)) * known[0]
+
+
 def log_probs(fn: Any) -> Array:
     """Log probabilities of a site's classes, `[*batch, *elements, V]`."""
     base = _of_classes(fn)
@@ -365,10 +372,11 @@ class GuideSite:
         support: np.ndarray | None,
         as_float: bool,
         own: Mapping[str, Array] | None = None,
+        rows: Callable[[], Array] = lambda: jnp.zeros(0),
     ) -> None:
         self._name, self._fn, self._key, self._given, self._support = name, fn, key, given, support
         self._as_float, self._noisy = as_float, False
-        self.own = own or {}
+        self.own, self.rows = own or {}, rows
 
     @cached_property
     def _injected(self) -> Array | None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from typing import Any
 
 import jax
@@ -28,9 +30,40 @@ __all__ = [
 
 Array = jax.Array
 
+_ZERO: ContextVar[Array | None] = ContextVar("zero", default=None)
+
+
+@jax.custom_jvp
+def _stop_once(x: Array) -> Array:
+    return x
+
+
+@_stop_once.defjvp
+def _no_tangent(primals: tuple[Any], tangents: tuple[Any]) -> tuple[Any, Any]:
+    # The plain value, so that a derivative around this one finds nothing stopped.
+    return primals[0], xp.zeros_like(tangents[0])
+
+
+@contextlib.contextmanager
+def stopped_once(zero: Array) -> Iterator[None]:
+    """What is stopped in this block is stopped for the innermost derivative alone, that with respect to `zero` too.
+
+    A gradient g is a function of what its surrogate stopped as well: a derivative of g around it sees that. `zero` is
+    an argument of the differentiated function, of value zero: added to what is stopped, it makes all of it the
+    innermost derivative's own.
+    """
+    before = _ZERO.set(zero)
+    try:
+        yield
+    finally:
+        _ZERO.reset(before)
+
 
 def stop_gradient(x: Array) -> Array:
-    return jax.lax.stop_gradient(x)
+    zero = _ZERO.get()
+    if zero is None or not xp.issubdtype(xp.result_type(x), xp.floating):
+        return jax.lax.stop_gradient(x)
+    return _stop_once(x + zero.astype(xp.result_type(x)))
 
 
 def logsumexp(x: Array, axis: int) -> Array:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property
 from typing import Any
@@ -63,6 +64,12 @@ def reparameterised(fn: Any) -> bool:
 def elements(fn: Any) -> tuple[int, ...]:
     """The event of a site with classes, without the classes."""
     return tuple(fn.event_shape)[: len(fn.event_shape) - len(_of_classes(fn).event_shape)]
+
+
+def weights(fn: Any) -> int:
+    """How many weights of classes make a value; 0 of a site without classes."""
+    known = classes(fn)
+    return 0 if known is None else math.prod(elements(fn)) * known[0]
 
 
 def log_probs(fn: Any) -> Tensor:
@@ -268,11 +275,12 @@ class GuideSite:
         dim: int,
         remember: Callable[[Callable[[], Tensor]], Tensor],
         own: Mapping[str, Tensor] | None = None,
+        rows: Callable[[], Tensor] = lambda: torch.zeros(0),
     ) -> None:
         self._name, self._fn, self._given, self._support = name, fn, given, support
         self._stride, self._dim, self._remember = stride, dim, remember
         self._noise: dict[tuple[int, int | None], Tensor] = {}
-        self.own = own or {}
+        self.own, self.rows = own or {}, rows
 
     @cached_property
     def _injected(self) -> Tensor | None:

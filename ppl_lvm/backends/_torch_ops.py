@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from typing import Any
 
 import array_api_compat.torch as xp
@@ -32,8 +34,47 @@ __all__ = [
 Tensor = torch.Tensor
 
 
+class Gate:
+    """Whether gradients pass what was stopped under it (see `stopped_once`)."""
+
+    open = False
+
+
+_GATE: ContextVar[Gate | None] = ContextVar("gate", default=None)
+
+
+class _Stop(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, gate: Gate) -> Tensor:
+        ctx.gate = gate
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, None]:
+        return gradient if ctx.gate.open else None, None
+
+
+@contextlib.contextmanager
+def stopped_once(gate: Gate | None) -> Iterator[None]:
+    """What is stopped in this block stops gradients only until the gate opens; None: for good.
+
+    A gradient g, taken while the gate is closed, is a function of what its surrogate stopped as well: a derivative of
+    g, taken with the gate open, sees that.
+    """
+    before = _GATE.set(gate)
+    try:
+        yield
+    finally:
+        _GATE.reset(before)
+
+
+def current_gate() -> Gate | None:
+    return _GATE.get()
+
+
 def stop_gradient(x: Tensor) -> Tensor:
-    return x.detach()
+    gate = _GATE.get()
+    return x.detach() if gate is None else _Stop.apply(x, gate)
 
 
 def _without_denormals(x: Tensor, axis: int) -> Tensor:

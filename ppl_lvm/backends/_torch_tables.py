@@ -9,11 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ppl_lvm.backends.base import VARIANT
 from ppl_lvm.draws import Site
 
 _ARRAYS = (
-    *("value", "log_p", "log_q", "log_q_frozen", "weight", "credit", "through", "log_p_full", "log_q_full"),
+    *("value", "log_p", "log_q", "log_q_frozen", "log_p_full", "log_q_full"),
     *("log_q_drawn", "log_q_inner", "user_scale", "guide_scale"),
+    *VARIANT,
 )
 
 

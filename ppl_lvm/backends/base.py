@@ -64,6 +64,8 @@ class SiteInfo:
     """V of a latent site whose elements are one-hots, categoricals or Bernoullis, however many they are; or None."""
     one_hot: bool = False
     """Its values are weights of classes (one-hots, zeros and ones) that a gradient can flow through, no indices."""
+    weights: int = 0
+    """How many weights of classes make a value: elements times V."""
     classes_in_model: int | None = None
     """V of the model's distribution of the site where the two are of one kind."""
     partly_observed: bool = False
@@ -101,6 +103,8 @@ class SiteInfo:
     """Of a site that the guide does not draw: it has several elements that are in no plate."""
     enumerated: bool = False
     """The model says `infer={"enumerate": "parallel"}`, by which both libraries mean that it is summed out."""
+    chained: bool = False
+    """The guide draws it step by step inside a scan."""
     steps: int = 0
     """Steps of the `ppl.scan` that it is inside of, in guide and model; 0 outside of one, or of one in both."""
 
@@ -160,11 +164,16 @@ class Structure:
         return [i for i in self.sites.values() if not i.in_guide]
 
 
+VARIANT, SUMMED = ("weight", "credit", "through", "control"), ("credit", "control")
+"""What a table has of a variant besides its value; of these, what is summed over the elements of a row."""
+
+
 class Facts(NamedTuple):
     """See `draws.Site`."""
 
     role: Role
     downstream: frozenset[str]
+    ancestors: frozenset[str] = frozenset()
     joint: tuple[str, ...] = ()
     mixed: bool = False
 
@@ -313,6 +322,8 @@ class Plan:
     """Auxiliary sites that are summed out of the guide's density."""
     resampling: Resampling | None = None
     """Draws of a row meet between the steps of its scan."""
+    weights: Mapping[str, int] = field(default_factory=dict)
+    """How many weights of classes make a value of a site that has them."""
 
     @staticmethod
     def of_values(structure: Structure, K: int, M: int, nested: tuple[Nested, ...] = ()) -> Plan:
@@ -343,7 +354,7 @@ class Plan:
 
     def facts(self, structure: Structure, name: str) -> Facts:
         """What a row of the table says of its site besides arrays."""
-        facts = Facts(structure.sites[name].role, self.seen(structure).downstream(name))
+        facts = Facts(structure.sites[name].role, self.seen(structure).downstream(name), structure.ancestors(name))
         for group in self.marginal:
             if group.carrier == name and name in group.sites:
                 role: Role = "observed" if group.observed and not group.mixed else "latent"
@@ -406,8 +417,9 @@ class Plan:
         return replace(self, estimators={n: Plain() if e.relaxed() else e for n, e in self.estimators.items()})
 
     def of_classes(self, side: Literal["guide", "model"]) -> dict[str, Callable[[Array, Array], Array]]:
-        """Densities of sites whose values are relaxed, as this side has them."""
-        return {n: partial(e.log_density, side=side) for n, e in self.estimators.items() if e.relaxed()}
+        """Densities of sites whose values are relaxed, all or some of them, as this side has them."""
+        estimators = self.estimators.items()
+        return {n: partial(e.log_density, side=side) for n, e in estimators if e.relaxed() or e.relaxes}
 
     def varied(self, name: str, count: int) -> bool:
         """Whether a site's value is one of its estimator's variants, of which there are `count`."""
@@ -709,6 +721,21 @@ _DISCRETE: dict[str, Discrete] = {
 }
 
 
+def of_least_variance(plan: Plan, own: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """The sites whose estimator's own parameters are trained on the variance of the guide's gradient."""
+    return [s for s in own if s in plan.estimators and plan.estimators[s].least_variance]
+
+
+def features(batch: Call, info: SiteInfo, structure: Structure) -> Array:
+    """The first data argument's numbers by row, `[B, 1 .. 1, features]`, to broadcast over a site's batch shape."""
+    x = next(a for a in batch.leaves if hasattr(a, "shape"))
+    xp = ops.xp(x)
+    x = xp.reshape(x, (x.shape[0], -1))
+    if not info.local or structure.plate_dim is None:
+        return xp.sum(x, axis=0) / x.shape[0]
+    return xp.reshape(x, (x.shape[0],) + (1,) * (-structure.plate_dim - 1) + (-1,))
+
+
 def losses(
     draws: Draws, objective: Objective, plan: Plan
 ) -> tuple[Array, Array | None, Array | None, dict[str, Array]]:
@@ -716,7 +743,7 @@ def losses(
     guide_view = draws.view("guide")
     loss = objective(guide_view)
     ledger = guide_view.ledger
-    apart = plan.frozen or any(s.through is not None for s in draws.sites.values())
+    apart = plan.frozen or any(e.relaxes for e in plan.estimators.values())
     model, guide = loss.model, loss.guide
     if apart:
         guide = loss.model if guide is None else guide
@@ -1193,7 +1220,7 @@ def initial_extras(
     """States of the estimators, and parameters of the estimators and the objective themselves, as plain numbers."""
     features = int(np.prod(batch.leaves[0].shape[1:], dtype=int)) if batch.leaves else 0
     states = {s: e.initial_state() for s, e in plan.estimators.items()}
-    own = {s: e.initial_own(features) for s, e in plan.estimators.items()}
+    own = {s: e.initial_own(features, plan.weights.get(s, 0)) for s, e in plan.estimators.items()}
     own["objective"] = objective.initial_own(features)
     return (
         {s: v for s, v in states.items() if v is not None},

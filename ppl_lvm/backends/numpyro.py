@@ -31,8 +31,10 @@ from ppl_lvm.backends._jax_dists import (
     reparameterised,
     site_log_prob,
     support_value,
+    weights,
 )
 from ppl_lvm.backends._jax_missing import JaxMissing, feasible
+from ppl_lvm.backends._jax_ops import stopped_once
 from ppl_lvm.backends._numpyro_guides import constants, own_guide, prototype_supports
 from ppl_lvm.backends._numpyro_handlers import (
     Handler,
@@ -51,7 +53,10 @@ from ppl_lvm.backends._numpyro_particles import DRAWS, Together
 from ppl_lvm.backends._numpyro_state import after_run, changed, evaluation, is_key, next_states
 from ppl_lvm.backends.base import (
     PRIOR_DRAWS,
+    SUMMED,
+    VARIANT,
     Call,
+    Chain,
     Gradients,
     Plan,
     Role,
@@ -66,6 +71,7 @@ from ppl_lvm.backends.base import (
     density,
     dreamt,
     example_kinds,
+    features,
     find_data_plate,
     given_rows,
     inner_axis,
@@ -75,6 +81,7 @@ from ppl_lvm.backends.base import (
     is_point,
     latent_site,
     losses,
+    of_least_variance,
     owner,
     prior_name,
     row_params,
@@ -402,6 +409,7 @@ class NumPyroBound:
                 reparameterised=reparameterised(site["fn"]),
                 support=finite_support(site["fn"]) if role != "observed" and not site["is_observed"] else None,
                 **(class_facts(classes(site["fn"]), classes(of_model["fn"])) if role != "observed" else {}),
+                weights=weights(site["fn"]) if role != "observed" else 0,
                 partly_observed=self._missing.fills(name),
                 plates=plates(site),
                 local_in_model=local(of_model),
@@ -420,6 +428,7 @@ class NumPyroBound:
                 most=None if role == "observed" or site["is_observed"] else most(site["fn"]),
                 fixed=site["is_observed"] and role == "auxiliary",
                 point=is_point(site["fn"]),
+                chained=isinstance(site["fn"], Chain),
                 steps=steps_of(site["fn"], of_model["fn"]),
                 scanned=any(name in names for names in self._scans),
             )
@@ -643,7 +652,8 @@ class NumPyroBound:
                     return of_step(self._to_site(given[name], info), msg, event_dim) if name in given else None
 
                 fn, portable, learned = msg["fn"], self.program.portable, (own or {}).get(info.name)
-                return GuideSite(info.name, fn, own_key, injected, info.support, portable, learned)
+                rows = partial(features, batch, info, structure)
+                return GuideSite(info.name, fn, own_key, injected, info.support, portable, learned, rows)
 
             def latent(msg: Message) -> Array:
                 info = structure.sites[msg["name"]]
@@ -866,11 +876,11 @@ class NumPyroBound:
         if name in frozen and name in plan.estimators and plan.estimators[name].frozen:
             row["log_q_frozen"] = self._rows(self._full(site_log_prob(frozen[name]), info), info)
         if variant is not None:
-            for label in ("weight", "credit", "through"):
+            for label in VARIANT:
                 value = getattr(variant, label)
                 if value is not None:
-                    value = jnp.broadcast_to(value, site["fn"].batch_shape)
-                    row[label] = self._only(self._full(value, info), info)
+                    full = self._full(jnp.broadcast_to(value, site["fn"].batch_shape), info)
+                    row[label] = (self._rows if label in SUMMED else self._first)(full, info)
         if name in plan.kl and in_guide is not None and in_model is not None:
             row["kl"] = self._rows(self._full(kl(in_guide["fn"], in_model["fn"]), info), info)
         if info.user_scaled:
@@ -910,14 +920,15 @@ class NumPyroBound:
         requested = ("kl", "cross", "mean", "variance", "prior", "prior_log_p")
         extra: dict[str, Array] = {n: row[n] for n in requested if n in row}
         optional = (
-            *("log_q_frozen", "log_q_drawn", "log_q_inner", "weight", "credit", "through"),
-            *("log_p_full", "log_q_full"),
+            *("log_q_frozen", "log_q_drawn", "log_q_inner", "log_p_full", "log_q_full"),
+            *VARIANT,
         )
         facts = plan.facts(self.structure, info.name)
         return Site(
             name=info.name,
             role=facts.role,
             downstream=facts.downstream,
+            ancestors=facts.ancestors,
             joint=facts.joint,
             mixed=facts.mixed,
             local=info.local,
@@ -958,9 +969,9 @@ class NumPyroBound:
             return scale.reshape(())
         return (self._full(scale, info) if scale.ndim else scale).reshape(-1)
 
-    def _only(self, full: Array, info: SiteInfo) -> Array:
-        """Coefficients of variants: one number a row, as a site with variants is one draw a row."""
-        return full.reshape(full.shape[0] if info.local else ())
+    def _first(self, full: Array, info: SiteInfo) -> Array:
+        """Of what is the same for all elements inside a row: `[B]`, or a number for a global site."""
+        return full.reshape(full.shape[0], -1)[:, 0] if info.local else full.reshape(-1)[0]
 
     def _from_site(self, value: Array, event_dim: int, info: SiteInfo) -> Array:
         if not info.local or self.structure.plate_dim is None:
@@ -1075,6 +1086,8 @@ class NumPyroBound:
         held = mutable or {}
         own = {n: dict(v) for n, v in (own or {}).items()}
 
+        varied = of_least_variance(plan, own)
+
         def evaluate(params: Params, own: Any) -> tuple[dict[str, Array], tuple[Any, ...]]:
             draws, left = self._run(
                 {**params, **held},
@@ -1095,23 +1108,42 @@ class NumPyroBound:
                 parts["guide"] = guide
             if extra is not None:
                 parts["extra"] = extra
-            return parts, (model, states_, left)
+            return parts, (model, states_, left, draws.N)
 
-        parts, pull, (loss, states_, left) = jax.vjp(evaluate, dict(params), own, has_aux=True)
+        def pulled(f: Callable[..., Any], *given: Any) -> tuple[dict[str, Any], Any, tuple[Any, ...]]:
+            """The gradients of params and own, each loss's to its own group alone, however it was computed."""
+            parts, pull, rest = jax.vjp(f, dict(params), *given, has_aux=True)
 
-        def towards(*names: str) -> tuple[dict[str, Any], Any]:
-            return pull({n: jnp.ones_like(p) if n in names else jnp.zeros_like(p) for n, p in parts.items()})
+            def towards(name: str) -> tuple[Any, ...]:
+                return pull({n: jnp.ones_like(p) if n == name else jnp.zeros_like(p) for n, p in parts.items()})
 
-        # Each loss reaches its own group alone, however it was computed.
-        own_gradient = towards("extra")[1] if own else {}
-        if "guide" not in parts:
-            gradient, _ = towards("model")
-        else:
-            from_model, _ = towards("model")
-            from_guide, _ = towards("guide")
-            gradient = {
-                n: from_model[n] if "model" in self.structure.groups[n] else from_guide[n] for n in params
-            }
+            own_gradient = towards("extra")[1] if own else {}
+            gradient = towards("model")[0]
+            if "guide" in parts:
+                from_guide = towards("guide")[0]
+                gradient = {
+                    n: from_model if "model" in self.structure.groups[n] else from_guide[n]
+                    for n, from_model in gradient.items()
+                }
+            return gradient, own_gradient, rest
+
+        if not varied:
+            gradient, own_gradient, (loss, states_, left, _) = pulled(evaluate, own)
+            return Gradients(loss, gradient, own_gradient, states_, left)
+
+        def once(params: Params, own: Any, zero: Array) -> tuple[dict[str, Array], tuple[Any, ...]]:
+            with stopped_once(zero):
+                return evaluate(params, own)
+
+        def square(own: Any) -> tuple[Array, tuple[Any, ...]]:
+            found = pulled(once, own, jnp.zeros(()))
+            gradient, _, (*_, N) = found
+            of_guide = [g for n, g in gradient.items() if "model" not in self.structure.groups[n]]
+            squares = [jnp.sum((leaf / N) ** 2) for leaf in jax.tree.leaves(of_guide)]
+            return sum(squares, jnp.zeros(())), found
+
+        by_variance, (gradient, own_gradient, (loss, states_, left, _)) = jax.grad(square, has_aux=True)(own)
+        own_gradient = {**own_gradient, **{s: by_variance[s] for s in varied}}
         return Gradients(loss, gradient, own_gradient, states_, left)
 
 

@@ -55,12 +55,17 @@ from ppl_lvm.backends._torch_dists import (
     reparameterised,
     site_log_prob,
     support_value,
+    weights,
 )
 from ppl_lvm.backends._torch_missing import TorchMissing, feasible
+from ppl_lvm.backends._torch_ops import Gate, current_gate, stopped_once
 from ppl_lvm.backends._torch_tables import equal, joined
 from ppl_lvm.backends.base import (
     PRIOR_DRAWS,
+    SUMMED,
+    VARIANT,
     Call,
+    Chain,
     Gradients,
     Plan,
     Role,
@@ -74,6 +79,7 @@ from ppl_lvm.backends.base import (
     density,
     dreamt,
     example_kinds,
+    features,
     find_data_plate,
     given_rows,
     inner_axis,
@@ -83,6 +89,7 @@ from ppl_lvm.backends.base import (
     is_point,
     latent_site,
     losses,
+    of_least_variance,
     prior_name,
     row_params,
     steps_of,
@@ -343,6 +350,7 @@ class PyroBound:
                 reparameterised=reparameterised(site["fn"]),
                 support=finite_support(site["fn"]) if role != "observed" and not site["is_observed"] else None,
                 **(class_facts(classes(site["fn"]), classes(of_model["fn"])) if role != "observed" else {}),
+                weights=weights(site["fn"]) if role != "observed" else 0,
                 partly_observed=self._missing.fills(name),
                 plates=plates(site),
                 local_in_model=local(of_model),
@@ -358,6 +366,7 @@ class PyroBound:
                 most=None if role == "observed" or site["is_observed"] else most(site["fn"]),
                 fixed=site["is_observed"] and role == "auxiliary",
                 point=is_point(site["fn"]),
+                chained=isinstance(site["fn"], Chain),
                 steps=steps_of(site["fn"], of_model["fn"]),
             )
         frame = frames.get(data_plate) if data_plate else None
@@ -655,11 +664,11 @@ class PyroBound:
         subsamples: dict[str, Tensor],
     ) -> dict[str, Site]:
         """A run that keeps nothing for the gradient but its table: the gradient runs it again, on the same noise."""
-        before = dict(memo), dict(subsamples)
+        before, gate = (dict(memo), dict(subsamples)), current_gate()
 
         def again(*_: Tensor) -> tuple[dict[str, Site], dict[Any, Tensor], dict[str, Tensor]]:
             now = dict(before[0]), dict(before[1])
-            with sealed(self.dtype):
+            with sealed(self.dtype), stopped_once(gate):
                 return run(*now), *now
 
         table, memo_, subsamples_ = checkpoint(again, *params.values(), use_reentrant=False)
@@ -710,7 +719,8 @@ class PyroBound:
             count, stride = layouts[info.name]
             span = count * stride if len(inner if info.local else outer) > 1 else 1
             dim = -(n + 1) if info.local else -(n + 2)
-            return GuideSite(given_as, fn, injected, info.support, span, dim, remember, own.get(info.name))
+            rows = partial(features, batch, info, structure)
+            return GuideSite(given_as, fn, injected, info.support, span, dim, remember, own.get(info.name), rows)
 
         def latent(msg: Message) -> None:
             info = self._known(msg["name"])
@@ -945,11 +955,11 @@ class PyroBound:
         if name in frozen and name in plan.estimators and plan.estimators[name].frozen:
             row["log_q_frozen"] = self._rows(self._full(site_log_prob(frozen[name]), info), info)
         if variant is not None:
-            for label in ("weight", "credit", "through"):
+            for label in VARIANT:
                 value = getattr(variant, label)
                 if value is not None:
-                    value = torch.as_tensor(value).expand(site["fn"].batch_shape)
-                    row[label] = self._only(self._full(value, info), info)
+                    full = self._full(torch.as_tensor(value).expand(site["fn"].batch_shape), info)
+                    row[label] = (self._rows if label in SUMMED else self._first)(full, info)
         extra = {}
         if name in plan.kl and in_guide is not None and in_model is not None:
             extra["kl"] = self._rows(self._full(kl(in_guide, in_model), info), info)
@@ -966,14 +976,15 @@ class PyroBound:
                     f"scale than one, or give the weight to the objective (beta)."
                 )
         optional = (
-            *("log_p", "log_q", "log_q_frozen", "log_q_drawn", "weight", "credit", "through"),
-            *("log_p_full", "log_q_full"),
+            *("log_p", "log_q", "log_q_frozen", "log_q_drawn", "log_p_full", "log_q_full"),
+            *VARIANT,
         )
         facts = plan.facts(self.structure, name)
         return Site(
             name=name,
             role=facts.role,
             downstream=facts.downstream,
+            ancestors=facts.ancestors,
             joint=facts.joint,
             mixed=facts.mixed,
             local=info.local,
@@ -1035,9 +1046,10 @@ class PyroBound:
         rows = 1 if self.structure.plate_dim is None else self.structure.rows
         return full.reshape(M, K, rows, -1).sum(3)
 
-    def _only(self, full: Tensor, info: SiteInfo) -> Tensor:
-        M, K = self._sizes
-        return full.reshape(M, K, -1) if info.local else full.reshape(M)
+    def _first(self, full: Tensor, info: SiteInfo) -> Tensor:
+        """Of what is the same for all elements inside a row: `[M, K, B]`, or `[M]` for a global site."""
+        lead = 3 if info.local else 1
+        return full.reshape(*full.shape[:lead], -1)[..., 0]
 
     def _scale(self, scale: Any, info: SiteInfo) -> Any:
         """A scale as a number, or as `[M, K, B]` (local) or `[M]` (global)."""
@@ -1156,7 +1168,9 @@ class PyroBound:
         """The loss and the gradient that each group of parameters gets from it."""
         leaf = {n: p.detach().requires_grad_(True) for n, p in params.items()}
         own_leaf = {s: {n: p.detach().requires_grad_(True) for n, p in ps.items()} for s, ps in (own or {}).items()}
-        with torch.enable_grad():
+        varied = of_least_variance(plan, own_leaf)
+        gate = Gate() if varied else None
+        with torch.enable_grad(), stopped_once(gate):
             draws = self.draws(
                 leaf,
                 batch,
@@ -1170,29 +1184,40 @@ class PyroBound:
             )
             draws = replace(draws, allowed=objective.verbs)
             model, guide, extra, states_ = losses(draws, objective, plan)
-        gradient: dict[str, Tensor] = {}
-        # A third loss may be one of the other two, or share parts of them.
-        keep = extra is not None
-        if guide is None:
-            gradient = self._pull(model, leaf, keep=keep)
-        else:
             of_model = {n: p for n, p in leaf.items() if "model" in self.structure.groups[n]}
             of_guide = {n: p for n, p in leaf.items() if n not in of_model}
-            gradient = self._pull(model, of_model, keep=True) | self._pull(guide, of_guide, keep=keep)
-        flat = {(s, n): p for s, ps in own_leaf.items() for n, p in ps.items()}
-        pulled = self._pull(extra, flat) if extra is not None else {k: torch.zeros_like(p) for k, p in flat.items()}
+            # A third loss may be one of the other two, or share parts of them.
+            keep, again = extra is not None, bool(varied)
+            if guide is None:
+                gradient = self._pull(model, leaf, keep=keep, again=again)
+            else:
+                gradient = self._pull(model, of_model, keep=True)
+                gradient |= self._pull(guide, of_guide, keep=keep, again=again)
+            flat = {(s, n): p for s, ps in own_leaf.items() for n, p in ps.items()}
+            pulled = {k: torch.zeros_like(p) for k, p in flat.items()}
+            if extra is not None:
+                pulled = self._pull(extra, flat, keep=bool(varied))
+            if gate is not None:
+                square = sum(((gradient[n] / draws.N) ** 2).sum() for n in of_guide)
+                gate.open = True
+                pulled |= self._pull(square, {k: p for k, p in flat.items() if k[0] in varied})
         own_gradient = {s: {n: pulled[s, n] for n in ps} for s, ps in own_leaf.items()}
         return Gradients(
             model.detach(),
-            {n: gradient[n] for n in params},
+            {n: gradient[n].detach() for n in params},
             own_gradient,
             {n: s.detach() for n, s in states_.items()},
         )
 
-    def _pull(self, loss: Tensor, leaves: Mapping[Any, Tensor], keep: bool = False) -> dict[Any, Tensor]:
-        if not leaves or not loss.requires_grad:
+    def _pull(
+        self, loss: Any, leaves: Mapping[Any, Tensor], keep: bool = False, again: bool = False
+    ) -> dict[Any, Tensor]:
+        """The gradient, which with `again` can itself be differentiated."""
+        if not leaves or not isinstance(loss, Tensor) or not loss.requires_grad:
             return {n: torch.zeros_like(p) for n, p in leaves.items()}
-        found = torch.autograd.grad(loss, list(leaves.values()), retain_graph=keep, allow_unused=True)
+        found = torch.autograd.grad(
+            loss, list(leaves.values()), retain_graph=keep or again, create_graph=again, allow_unused=True
+        )
         return {
             n: torch.zeros_like(p) if g is None else g
             for (n, p), g in zip(leaves.items(), found, strict=True)

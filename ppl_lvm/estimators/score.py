@@ -65,7 +65,7 @@ class score(Estimator):
     def update(self, state: Array, signal: Signal) -> Array:
         return stop_gradient(self.decay * state + (1.0 - self.decay) * ops.xp(signal.value).mean(signal.value))
 
-    def initial_own(self, features: int) -> dict[str, Any]:
+    def initial_own(self, features: int, weights: int = 0) -> dict[str, Any]:
         if self.baseline == "linear":
             return {"a": [0.0], "v": [0.0] * features}
         if self.baseline == "network":
