@@ -574,26 +574,30 @@ def test_the_mean_slope_is_that_of_the_variance() -> None:
 
 @on_both
 def test_eta_is_trained_to_where_the_gradient_varies_least(backend: Backend) -> None:
-    """Model and guide stand still, and so does the temperature; within 0.05 of the optimum by quadrature."""
+    """Model and guide stand still, and so does the temperature; one row, whose mean gradient drowns the least.
+
+    From 0.3 to 1.07 by quadrature; over seeds the end scatters by 0.03, and five times that is allowed.
+    """
     ab, bb, _ = parabola()
     best = ab / bb
     assert abs(np.log(best / 0.3)) > 0.3
     names = [*(n for n in BERNOULLI.params if n != "slope"), "estimator.z.log_temperature"]
-    rows = {"x": np.full(64, 1.5)}
+    rows = {"x": np.full(1, 1.5)}
+    falling = {"schedule": "exponential", "start": 0.05, "end": 0.0005, "steps": 3000}
     run = fit(
         Program("bernoulli", BERNOULLI.model, BERNOULLI.guide, portable=True, arguments=("x",)),
         data=rows,
         recipe="elbo",
         estimator={"name": "rebar", "temperature": TAU, "eta": 0.3},
-        optimizer={"slope": {"name": "sgd", "learning_rate": 0.0}, "*": {"name": "adam", "learning_rate": 0.02}},
+        optimizer={"slope": {"name": "sgd", "learning_rate": 0.0}, "*": {"name": "adam", "learning_rate": falling}},
         freeze=names,
-        steps=400,
+        steps=3000,
         backend=backend,
         dtype="float64",
         compile="graph" if backend == "pyro" else "auto",
     )
     found = next(v for n, v in run.state.arrays.items() if "log_eta" in n and "optimizer" not in n)
-    assert np.exp(found).item() == pytest.approx(best, abs=0.05)
+    assert np.exp(found).item() == pytest.approx(best, abs=0.15)
 
 
 # The two backends, the ways to run a step, and fits.

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from harness import BACKENDS, Engine
-from toys import GAUSSIANS2, GLOBAL_ROWS, MIXED_YZ, Backend, Toy
+from toys import GAUSSIANS2, GLOBAL_ROWS, MIXED_ZY, Backend, Toy
 
 from ppl_lvm import ops
 from ppl_lvm.algorithm import Estimator, Objective, SiteDistribution, Variant
@@ -55,9 +55,9 @@ class controlled(Estimator):
 
 CASES = [
     pytest.param(GAUSSIANS2, elbo(draws=2), {"z1": controlled(), "z2": pathwise()}, id="elbo"),
-    pytest.param(GAUSSIANS2, iwae(draws=3), {"*": controlled()}, id="iwae"),
+    pytest.param(GAUSSIANS2, iwae(draws=3), {"z1": controlled(), "z2": pathwise()}, id="iwae"),
     pytest.param(GAUSSIANS2, elbo(), {"z1": controlled(), "z2": stl()}, id="frozen"),
-    pytest.param(MIXED_YZ, elbo(draws=2), {"y": score(), "z": controlled()}, id="below a score"),
+    pytest.param(MIXED_ZY, elbo(draws=2), {"y": score(), "z": controlled()}, id="below a score"),
     pytest.param(GLOBAL_ROWS, elbo(outer=2), {"g": controlled(), "z": pathwise()}, id="global"),
 ]
 
