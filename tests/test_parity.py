@@ -20,7 +20,8 @@ from _pytest.mark import ParameterSet
 
 from ppl_lvm import legality, matrix, program, programs
 from ppl_lvm.algorithm import Estimator, Objective
-from ppl_lvm.backends.base import Call, Plan, initial_extras
+from ppl_lvm.backends._torch_dists import GuideSite, elements
+from ppl_lvm.backends.base import Call, Plan, initial_extras, noise_name
 from ppl_lvm.backends.numpyro import NumPyroBound, precision
 from ppl_lvm.backends.pyro import PyroBound
 from ppl_lvm.catalogue import estimators, objectives, resolve
@@ -106,7 +107,18 @@ class Pair:
     def noise(self, plan: Plan, own: Any) -> dict[str, np.ndarray]:
         """Values of the sites that are drawn, laid out as in the table; of several of one draw, the first is drawn."""
         structure = self.pyro.structure
-        draws = self.pyro.draws(self.pyro.initial, self.tensors, 3, plan, own=own)
+        asked: dict[str, tuple[GuideSite, dict[int, tuple[int, ...]]]] = {}
+        uniform = GuideSite._uniform
+
+        def noted(site: GuideSite, salt: int, copies: int | None) -> torch.Tensor:
+            found = uniform(site, salt, copies)
+            lead = () if copies is None else (copies,)
+            asked.setdefault(site._name, (site, {}))[1][salt] = (*lead, *elements(site._fn), found.shape[-1])
+            return found
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(GuideSite, "_uniform", noted)
+            draws = self.pyro.draws(self.pyro.initial, self.tensors, 3, plan, own=own)
         layout = {True: plan.layout(structure, True)[1], False: plan.layout(structure, False)[1]}
         found = {}
         for n, s in draws.sites.items():
@@ -114,7 +126,15 @@ class Pair:
                 continue
             value, (count, stride) = s.value.detach().numpy(), layout[s.local].get(n, (1, 1))
             entry = np.arange(value.shape[1 if s.local else 0])
-            found[n] = np.take(value, entry - entry // stride % count * stride, axis=1 if s.local else 0)
+            first, axis = entry - entry // stride % count * stride, 1 if s.local else 0
+            site, of_salts = asked.get(n, (None, {}))
+            if site is None or "_drawn" in site.__dict__:
+                found[n] = np.take(value, first, axis=axis)
+            for salt, shape in of_salts.items():
+                assert site is not None
+                lead = value.shape[: value.ndim - len(site._fn.event_shape)]
+                u = np.random.default_rng(salt).uniform(0.01, 0.99, size=(*lead, *shape))
+                found[noise_name(n, salt)] = np.take(u, first, axis=axis)
         return found
 
 
