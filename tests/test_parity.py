@@ -57,13 +57,14 @@ def cells() -> Iterator[ParameterSet]:
     and the other programs in turn with the first ones. Compiling each takes NumPyro seconds."""
     for i, objective in enumerate(OBJECTIVES):
         program, kind = (("vae", "continuous"), ("discrete_vae", "finite"))[i % 2]
-        serving = [
-            e for e in sorted(estimators()) if matrix.judged(objective, named(e), *matrix.KINDS[kind])[0] != "refused"
-        ]
+        turns = [e for e in sorted(estimators()) if named(e).site != "one_hot"]
+        serving = [e for e in turns if matrix.judged(objective, named(e), *matrix.KINDS[kind])[0] != "refused"]
         # An objective of sequences serves no program without a scan.
         chosen = [(program, serving[i // 2 % len(serving)]) if serving else ("linear_gaussian_chain", "pathwise")]
         if type(objective).__name__ == "elbo":
             chosen += [("vae", "stl")]  # serves means alone
+            if getattr(objective, "kl", "") == "sampled":  # through a discrete value, every rule has its own gradient
+                chosen += [("discrete_vae", e) for e in sorted(estimators()) if named(e).site == "one_hot"]
         if type(objective).__name__ in ("elbo", "iwae"):
             chosen += [(other, "pathwise") for j, other in enumerate(OTHERS) if j % 4 == i % 4]
         for p, e in itertools.product(sorted(programs()), sorted(estimators())):
