@@ -67,11 +67,13 @@ def cells() -> Iterator[ParameterSet]:
     for i, objective in enumerate(OBJECTIVES):
         kinds = (("vae", "continuous"), ("discrete_vae", "finite"))
         of_kind = kinds[i % 2] if serving(objective, kinds[i % 2][1]) else kinds[0]
-        served = serving(objective, of_kind[1])
+        served = [e for e in serving(objective, of_kind[1]) if named(e).site != "one_hot"]
         # An objective of sequences serves no program without a scan.
         chosen = [(of_kind[0], served[i // 2 % len(served)]) if served else ("linear_gaussian_chain", "pathwise")]
         if type(objective).__name__ == "elbo":
             chosen += [("vae", "stl")]  # serves means alone
+            if getattr(objective, "kl", "") == "sampled":  # through a discrete value, every rule has its own gradient
+                chosen += [("discrete_vae", e) for e in sorted(estimators()) if named(e).site == "one_hot"]
         if type(objective).__name__ in ("elbo", "iwae"):
             chosen += [(other, "pathwise") for j, other in enumerate(OTHERS) if j % 4 == i % 4]
         for p, e in itertools.product(sorted(programs()), sorted(estimators())):
