@@ -38,6 +38,7 @@ METHODS: Mapping[str, Mapping[str, Any]] = {
     "gumbel_softmax, hard, 0.5": {"name": "gumbel_softmax", "hard": True, "temperature": 0.5},
     "gumbel_softmax, hard, 1": {"name": "gumbel_softmax", "hard": True, "temperature": 1.0},
     "gapped_st, 0.5": {"name": "gapped_st", "temperature": 0.5},
+    "gumbel_rao, 0.5": {"name": "gumbel_rao", "temperature": 0.5, "samples": 20},
     "rloo": {"name": "rloo"},
 }
 HIDDEN, TRAIN, ROWS = 512, 8000, 16
