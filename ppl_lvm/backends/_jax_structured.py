@@ -117,6 +117,10 @@ class MarkovChain(dist.Distribution):
     def support(self) -> Any:
         return constraints.independent(constraints.integer_interval(0, self.chain.values - 1), 1)
 
+    @property
+    def has_rsample(self) -> bool:
+        return False
+
     def expand(self, batch_shape: Any) -> MarkovChain:
         return type(self).__new__(type(self))._of(self.chain, tuple(batch_shape))
 
