@@ -47,7 +47,7 @@ def assert_same_bits(a: Fit, b: Fit) -> None:
         np.testing.assert_array_equal(value, b.state.arrays[name], err_msg=name)
 
 
-LONG = {"poglm"}
+LONG = {"hmm", "joint_vae", "lds", "poglm"}
 """Programs whose scan takes torch.compile the better part of a minute."""
 
 
