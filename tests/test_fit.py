@@ -48,7 +48,7 @@ def assert_same_bits(a: Fit, b: Fit) -> None:
 
 
 LONG = {"hmm", "joint_vae", "lds", "poglm"}
-"""Programs whose scan takes torch.compile the better part of a minute."""
+"""Programs that take a compiler the better part of a minute."""
 
 
 @on_both
