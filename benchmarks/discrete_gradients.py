@@ -208,6 +208,7 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=200)
     parser.add_argument("--steps", type=int, default=1000, help="of the fit that the logits are from")
     parser.add_argument("--reference", type=int, default=4000, help="draws of the reference")
+    parser.add_argument("--estimators", nargs="+", help="those of these names; all where not given")
     parser.add_argument("--picture", type=Path, help="a file for the picture")
     asked = parser.parse_args()
     at = trained(asked.steps)
@@ -222,6 +223,8 @@ def main() -> None:
     bound = library.Bound(of_logits(at), call, seed=0, dtype="float32")
     batch = bound.batch(call)
     for name, estimator in estimators():
+        if asked.estimators and type(estimator).__name__ not in asked.estimators:
+            continue
         found = {k: m for k in asked.draws if (m := measure(bound, batch, estimator, k, asked.runs)) is not None}
         if not found:
             continue
