@@ -29,7 +29,7 @@ from scipy.special import expit
 
 from ppl_lvm import backends, catalogue, fit, legality, program
 from ppl_lvm.algorithm import Estimator
-from ppl_lvm.backends.base import Call
+from ppl_lvm.backends.base import Call, initial_extras
 from ppl_lvm.datasets import load
 from ppl_lvm.errors import LegalityError
 from ppl_lvm.objectives.elbo import elbo
@@ -160,13 +160,13 @@ def measure(bound: Any, batch: Call, estimator: Estimator, draws: int, runs: int
         plan, _ = legality.plan(objective, {"z": estimator}, bound.structure)
     except LegalityError:
         return None
-    states = {"z": jnp.asarray(estimator.initial_state())} if estimator.initial_state() is not None else {}
-    features = int(np.prod(batch.leaves[0].shape[1:]))
-    own = {"z": {n: jnp.asarray(v) for n, v in estimator.initial_own(features).items()}}
+    found_states, found_own = initial_extras(objective, plan, batch)
+    states = {s: jnp.asarray(v) for s, v in found_states.items()}
+    own = {s: {n: jnp.asarray(v) for n, v in ps.items()} for s, ps in found_own.items()}
 
     @jax.jit
     def step(key: Any) -> Any:
-        options = {"states": states, "own": own if own["z"] else {}}
+        options = {"states": states, "own": own}
         return bound.gradients(bound.initial, batch, key, plan, objective, **options).params["theta"]
 
     keys = jax.random.split(jax.random.key(1), runs)
