@@ -315,6 +315,13 @@ class Signal:
     """The rows, for baselines that look at them."""
 
 
+CREDITED: Mapping[str, str] = {
+    "log_mean_exp": "its credits for values besides the draw have no place in a logarithm of a mean",
+    **dict.fromkeys(("weighted", "wake", "variance", "squares"), "draws are fixed there"),
+}
+"""`Estimator.refuses` of those whose variants carry credits."""
+
+
 @dataclass(frozen=True)
 class Variant:
     """One program value of a site among V for the same draw, with how its cost h enters `E h`.

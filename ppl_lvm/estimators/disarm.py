@@ -1,7 +1,7 @@
 """Antithetic pairs of discrete draws."""
 
 from ppl_lvm import ops
-from ppl_lvm.algorithm import Estimator, SiteDistribution, Variant
+from ppl_lvm.algorithm import CREDITED, Estimator, SiteDistribution, Variant
 from ppl_lvm.ops import Array, stop_gradient
 
 
@@ -25,13 +25,7 @@ class disarm(Estimator):
 
     site = "classes"
     by_row = True
-    refuses = {
-        "log_mean_exp": "its credits for both values have no place in a logarithm of a mean",
-        "weighted": "draws are fixed there",
-        "wake": "draws are fixed there",
-        "variance": "draws are fixed there",
-        "squares": "draws are fixed there",
-    }
+    refuses = CREDITED
 
     def count(self, support: int) -> int:
         return 2

@@ -1,7 +1,7 @@
 """Measure-valued gradients of finite sites."""
 
 from ppl_lvm import ops
-from ppl_lvm.algorithm import Estimator, SiteDistribution, Variant
+from ppl_lvm.algorithm import CREDITED, Estimator, SiteDistribution, Variant
 from ppl_lvm.ops import Array, stop_gradient
 
 
@@ -22,13 +22,7 @@ class measure_valued(Estimator):
     """
 
     site = "finite"
-    refuses = {
-        "log_mean_exp": "its credits for values that were not drawn have no place in a logarithm of a mean",
-        "weighted": "draws are fixed there",
-        "wake": "draws are fixed there",
-        "variance": "draws are fixed there",
-        "squares": "draws are fixed there",
-    }
+    refuses = CREDITED
 
     def count(self, support: int) -> int:
         return support + 1

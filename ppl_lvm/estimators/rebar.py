@@ -6,7 +6,7 @@ from typing import Any, Literal, Self
 from pydantic import model_validator
 
 from ppl_lvm import ops
-from ppl_lvm.algorithm import Estimator, Positive, Schedule, SiteDistribution, Variant
+from ppl_lvm.algorithm import CREDITED, Estimator, Positive, Schedule, SiteDistribution, Variant
 from ppl_lvm.ops import Array
 from ppl_lvm.relaxations import controlled, linear_density
 
@@ -35,13 +35,7 @@ class rebar(Estimator):
     by_row = True
     relaxes = True
     least_variance = True
-    refuses = {
-        "log_mean_exp": "its credits for values that were not drawn have no place in a logarithm of a mean",
-        "weighted": "draws are fixed there",
-        "wake": "draws are fixed there",
-        "variance": "draws are fixed there",
-        "squares": "draws are fixed there",
-    }
+    refuses = CREDITED
 
     temperature: Positive = 0.5
     eta: Positive = 1.0

@@ -7,7 +7,7 @@ import numpy as np
 from pydantic import Field
 
 from ppl_lvm import ops
-from ppl_lvm.algorithm import Estimator, SiteDistribution, Variant
+from ppl_lvm.algorithm import CREDITED, Estimator, SiteDistribution, Variant
 from ppl_lvm.ops import Array
 from ppl_lvm.relaxations import controlled, linear_density
 
@@ -32,13 +32,7 @@ class relax(Estimator):
     by_row = True
     relaxes = True
     least_variance = True
-    refuses = {
-        "log_mean_exp": "its credits for values that were not drawn have no place in a logarithm of a mean",
-        "weighted": "draws are fixed there",
-        "wake": "draws are fixed there",
-        "variance": "draws are fixed there",
-        "squares": "draws are fixed there",
-    }
+    refuses = CREDITED
 
     temperature: float = Field(default=0.5, gt=0.0, allow_inf_nan=False)
     eta: float = Field(default=1.0, gt=0.0, allow_inf_nan=False)

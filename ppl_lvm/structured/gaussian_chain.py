@@ -12,7 +12,7 @@ import numpy as np
 from ppl_lvm import ops
 from ppl_lvm.errors import DataError
 from ppl_lvm.ops import Array
-from ppl_lvm.structured.scan import Method, associative_scan, in_parallel
+from ppl_lvm.structured.scan import Method, associative_scan, behind_steps, in_parallel
 
 LOG_2PI = math.log(2.0 * math.pi)
 
@@ -219,7 +219,7 @@ class GaussianChain:
         """
         xp, draws = ops.xp(noise), noise.ndim - 2
         back = self._backward
-        E, g, W = _spread(back.E, 2, draws), _spread(back.g, 1, draws), _spread(back.W, 2, draws)
+        E, g, W = behind_steps(back.E, 2, draws), behind_steps(back.g, 1, draws), behind_steps(back.W, 2, draws)
         h = _times(_transposed(W), noise) + g
         E = xp.broadcast_to(E, (*h.shape, self.dim))
         if self._in_parallel:
@@ -235,7 +235,7 @@ class GaussianChain:
     def noise_of(self, z: Array) -> Array:
         """The noise `[T, ..., D]` that `sample` makes z from."""
         back, xp, draws = self._backward, ops.xp(z), z.ndim - 2
-        E, g, W = _spread(back.E, 2, draws), _spread(back.g, 1, draws), _spread(back.W, 2, draws)
+        E, g, W = behind_steps(back.E, 2, draws), behind_steps(back.g, 1, draws), behind_steps(back.W, 2, draws)
         later = xp.concat([z[1:], ops.zeros(tuple(z[:1].shape), z)], axis=0)
         rest = (z - _times(E, later) - g)[..., None]
         return xp.linalg.solve(xp.broadcast_to(_transposed(W), (*z.shape, self.dim)), rest)[..., 0]
@@ -286,11 +286,11 @@ class GaussianChain:
         n = len(self.batch_shape) if batch is None else batch
         return replace(
             self,
-            transition=_spread(self.transition, 2, n),
-            bias=_spread(self.bias, 1, n),
-            noise=_spread(self.noise, 2, n),
-            precision=None if self.precision is None else _spread(self.precision, 2, n),
-            shift=None if self.shift is None else _spread(self.shift, 1, n),
+            transition=behind_steps(self.transition, 2, n),
+            bias=behind_steps(self.bias, 1, n),
+            noise=behind_steps(self.noise, 2, n),
+            precision=None if self.precision is None else behind_steps(self.precision, 2, n),
+            shift=None if self.shift is None else behind_steps(self.shift, 1, n),
             validate=False,
         )
 
@@ -430,12 +430,6 @@ def _expected_log_normal(error: Array, spread: Array, cov: Array, D: int) -> Arr
     inverse = ops.solve_triangular(xp.linalg.cholesky(cov), ops.eye(D, cov))
     inside = inverse @ spread @ _transposed(inverse)
     return _log_normal(error, cov, D) - 0.5 * xp.sum(xp.linalg.diagonal(inside), axis=-1)
-
-
-def _spread(x: Array, event: int, batch: int) -> Array:
-    """`[T, ..., *event]` with axes of size one behind T, for as many batch axes as `batch`."""
-    inner = tuple(x.shape[1:])
-    return ops.xp(x).reshape(x, (x.shape[0], *(1,) * (batch + event - len(inner)), *inner))
 
 
 def _joined(first: Array, rest: Array, shape: tuple[int, ...]) -> Array:

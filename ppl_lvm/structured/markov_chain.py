@@ -11,7 +11,7 @@ import numpy as np
 from ppl_lvm import ops
 from ppl_lvm.errors import DataError
 from ppl_lvm.ops import Array
-from ppl_lvm.structured.scan import Method, associative_scan, in_parallel
+from ppl_lvm.structured.scan import Method, associative_scan, behind_steps, in_parallel
 
 IMPOSSIBLE = -1e30
 """What stands for log 0: sums of it stay finite, and so do gradients."""
@@ -123,7 +123,7 @@ class MarkovChain:
         first = _inverse(ops.softmax(self._forward[0] + self._backward[0], -1), uniform[0])
         weights = ops.softmax(c.transition + (c.node[1:] + self._backward[1:])[..., None, :], -1)
         # Where every value would go next; the draw is what these maps, one after the other, make of the first.
-        after = _inverse(_spread(weights, 2, draws), uniform[1:, ..., None])
+        after = _inverse(behind_steps(weights, 2, draws), uniform[1:, ..., None])
         start = xp.broadcast_to(first[..., None], (*first.shape, self.values))[None]
         return self._composed(xp.concat([start, after], axis=0))[..., 0]
 
@@ -148,8 +148,9 @@ class MarkovChain:
     def expected_log_prob(self, of: Statistics) -> Array:
         """`E log q(z)` over any z with these statistics, `[...]`, in nats."""
         xp, c, batch = ops.xp(self.initial), self._aligned, of.single.ndim - 2
-        total = xp.sum(of.single[0] * c.initial, axis=-1) + xp.sum(of.single * _spread(c.node, 1, batch), axis=(0, -1))
-        return total + xp.sum(of.pair * _spread(c.transition, 2, batch), axis=(0, -2, -1)) - self.log_normalizer()
+        node, transition = behind_steps(c.node, 1, batch), behind_steps(c.transition, 2, batch)
+        total = xp.sum(of.single[0] * c.initial, axis=-1) + xp.sum(of.single * node, axis=(0, -1))
+        return total + xp.sum(of.pair * transition, axis=(0, -2, -1)) - self.log_normalizer()
 
     def entropy(self) -> Array:
         """`-E log q(z)`, `[...]`, in nats."""
@@ -175,7 +176,8 @@ class MarkovChain:
         node = self.node
         if node is None:
             node = ops.zeros((self.steps, *(1,) * n, self.values), self.initial)
-        return _Logs(_finite(self.initial), _finite(_spread(self.transition, 2, n)), _finite(_spread(node, 1, n)))
+        node, transition = behind_steps(node, 1, n), behind_steps(self.transition, 2, n)
+        return _Logs(_finite(self.initial), _finite(transition), _finite(node))
 
     @property
     def _forward(self) -> Array:
@@ -224,8 +226,8 @@ class MarkovChain:
         xp, c, draws = ops.xp(self.initial), self._aligned, z.ndim - 1
         at = ops.one_hot(z, self.values)
         pair = at[:-1, ..., :, None] * at[1:, ..., None, :]
-        total = xp.sum(at[0] * c.initial, axis=-1) + xp.sum(at * _spread(c.node, 1, draws), axis=(0, -1))
-        return total + xp.sum(pair * _spread(c.transition, 2, draws), axis=(0, -2, -1))
+        total = xp.sum(at[0] * c.initial, axis=-1) + xp.sum(at * behind_steps(c.node, 1, draws), axis=(0, -1))
+        return total + xp.sum(pair * behind_steps(c.transition, 2, draws), axis=(0, -2, -1))
 
     def _composed(self, maps: Array) -> Array:
         """Maps of values to values `[T, ..., V]`, each after all before it."""
@@ -256,12 +258,6 @@ def _inverse(weights: Array, uniform: Array) -> Array:
     xp = ops.xp(weights)
     below = xp.cumulative_sum(weights, axis=-1)[..., :-1] < uniform[..., None]
     return xp.sum(xp.astype(below, xp.int64 if uniform.dtype == xp.float64 else xp.int32), axis=-1)
-
-
-def _spread(x: Array, event: int, batch: int) -> Array:
-    """`[T, ..., *event]` with axes of size one behind T, for as many batch axes as `batch`."""
-    inner = tuple(x.shape[1:])
-    return ops.xp(x).reshape(x, (x.shape[0], *(1,) * (batch + event - len(inner)), *inner))
 
 
 def _finite(x: Array) -> Array:

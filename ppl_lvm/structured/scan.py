@@ -68,3 +68,9 @@ def _interleaved(even: Array, odd: Array) -> Array:
     xp, n = ops.xp(even), odd.shape[0]
     pairs = xp.reshape(xp.stack([even[:n], odd], axis=1), (2 * n, *odd.shape[1:]))
     return pairs if even.shape[0] == n else xp.concat([pairs, even[n:]], axis=0)
+
+
+def behind_steps(x: Array, event: int, batch: int) -> Array:
+    """`[T, ..., *event]` with axes of size one behind T, for as many batch axes as `batch`."""
+    inner = tuple(x.shape[1:])
+    return ops.xp(x).reshape(x, (x.shape[0], *(1,) * (batch + event - len(inner)), *inner))
