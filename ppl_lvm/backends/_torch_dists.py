@@ -110,6 +110,9 @@ def draw(fn: Any) -> Tensor:
         # torch's own sampler reads the value back to the host, which stalls a GPU and cannot be traced.
         index = torch.multinomial(fn.probs.reshape(-1, fn.event_shape[0]), 1)
         return ops.one_hot(index.reshape(fn.batch_shape), fn.event_shape[0]).to(fn.probs.dtype)
+    if isinstance(fn, torch.distributions.Bernoulli):
+        # A compiler draws torch's own from single-precision uniforms, others than an uncompiled step has.
+        return (torch.rand(fn.batch_shape, dtype=fn.probs.dtype, device=fn.probs.device) < fn.probs).to(fn.probs.dtype)
     return fn.sample()
 
 
