@@ -155,6 +155,14 @@ def test_parallel_is_sequential_with_values_and_gradients(T: int) -> None:
     assert all(np.isfinite(g).all() for g in found[0][1].values())
 
 
+@on_both
+def test_what_is_no_number_is_not_taken_for_an_impossible_value(library: str) -> None:
+    given = arguments(3, 2)
+    given["node"][1, 1] = np.nan
+    leaves = {n: torch.tensor(x) if library == "torch" else jnp.asarray(x) for n, x in given.items()}
+    assert np.isnan(float(MarkovChain(**leaves).log_normalizer()))
+
+
 def test_bad_arguments() -> None:
     given = arguments(3, 2)
     with pytest.raises(DataError, match=r"node has shape \(2, 2\); .* it is \(3, '...', 2\)"):

@@ -261,5 +261,6 @@ def _inverse(weights: Array, uniform: Array) -> Array:
 
 
 def _finite(x: Array) -> Array:
+    """Without -inf. What is no number stays so, and with it the loss that it makes."""
     xp = ops.xp(x)
-    return xp.where(x > IMPOSSIBLE, x, ops.zeros(tuple(x.shape), x) + IMPOSSIBLE)
+    return xp.where(x < IMPOSSIBLE, ops.zeros(tuple(x.shape), x) + IMPOSSIBLE, x)
