@@ -159,7 +159,7 @@ def test_parallel_is_sequential_with_values_and_gradients(T: int) -> None:
 def test_what_is_no_number_is_not_taken_for_an_impossible_value(library: str) -> None:
     given = arguments(3, 2)
     given["node"][1, 1] = np.nan
-    leaves = {n: torch.tensor(x) if library == "torch" else jnp.asarray(x) for n, x in given.items()}
+    leaves: dict[str, Any] = {n: torch.tensor(x) if library == "torch" else jnp.asarray(x) for n, x in given.items()}
     assert np.isnan(float(MarkovChain(**leaves).log_normalizer()))
 
 
