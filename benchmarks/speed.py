@@ -1,0 +1,281 @@
+"""Time per step of `ppl_lvm.fit` against the same workload written by hand, and against the library's own SVI.
+
+    python benchmarks/speed.py                             all workloads, both backends, on the CPU
+    python benchmarks/speed.py --workload vae_1 --device gpu
+
+Blocks of steps of a fit and of its peer take turns in one process: the fit hands over in a callback, where the peer
+makes as many steps. A ratio is the median over all pairs of blocks after the first three, of time per step (both wait
+for the last step of a block); below one ours is the faster. Beside it: seconds until the first block is over, with
+compiling. Peers for NumPyro: a jitted scan with optax, a jitted scan of SVI.update. For Pyro: a loop with
+torch.compile and fused Adam, the same uncompiled, and SVI.step.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import speed_peers as peers
+
+Arrays = Mapping[str, np.ndarray]
+WARM = 3
+"""Pairs of blocks that are not counted."""
+
+
+@dataclass
+class Workload:
+    """What is fitted, and what it is compared with."""
+
+    program: Callable[[], Any]
+    data: Callable[[], Arrays]
+    params: Callable[[], Any]
+    """Of the loops by hand."""
+    by_hand: Mapping[str, Callable[[], Callable[..., Any]]]
+    svi: Mapping[str, Callable[[str], tuple[Any, Any, Any]]]
+    """Backend -> on a device, its model, guide and ELBO."""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    block: int = 100
+    batch: int | None = None
+
+
+def two_site() -> Any:
+    from ppl_lvm.program import Program
+
+    def model(ppl: Any, x: Any) -> None:
+        z = ppl.sample("z", ppl.dist.Normal(0.0 * x[0], 1.0))
+        with ppl.plate("data", len(x)):
+            ppl.sample("x", ppl.dist.Normal(z, 1.0), obs=x)
+
+    def guide(ppl: Any, x: Any) -> None:
+        scale = ppl.param("scale", lambda: np.ones(()), constraint=ppl.dist.constraints.positive)
+        ppl.sample("z", ppl.dist.Normal(ppl.param("loc", lambda: np.zeros(())), scale))
+
+    return Program("two_site", model, guide, portable=True, arguments=("x",))
+
+
+def shipped(name: str, **options: Any) -> Any:
+    from ppl_lvm import program
+
+    return program(name, **options)
+
+
+def images(rows: int = 5000) -> Arrays:
+    return {"x": np.random.default_rng(0).integers(0, 2, (rows, 784)).astype(np.float32)}
+
+
+def blobs() -> Arrays:
+    rng = np.random.default_rng(0)
+    centres = np.array([[-2.0, 0.0], [2.0, 1.0], [0.0, -2.0]])
+    return {"x": (centres[rng.integers(0, 3, 200)] + 0.5 * rng.normal(size=(200, 2))).astype(np.float32)}
+
+
+def schools() -> Arrays:
+    from ppl_lvm import program
+
+    example = program("eight_schools").example
+    assert example is not None
+    made = example(np.random.default_rng(0))
+    assert isinstance(made, dict)
+    return made
+
+
+def native(build: Callable[..., tuple[Any, Any]], backend: str, device: str) -> tuple[Any, Any, Any]:
+    """A program of one library with its own guide, or its full-rank or diagonal autoguide, and its ELBO."""
+    if backend == "pyro":
+        import pyro
+        import torch
+        from pyro.infer import Trace_ELBO, autoguide
+
+        with torch.device(device):
+            torch.set_default_device(device)
+            model, guide = build(pyro, pyro.distributions, torch)
+        elbo = Trace_ELBO()
+    else:
+        import jax.numpy as jnp
+        import numpyro
+        from numpyro.infer import Trace_ELBO, autoguide
+
+        model, guide = build(numpyro, numpyro.distributions, jnp)
+        elbo = Trace_ELBO()
+    if guide is None:
+        kind = "AutoMultivariateNormal" if build is peers.eight_schools else "AutoNormal"
+        guide = getattr(autoguide, kind)(model)
+    return model, guide, elbo
+
+
+def vae_svi(backend: str, draws: int, device: str) -> tuple[Any, Any, Any]:
+    if backend == "pyro":
+        from pyro.infer import RenyiELBO, Trace_ELBO
+
+        bound = Trace_ELBO() if draws == 1 else RenyiELBO(0.0, draws, vectorize_particles=True, max_plate_nesting=1)
+        return *peers.pyro_vae(784, 400, 20, device), bound
+    from numpyro.infer import RenyiELBO, Trace_ELBO
+
+    return *peers.numpyro_vae(784, 400, 20), (Trace_ELBO() if draws == 1 else RenyiELBO(0.0, draws))
+
+
+def vae(draws: int, batch: int, rows: int = 5000) -> Workload:
+    def params() -> Any:
+        return {"encoder": peers.networks((784, 400, 40), 1), "decoder": peers.networks((20, 400, 784), 2)}
+
+    return Workload(
+        partial(shipped, "vae", latent=20, hidden=400, likelihood="bernoulli"),
+        partial(images, rows),
+        params,
+        {"numpyro": lambda: peers.jax_vae(draws), "pyro": lambda: peers.torch_vae(draws)},
+        {b: partial(vae_svi, b, draws) for b in ("pyro", "numpyro")},
+        {"recipe": "elbo"} if draws == 1 else {"recipe": "iwae", "draws": draws},
+        block=20 if draws == 1 else 4,
+        batch=batch,
+    )
+
+
+def normals(*shapes: tuple[str, tuple[int, ...]]) -> Any:
+    parts = {f"{name}_loc": np.random.default_rng(0).normal(size=shape) for name, shape in shapes}
+    return parts | {f"{name}_log_scale": np.full(shape, -2.3) for name, shape in shapes}
+
+
+WORKLOADS = {
+    "two_site": Workload(
+        two_site,
+        lambda: {"x": np.random.default_rng(0).normal(size=20).astype(np.float32)},
+        lambda: {"loc": np.zeros(()), "log_scale": np.zeros(())},
+        {"numpyro": lambda: peers.jax_two_site, "pyro": lambda: peers.torch_two_site},
+        {b: partial(native, peers.two_site, b) for b in ("pyro", "numpyro")},
+        {"recipe": "elbo"},
+    ),
+    "mixture": Workload(
+        partial(shipped, "gaussian_mixture", components=3),
+        blobs,
+        lambda: normals(("w", (2,)), ("mu", (3, 2)), ("sigma", (3, 2))),
+        {"numpyro": lambda: peers.jax_mixture, "pyro": lambda: peers.torch_mixture},
+        {b: partial(native, peers.mixture, b) for b in ("pyro", "numpyro")},
+        {"recipe": "elbo"},
+    ),
+    "eight_schools": Workload(
+        partial(shipped, "eight_schools"),
+        schools,
+        lambda: {"loc": np.zeros(10), "L": np.diag(np.full(10, -0.7))},
+        {"numpyro": lambda: peers.jax_eight_schools, "pyro": lambda: peers.torch_eight_schools},
+        {b: partial(native, peers.eight_schools, b) for b in ("pyro", "numpyro")},
+        {"recipe": "elbo"},
+    ),
+    "vae_1": vae(1, 128),
+    "vae_50": vae(50, 128),
+    "vae_1_wide": vae(1, 4096, 40960),
+}
+
+
+class Turns:
+    """A callback that lets the peer have its turn, and times both."""
+
+    def __init__(self, peer: peers.Peer, block: int) -> None:
+        self.peer, self.block = peer, block
+        self.ours: list[float] = []
+        self.theirs: list[float] = []
+        self._start = time.perf_counter()
+
+    def __call__(self, moment: Any) -> None:
+        self.ours.append(time.perf_counter() - self._start)
+        start = time.perf_counter()
+        self.peer.run(self.block)
+        self.theirs.append(time.perf_counter() - start)
+        self._start = time.perf_counter()
+
+
+def peer_of(work: Workload, backend: str, kind: str, data: Arrays, size: int | None, device: str) -> peers.Peer:
+    if backend == "numpyro":
+        if kind == "scan":
+            return peers.JaxLoop(work.by_hand["numpyro"](), work.params(), data, size)
+        return peers.NumPyroSVI(*work.svi["numpyro"](device), data, size)
+    if kind == "SVI.step":
+        return peers.PyroSVI(*work.svi["pyro"](device), data, size, device)
+    return peers.TorchLoop(work.by_hand["pyro"](), work.params(), data, size, kind == "torch.compile", device)
+
+
+PEERS = {
+    "numpyro": (("auto", "scan"), ("auto", "SVI.update")),
+    "pyro": (("compiled", "torch.compile"), ("compiled", "SVI.step"), ("eager", "by hand, eager"), ("eager", "SVI.step")),
+}
+"""How ours is compiled, and with what it is compared."""
+
+
+def measure(name: str, backend: str, mode: str, kind: str, pairs: int, device: str) -> dict[str, Any]:
+    from ppl_lvm import fit
+
+    work, named = WORKLOADS[name], "cuda" if device == "gpu" else device
+    data = dict(work.data())
+    peer = peer_of(work, backend, kind, data, work.batch, named if backend == "pyro" else device)
+    # SVI by itself is many times slower: its blocks are shorter only where a turn would take seconds.
+    turns = Turns(peer, work.block)
+    run = fit(
+        work.program(),
+        data=data,
+        backend=backend,
+        compile=mode,
+        batch_size=work.batch,
+        learning_rate=peers.RATE,
+        steps=work.block * (pairs + WARM),
+        check_every=work.block,
+        callbacks=[turns],
+        progress_bar=False,
+        device=None if device == "cpu" else device,
+        **work.options,
+    )
+    assert np.isfinite(run.history["loss"]).all()
+    ours, theirs = (np.array(t) / work.block for t in (turns.ours, turns.theirs))
+    ratios = sorted(ours[WARM:] / theirs[WARM:])
+    return {
+        "workload": name,
+        "backend": backend,
+        "ours": mode,
+        "peer": kind,
+        "device": device,
+        "pairs": len(ratios),
+        "ms": median(ours[WARM:]) * 1e3,
+        "peer_ms": median(theirs[WARM:]) * 1e3,
+        "ratio": median(ratios),
+        "low": ratios[len(ratios) // 10],
+        "high": ratios[-1 - len(ratios) // 10],
+        "first": turns.ours[0],
+        "peer_first": turns.theirs[0],
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--workload", choices=list(WORKLOADS), action="append")
+    parser.add_argument("--backend", choices=list(PEERS), action="append")
+    parser.add_argument("--peer", action="append", help="only these, as the table names them")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "gpu"))
+    parser.add_argument("--pairs", type=int, default=30)
+    parser.add_argument("--out", type=Path, help="a file for one JSON object a line")
+    asked = parser.parse_args()
+    print("| workload | backend | ours | peer | ms/step | peer's | ratio (10 %, 90 %) | first block, s | peer's |")
+    print("|---|---|---|---|---|---|---|---|---|")
+    for name in asked.workload or [n for n in WORKLOADS if asked.device == "gpu" or n != "vae_1_wide"]:
+        for backend in asked.backend or PEERS:
+            for mode, kind in PEERS[backend]:
+                if asked.peer and kind not in asked.peer:
+                    continue
+                r = measure(name, backend, mode, kind, asked.pairs, asked.device)
+                print(
+                    f"| {name} | {backend} | {mode} | {kind} | {r['ms']:.3f} | {r['peer_ms']:.3f} | "
+                    f"{r['ratio']:.2f} ({r['low']:.2f}, {r['high']:.2f}) | {r['first']:.1f} | {r['peer_first']:.1f} |",
+                    flush=True,
+                )
+                if asked.out:
+                    with asked.out.open("a") as file:
+                        file.write(json.dumps(r) + "\n")
+
+
+if __name__ == "__main__":
+    main()
