@@ -94,9 +94,8 @@ def native(build: Callable[..., tuple[Any, Any]], backend: str, device: str) -> 
         import torch
         from pyro.infer import Trace_ELBO, autoguide
 
-        with torch.device(device):
-            torch.set_default_device(device)
-            model, guide = build(pyro, pyro.distributions, torch)
+        torch.set_default_device(device)
+        model, guide = build(pyro, pyro.distributions, torch)
         elbo = Trace_ELBO()
     else:
         import jax.numpy as jnp
