@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -88,37 +89,26 @@ def schools() -> Arrays:
 
 
 def native(build: Callable[..., tuple[Any, Any]], backend: str, device: str) -> tuple[Any, Any, Any]:
-    """A program of one library with its own guide, or its full-rank or diagonal autoguide, and its ELBO."""
+    """A program of one library, with its own guide or a full-rank or diagonal autoguide, and its ELBO."""
+    library, infer = import_module(backend), import_module(f"{backend}.infer")
     if backend == "pyro":
-        import pyro
-        import torch
-        from pyro.infer import Trace_ELBO, autoguide
-
-        torch.set_default_device(device)
-        model, guide = build(pyro, pyro.distributions, torch)
-        elbo = Trace_ELBO()
+        arrays = import_module("torch")
+        arrays.set_default_device(device)
     else:
-        import jax.numpy as jnp
-        import numpyro
-        from numpyro.infer import Trace_ELBO, autoguide
-
-        model, guide = build(numpyro, numpyro.distributions, jnp)
-        elbo = Trace_ELBO()
+        arrays = import_module("jax.numpy")
+    model, guide = build(library, library.distributions, arrays)
     if guide is None:
         kind = "AutoMultivariateNormal" if build is peers.eight_schools else "AutoNormal"
-        guide = getattr(autoguide, kind)(model)
-    return model, guide, elbo
+        guide = getattr(import_module(f"{backend}.infer.autoguide"), kind)(model)
+    return model, guide, infer.Trace_ELBO()
 
 
 def vae_svi(backend: str, draws: int, device: str) -> tuple[Any, Any, Any]:
-    if backend == "pyro":
-        from pyro.infer import RenyiELBO, Trace_ELBO
-
-        bound = Trace_ELBO() if draws == 1 else RenyiELBO(0.0, draws, vectorize_particles=True, max_plate_nesting=1)
-        return *peers.pyro_vae(784, 400, 20, device), bound
-    from numpyro.infer import RenyiELBO, Trace_ELBO
-
-    return *peers.numpyro_vae(784, 400, 20), (Trace_ELBO() if draws == 1 else RenyiELBO(0.0, draws))
+    infer = import_module(f"{backend}.infer")
+    at_once = {"vectorize_particles": True, "max_plate_nesting": 1} if backend == "pyro" else {}
+    bound = infer.Trace_ELBO() if draws == 1 else infer.RenyiELBO(0.0, draws, **at_once)
+    build = partial(peers.pyro_vae, device=device) if backend == "pyro" else peers.numpyro_vae
+    return *build(784, 400, 20), bound
 
 
 def vae(draws: int, batch: int, rows: int = 5000) -> Workload:
@@ -202,7 +192,10 @@ def peer_of(work: Workload, backend: str, kind: str, data: Arrays, size: int | N
 
 PEERS = {
     "numpyro": (("auto", "scan"), ("auto", "SVI.update")),
-    "pyro": (("compiled", "torch.compile"), ("compiled", "SVI.step"), ("eager", "by hand, eager"), ("eager", "SVI.step")),
+    "pyro": (
+        *(("compiled", "torch.compile"), ("compiled", "SVI.step")),
+        *(("eager", "by hand, eager"), ("eager", "SVI.step")),
+    ),
 }
 """How ours is compiled, and with what it is compared."""
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
+from itertools import pairwise
 from typing import Any, Protocol
 
 import numpy as np
@@ -36,7 +37,7 @@ def networks(sizes: tuple[int, ...], seed: int) -> list[tuple[np.ndarray, np.nda
     rng = np.random.default_rng(seed)
     return [
         (rng.uniform(-1, 1, (o, i)) / math.sqrt(i), rng.uniform(-1, 1, o) / math.sqrt(i))
-        for i, o in zip(sizes[:-1], sizes[1:], strict=True)
+        for i, o in pairwise(sizes)
     ]
 
 
@@ -234,10 +235,11 @@ class PyroSVI:
         import pyro
         import torch
         from pyro.infer import SVI
+        from pyro.optim import Adam  # type: ignore[attr-defined]
 
         pyro.clear_param_store()
         self._held = {n: torch.as_tensor(np.asarray(x, np.float32), device=device) for n, x in data.items()}
-        self._svi = SVI(model, guide, pyro.optim.Adam({"lr": RATE}), elbo)
+        self._svi = SVI(model, guide, Adam({"lr": RATE}), elbo)
         rows = len(next(iter(data.values())))
         self._batches = None if size is None or size >= rows else batches(rows, size)
         self._device = device

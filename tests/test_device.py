@@ -40,17 +40,16 @@ def example(name: str) -> Any:
     return make(np.random.default_rng(0))
 
 
-def numbers(name: str, backend: str, device: str, given: dict[str, np.ndarray]) -> tuple[dict[str, Any], Any]:
+def numbers(name: str, backend: str, device: str, given: dict[str, np.ndarray]) -> tuple[Any, Any]:
     """Values of the sites, and loss and gradients where those are given."""
     data, objective = example(name), elbo(draws=2, outer=2)
     with load(backend).on(device), precision("float64"):
         here = bound(name, backend, data)
-        kind = resolve("estimator", DISCRETE.get(name, "pathwise"), Path(), "the test")
-        plan = legality.plan(objective, {"*": kind()}, here.structure)[0]
+        estimator: Any = resolve("estimator", DISCRETE.get(name, "pathwise"), Path(), "the test")()
+        plan = legality.plan(objective, {"*": estimator}, here.structure)[0]
         batch = here.batch(Call.of(data))
-        values = {n: jnp.asarray(v) if backend == "numpyro" else torch.as_tensor(v) for n, v in given.items()}
-        if backend == "pyro":
-            values = {n: v.to(torch.get_default_device()) for n, v in values.items()}
+        as_array: Any = jnp.asarray if backend == "numpyro" else torch.tensor  # on the default device, both
+        values = {n: as_array(v) for n, v in given.items()}
 
         def drawn(params: Any, key: Any) -> Any:
             return {n: s.value for n, s in here.draws(params, batch, key, plan, values=values).sites.items()}

@@ -184,17 +184,20 @@ class Trainer:
         numbers: Mapping[str, np.ndarray],
         start: int,
         n: int,
-    ) -> tuple[Tree, dict[str, jax.Array]]:
+    ) -> tuple[Tree, dict[str, np.ndarray]]:
         with precision(self._bound.dtype):
-            scalars = {name: jnp.asarray(v, float) for name, v in numbers.items()}
-            rows = None if self._rows is None else jnp.asarray(self._rows, float)
+            # Plain numbers, which the compiled call takes as they are: an operation of JAX on each would cost a small
+            # model more than its steps.
+            scalars = {name: np.asarray(v, self._bound.dtype) for name, v in numbers.items()}
+            rows = None if self._rows is None else np.asarray(self._rows, self._bound.dtype)
             where = None
             if index is not None:
                 where = owned(index if self._several else index[0])
             tree, records = self._chunk(
                 tree, data.args, dict(data.kwargs), where, scalars, start, n, self._key, rows
             )
-            return tree, {name: (v if self._several else v[:, None])[:n].T for name, v in records.items()}
+            found = {name: np.asarray(v)[:n] for name, v in records.items()}
+            return tree, {name: (v if self._several else v[:, None]).T for name, v in found.items()}
 
     def loss(
         self,
