@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -17,6 +17,7 @@ from ppl_lvm.backends.base import Call, numbers_of, parameter_groups
 from ppl_lvm.data import Batches, Missing, check_missing, check_observed, is_batches, observe, read
 from ppl_lvm.errors import DataError, LegalityError, PplLvmError, ProgramError, RecipeError
 from ppl_lvm.monitor import EarlyStopping, Moment, Run, Watch, restart_seeds, run_seed, without_early_stopping
+from ppl_lvm.pace import FEWEST, MOST, Order, Pace
 from ppl_lvm.parameters import descent, starting_values
 from ppl_lvm.posterior import Fit, State
 from ppl_lvm.program import Program, backend_of
@@ -26,9 +27,6 @@ from ppl_lvm.recipe import recipe as load_recipe
 from ppl_lvm.sampled import Sampled, sample
 from ppl_lvm.stages import in_stages
 from ppl_lvm.validation import HeldOut, at_least, split
-
-CHUNK = 100
-"""Steps between two looks at the loss: progress, non-finite values. Nothing is read from the device in between."""
 
 
 def fit(
@@ -208,17 +206,21 @@ def fit(
         params=lambda arrays: _constrained(library, bound, trainer.params_of(arrays)),
         state=lambda arrays, step, r: _state(name, seed, step, trainer, arrays, r, state),
     )
+    room = MOST if batches is None else FEWEST  # batches are held on the device
+    pace, orders = Pace(room), list[Order]()
+    if batched and rows is not None and how.batch_size is not None:
+        orders = [Order(rows, how.batch_size, s) for s in seeds]
     with progress.bar(f"{chosen.name} · {how.name} · {name}", how.steps, step, progress_bar) as advance:
         while step < how.steps and not watch.over:
-            n = min(CHUNK, how.steps - step, how.check_every - step % how.check_every)
+            n = min(pace.steps, how.steps - step, how.check_every - step % how.check_every)
             index = None
             if batches is not None:
-                part, one = batches.chunk(step, n, CHUNK)
+                part, one = batches.chunk(step, n, room)
                 _check_values(bound, chosen, part, example)
                 held, index = bound.batch(part), np.stack([one] * len(seeds))
             elif batched:
-                index = np.stack([_index(rows, how.batch_size, s, step, CHUNK) for s in seeds])
-            values = {k: _values(v, step, CHUNK) for k, v in numbers.items()}
+                index = np.stack([np.resize(o.batches(step, n), (room, o.size)) for o in orders])
+            values = {k: np.resize(_values(v, step, n), room) for k, v in numbers.items()}
             tree, chunk = trainer.run(tree, held, index, values, step, n)
             watch.add({k: library.to_numpy(v).astype(np.float64) for k, v in chunk.items()}, step)
             if watch.lost is not None:
@@ -226,6 +228,7 @@ def fit(
                 batch = None if index is None else index[r]
                 _stop(watch.runs[r], step, bound, trainer.params(tree, r), plan, held, batch, library.key_of(seeds[r]))
             step += n
+            pace.took(n)
             if step % how.check_every == 0:
                 watch.check(step, tree)
             advance(n, *watch.last)
@@ -585,26 +588,10 @@ def _state(
     return State(name, seed, step, trainer.mode, arrays, run if state is None else state.restart)
 
 
-def _epochs(rows: int, size: int, seed: int, first: int) -> Iterator[np.ndarray]:
-    """Batches from step `first` on: every epoch a permutation of the rows that depends on (seed, epoch) alone."""
-    per_epoch = rows // size
-    while True:
-        epoch, batch = divmod(first, per_epoch)
-        order = np.random.default_rng([seed, epoch]).permutation(rows)
-        for b in range(batch, per_epoch):
-            yield order[b * size : (b + 1) * size]
-            first += 1
-
-
-def _index(rows: int | None, size: int | None, seed: int, first: int, steps: int) -> np.ndarray:
-    assert rows is not None and size is not None
-    batches = _epochs(rows, size, seed, first)
-    return np.stack([next(batches) for _ in range(steps)])
-
-
 def _values(number: float | Schedule | Turn, first: int, steps: int) -> np.ndarray:
-    at = number.at if isinstance(number, Schedule | Turn) else lambda _: number
-    return np.array([at(step) for step in range(first, first + steps)], dtype=np.float64)
+    if not isinstance(number, Schedule | Turn):
+        return np.full(steps, number, dtype=np.float64)
+    return np.array([number.at(step) for step in range(first, first + steps)], dtype=np.float64)
 
 
 def _stop(

@@ -32,9 +32,9 @@ from ppl_lvm.estimators.pathwise import pathwise
 from ppl_lvm.estimators.rloo import rloo
 from ppl_lvm.estimators.score import score
 from ppl_lvm.estimators.vimco import vimco
-from ppl_lvm.fit import _index
 from ppl_lvm.objectives.elbo import elbo
 from ppl_lvm.objectives.iwae import iwae
+from ppl_lvm.pace import Order
 
 on_both = pytest.mark.parametrize("backend", BACKENDS)
 NAN = np.nan
@@ -570,7 +570,7 @@ class Epochs:
         epoch, self.epoch = max(self.epoch, 0), self.epoch + 1
         for b in range(per_epoch):
             step = epoch * per_epoch + b
-            yield self._rows[_index(len(self._rows), self._size, self._seed, step, 1)[0]]
+            yield self._rows[Order(len(self._rows), self._size, self._seed).batches(step, 1)[0]]
 
     @property
     def dataset(self) -> np.ndarray:

@@ -14,6 +14,7 @@ import torch
 from ppl_lvm import Fit, State, fit, program, programs, recipe
 from ppl_lvm.backends import _numpyro_train, _pyro_train
 from ppl_lvm.errors import BackendError, DataError, LegalityError, PplLvmError, ProgramError
+from ppl_lvm.pace import Order, Pace
 
 BACKENDS = ("pyro", "numpyro")
 on_both = pytest.mark.parametrize("backend", BACKENDS)
@@ -155,15 +156,35 @@ def test_a_schedule_moves_its_number_in_the_compiled_step(backend: str, mode: st
     assert len(set(fixed)) == 4
 
 
-@on_both
-def test_every_row_is_seen_once_an_epoch(backend: str) -> None:
-    from ppl_lvm.fit import _index
-
-    index = _index(rows=10, size=3, seed=5, first=0, steps=7)
+def test_every_row_is_seen_once_an_epoch() -> None:
+    index = Order(rows=10, size=3, seed=5).batches(first=0, steps=7)
     for epoch in (index[:3], index[3:6]):
         assert len(set(epoch.ravel().tolist())) == 9
     assert not np.array_equal(index[:3], index[3:6])
-    np.testing.assert_array_equal(index[2:5], _index(rows=10, size=3, seed=5, first=2, steps=3))
+    order = Order(rows=10, size=3, seed=5)
+    for first, steps in ((2, 3), (5, 2), (0, 7)):
+        np.testing.assert_array_equal(index[first : first + steps], order.batches(first, steps))
+
+
+def test_short_steps_are_looked_at_less_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    monkeypatch.setattr("ppl_lvm.pace.time.perf_counter", lambda: now)
+    pace, taken = Pace(), []
+    for seconds_of_a_step in [1e-4] * 6 + [1e-2] * 5:
+        taken.append(pace.steps)
+        now += pace.steps * seconds_of_a_step
+        pace.took(pace.steps)
+    assert taken == [100, 200, 400, 800, 1000, 1000, 1000, 500, 250, 125, 100]
+    assert Pace(most=50).steps == 50
+
+
+@on_both
+def test_the_clock_moves_no_bits(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    quick: dict[str, Any] = {"steps": 230, "compile": "graph" if backend == "pyro" else "compiled"}
+    monkeypatch.setattr("ppl_lvm.pace.SECONDS", 0.0)
+    slow = short("probabilistic_pca", backend, **quick)
+    monkeypatch.setattr("ppl_lvm.pace.SECONDS", 1e9)
+    assert_same_bits(slow, short("probabilistic_pca", backend, **quick))
 
 
 @on_both

@@ -48,12 +48,13 @@ ARROWS = {
     "progress": set[str](),
     "parameters": {"algorithm", "backends", "errors", "lookup"},
     "monitor": {"backends"},
+    "pace": set[str](),
     "arguments": {"errors", "posterior", "recipe", "to_arviz"},
     "validation": {"algorithm", "backends", "errors"},
     "stages": {"errors", "posterior", "recipe"},
     "fit": {
         *("algorithm", "arguments", "backend_of", "backends", "data", "draws", "errors", "legality", "lookup"),
-        *("monitor", "ops", "parameters", "posterior", "program", "progress", "recipe", "sampled", "stages"),
+        *("monitor", "ops", "pace", "parameters", "posterior", "program", "progress", "recipe", "sampled", "stages"),
         *("to_arviz", "validation"),
     },
     "facades": {

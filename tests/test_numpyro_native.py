@@ -28,9 +28,9 @@ from ppl_lvm.backends.base import Call, Plan
 from ppl_lvm.backends.numpyro import NumPyroBound
 from ppl_lvm.errors import BackendError, LegalityError, ProgramError
 from ppl_lvm.estimators.pathwise import pathwise
-from ppl_lvm.fit import _index
 from ppl_lvm.objectives.elbo import elbo
 from ppl_lvm.objectives.iwae import iwae
+from ppl_lvm.pace import Order
 from ppl_lvm.program import Program
 
 QUICK = {"xla_backend_optimization_level": 0}
@@ -268,7 +268,7 @@ def test_batch_statistics_are_updated_once_a_step(recipe: str) -> None:
     options: dict[str, Any] = {"draws": 4, "learning_rate": 0.0, "dtype": "float64", "batch_size": 5}
     run = fit(model, guide, x, recipe, steps=7, estimator="dreg", **options)
     net, mean, variance = run.params["encoder$params"]["first"], np.zeros(4), np.ones(4)
-    for index in _index(12, 5, 0, 0, 7):
+    for index in Order(12, 5, 0).batches(0, 7):
         h = x[index] @ net["kernel"] + net["bias"]
         mean, variance = 0.9 * mean + 0.1 * h.mean(0), 0.9 * variance + 0.1 * h.var(0)
     found = run.params["encoder$state"]["state"]
