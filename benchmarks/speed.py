@@ -43,7 +43,8 @@ class Workload:
     svi: Mapping[str, Callable[[str], tuple[Any, Any, Any]]]
     """Backend -> on a device, its model, guide and ELBO."""
     options: Mapping[str, Any] = field(default_factory=dict)
-    block: int = 100
+    block: Mapping[str, int] = field(default_factory=lambda: {"numpyro": 1000, "pyro": 100})
+    """Steps of a turn: at two microseconds a step it takes a thousand to be longer than a call."""
     batch: int | None = None
 
 
@@ -122,7 +123,7 @@ def vae(draws: int, batch: int, rows: int = 5000) -> Workload:
         {"numpyro": lambda: peers.jax_vae(draws), "pyro": lambda: peers.torch_vae(draws)},
         {b: partial(vae_svi, b, draws) for b in ("pyro", "numpyro")},
         {"recipe": "elbo"} if draws == 1 else {"recipe": "iwae", "draws": draws},
-        block=20 if draws == 1 else 4,
+        block=dict.fromkeys(("numpyro", "pyro"), 20 if draws == 1 else 4),
         batch=batch,
     )
 
@@ -204,10 +205,9 @@ def measure(name: str, backend: str, mode: str, kind: str, pairs: int, device: s
     from ppl_lvm import fit
 
     work, named = WORKLOADS[name], "cuda" if device == "gpu" else device
-    data = dict(work.data())
+    data, block = dict(work.data()), work.block[backend]
     peer = peer_of(work, backend, kind, data, work.batch, named if backend == "pyro" else device)
-    # SVI by itself is many times slower: its blocks are shorter only where a turn would take seconds.
-    turns = Turns(peer, work.block)
+    turns = Turns(peer, block)
     run = fit(
         work.program(),
         data=data,
@@ -215,15 +215,15 @@ def measure(name: str, backend: str, mode: str, kind: str, pairs: int, device: s
         compile=mode,
         batch_size=work.batch,
         learning_rate=peers.RATE,
-        steps=work.block * (pairs + WARM),
-        check_every=work.block,
+        steps=block * (pairs + WARM),
+        check_every=block,
         callbacks=[turns],
         progress_bar=False,
         device=None if device == "cpu" else device,
         **work.options,
     )
     assert np.isfinite(run.history["loss"]).all()
-    ours, theirs = (np.array(t) / work.block for t in (turns.ours, turns.theirs))
+    ours, theirs = (np.array(t) / block for t in (turns.ours, turns.theirs))
     ratios = sorted(ours[WARM:] / theirs[WARM:])
     return {
         "workload": name,

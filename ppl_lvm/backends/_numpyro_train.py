@@ -316,16 +316,23 @@ def _descend(
 
 
 def _step(body: Callable[..., Any], i: Any, tree: Tree, inputs: tuple[Any, ...]) -> tuple[Tree, Any]:
-    args, kwargs, index, numbers, start, key, rows = inputs
+    args, kwargs, index, numbers, keys, rows = inputs
     now = {n: v[i] for n, v in numbers.items()}
 
     def one(tree: Tree, index: Any, key: Any) -> tuple[Tree, Any]:
         batch = Call(args, kwargs)
         if index is not None:
             batch = batch.map(lambda a: jnp.take(a, index[i], axis=0))
-        return body(tree, batch, now, jax.random.fold_in(key, start + i), rows)
+        return body(tree, batch, now, key, rows)
 
-    return (jax.vmap(one) if key.ndim else one)(tree, index, key)
+    return (jax.vmap(one) if keys.ndim > 1 else one)(tree, index, keys[i])
+
+
+def _keys(key: Any, start: Any, steps: int) -> Any:
+    """A key for each of the steps from `start` on: at once, as one by one they would cost a small model more than the
+    rest of a step."""
+    of_step = jax.vmap(jax.random.fold_in, (0, None)) if key.ndim else jax.random.fold_in
+    return jax.vmap(of_step, (None, 0))(key, start + jnp.arange(steps))
 
 
 def _length(numbers: Mapping[str, Any]) -> int:
@@ -339,7 +346,7 @@ def _chunk(body: Callable[..., Any]) -> Callable[..., Any]:
         tree: Tree, args: Any, kwargs: Any, index: Any, numbers: Any, start: Any, n: Any, key: Any, rows: Any
     ) -> tuple[Tree, Any]:
         STEPS.traces += 1
-        inputs = (args, kwargs, index, numbers, start, key, rows)
+        inputs = (args, kwargs, index, numbers, _keys(key, start, _length(numbers)), rows)
 
         def one(i: Any, carry: tuple[Tree, Any]) -> tuple[Tree, Any]:
             tree, records = carry
@@ -356,9 +363,9 @@ def _one_by_one(body: Callable[..., Any]) -> Callable[..., Any]:
     def chunk(
         tree: Tree, args: Any, kwargs: Any, index: Any, numbers: Any, start: Any, n: Any, key: Any, rows: Any
     ) -> tuple[Tree, Any]:
-        records = []
+        records, keys = [], _keys(key, start, n)
         for i in range(n):
-            tree, record = _step(body, i, tree, (args, kwargs, index, numbers, start, key, rows))
+            tree, record = _step(body, i, tree, (args, kwargs, index, numbers, keys, rows))
             records.append(record)
         return tree, {name: jnp.stack([r[name] for r in records]) for name in RECORDS}
 
