@@ -30,6 +30,7 @@ SHAPES: dict[str, dict[str, tuple[int, ...]]] = {
     "probabilistic_pca": {"z": (2, 3, 6, 2), "x": (2, 3, 6, 5)},
     "factor_analysis": {"z": (2, 3, 6, 2), "x": (2, 3, 6, 5)},
     "linear_gaussian_chain": {"z": (2, 3, 6, 4), "x": (2, 3, 6, 4)},
+    "ar_hmm_partial": {"z": (2, 3, 6, 4), "x": (2, 3, 6, 4, 2), "known": (2, 3, 6, 4, 3)},
     "hmm": {"z": (2, 3, 6, 4), "x": (2, 3, 6, 4, 2)},
     "lds": {"z": (2, 3, 6, 4, 2), "x": (2, 3, 6, 4, 3)},
     "poglm": {"h": (2, 3, 6, 8, 2), "x": (2, 3, 6, 8, 3)},
@@ -39,7 +40,7 @@ SHAPES: dict[str, dict[str, tuple[int, ...]]] = {
     "eight_schools": {"u": (2, 3, 1, 10), "mu": (2, 3, 1), "tau": (2, 3, 1), "eta": (2, 3, 1, 8), "y": (2, 3, 1, 8)},
 }
 """Of every site's table, at two outer draws of three draws."""
-ESTIMATORS = {"discrete_vae": "score", "hmm": "score", "joint_vae": "score", "poglm": "score"}
+ESTIMATORS = dict.fromkeys(("ar_hmm_partial", "discrete_vae", "hmm", "joint_vae", "poglm"), "score")
 
 
 class Fitted:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpyro.distributions as dist
 from numpyro.distributions import constraints
 
+from ppl_lvm import ops
 from ppl_lvm.structured import gaussian_chain as gaussian
 from ppl_lvm.structured import markov_chain as markov
 from ppl_lvm.structured.scan import Method
@@ -134,6 +135,45 @@ class MarkovChain(dist.Distribution):
         return jnp.broadcast_to(found, jnp.broadcast_shapes(found.shape, self.batch_shape))
 
 
+class _Weights(type(constraints.simplex)):  # type: ignore[misc]
+    """Weights `[T, V]` from 0 to 1, at every step one above 0."""
+
+    event_dim = 2
+    needs = markov.EVIDENCE
+
+    def __call__(self, x: Array) -> Array:
+        return jnp.all((x >= 0) & (x <= 1), axis=(-2, -1)) & jnp.all(jnp.any(x > 0, axis=-1), axis=-1)
+
+    def feasible_like(self, prototype: Array) -> Array:
+        return jnp.ones_like(prototype)
+
+
+class VirtualEvidence(dist.Distribution):
+    """Weights `[T, V]` of what is known of states z `[..., T]`: `log_prob(weight) = sum_t log weight_t(z_t)`.
+
+    A likelihood, which is a density of weights only where they are labels (one-hot); those are what it draws.
+    """
+
+    arg_constraints: dict[str, Any] = {}
+    support = _Weights()
+    pytree_data_fields = ("z",)
+    pytree_aux_fields = ("values",)
+
+    def __init__(self, z: Array, values: int, validate_args: bool | None = None) -> None:
+        self.z, self.values = z, values
+        super().__init__(z.shape[:-1], (z.shape[-1], values), validate_args=False)
+
+    def expand(self, batch_shape: Any) -> VirtualEvidence:
+        return VirtualEvidence(jnp.broadcast_to(self.z, (*batch_shape, self.z.shape[-1])), self.values)
+
+    def sample(self, key: Array, sample_shape: tuple[int, ...] = ()) -> Array:
+        shape = (*sample_shape, *self.batch_shape, *self.event_shape)
+        return jnp.broadcast_to(ops.one_hot(self.z, self.values), shape)
+
+    def log_prob(self, value: Array) -> Array:
+        return markov.log_evidence(value, self.z)
+
+
 CHAINS = (GaussianChain, MarkovChain)
 
 
@@ -144,4 +184,9 @@ def kl(q: Any, p: Any) -> Array:
 
 def namespace() -> Any:
     """What portable programs find as `ppl.structured`."""
-    return SimpleNamespace(GaussianChain=GaussianChain, MarkovChain=MarkovChain, observed=gaussian.observed)
+    return SimpleNamespace(
+        GaussianChain=GaussianChain,
+        MarkovChain=MarkovChain,
+        VirtualEvidence=VirtualEvidence,
+        observed=gaussian.observed,
+    )

@@ -9,6 +9,7 @@ import torch
 from pyro.distributions import TorchDistribution, constraints
 from torch import Tensor
 
+from ppl_lvm import ops
 from ppl_lvm.structured import gaussian_chain as gaussian
 from ppl_lvm.structured import markov_chain as markov
 from ppl_lvm.structured.scan import Method
@@ -112,6 +113,40 @@ class MarkovChain(TorchDistribution):
         return found.expand(torch.broadcast_shapes(found.shape, self.batch_shape))
 
 
+class _Weights(constraints.Constraint):
+    """Weights `[T, V]` from 0 to 1, at every step one above 0."""
+
+    event_dim = 2
+    lower_bound = 1.0  # what stands for weights that are missing
+    needs = markov.EVIDENCE
+
+    def check(self, value: Tensor) -> Tensor:
+        return ((value >= 0) & (value <= 1)).all(-1).all(-1) & (value > 0).any(-1).all(-1)
+
+
+class VirtualEvidence(TorchDistribution):
+    """Weights `[T, V]` of what is known of states z `[..., T]`: `log_prob(weight) = sum_t log weight_t(z_t)`.
+
+    A likelihood, which is a density of weights only where they are labels (one-hot); those are what it draws.
+    """
+
+    arg_constraints: dict[str, Any] = {}
+    support = _Weights()
+
+    def __init__(self, z: Tensor, values: int, validate_args: bool | None = None) -> None:
+        self.z, self.values = z, values
+        super().__init__(z.shape[:-1], torch.Size((z.shape[-1], values)), validate_args=False)
+
+    def expand(self, batch_shape: Any, _instance: Any = None) -> VirtualEvidence:
+        return VirtualEvidence(self.z.expand(*batch_shape, self.z.shape[-1]), self.values)
+
+    def sample(self, sample_shape: Any = torch.Size()) -> Tensor:  # noqa: B008 - torch's own signature
+        return ops.one_hot(self.z, self.values).expand(*sample_shape, *self.batch_shape, *self.event_shape)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        return markov.log_evidence(value, self.z)
+
+
 @torch.distributions.register_kl(GaussianChain, GaussianChain)
 @torch.distributions.register_kl(MarkovChain, MarkovChain)
 def _kl(q: Any, p: Any) -> Tensor:
@@ -121,4 +156,9 @@ def _kl(q: Any, p: Any) -> Tensor:
 
 def namespace() -> Any:
     """What portable programs find as `ppl.structured`."""
-    return SimpleNamespace(GaussianChain=GaussianChain, MarkovChain=MarkovChain, observed=gaussian.observed)
+    return SimpleNamespace(
+        GaussianChain=GaussianChain,
+        MarkovChain=MarkovChain,
+        VirtualEvidence=VirtualEvidence,
+        observed=gaussian.observed,
+    )

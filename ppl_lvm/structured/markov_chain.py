@@ -248,6 +248,19 @@ def steps_in_front(initial: Array, transition: Array, node: Array | None = None)
     return moved if node is None else {**moved, "node": ops.xp(node).moveaxis(node, -2, 0)}
 
 
+EVIDENCE = "Weights are from 0 to 1, and no step rules out all of its values."
+"""What weights of `log_evidence` have to be, for an error."""
+
+
+def log_evidence(weight: Array, z: Array) -> Array:
+    """`sum_t log weight_t(z_t)` of what is known of states: weights `[..., T, V]`, integers z `[..., T]`, `[...]`."""
+    xp, at = ops.xp(weight), ops.one_hot(z, weight.shape[-1]) > 0
+    at, weight = xp.broadcast_arrays(at, weight)
+    nothing = ops.zeros(tuple(weight.shape), weight)
+    log_weight = _finite(xp.log(xp.where(at, weight, nothing + 1.0)))
+    return xp.sum(log_weight, axis=(-2, -1))
+
+
 def _then(one: tuple[Array, ...], two: tuple[Array, ...]) -> tuple[Array, ...]:
     """`log (exp(one) @ exp(two))`."""
     return (ops.logsumexp(one[0][..., :, :, None] + two[0][..., None, :, :], -2),)
