@@ -12,6 +12,7 @@ from torch import Tensor
 from ppl_lvm import ops
 from ppl_lvm.structured import gaussian_chain as gaussian
 from ppl_lvm.structured import markov_chain as markov
+from ppl_lvm.structured import slds
 from ppl_lvm.structured.scan import Method
 
 
@@ -113,6 +114,69 @@ class MarkovChain(TorchDistribution):
         return found.expand(torch.broadcast_shapes(found.shape, self.batch_shape))
 
 
+class SwitchingChain(TorchDistribution):
+    """See `ppl_lvm.structured.slds`; events are the numbers z `[T, D]`, the states summed out of their density.
+
+    `initial [..., V]` and `move [..., T - 1, V, V]` are the states' logs. `states` is their distribution,
+    `given(s)` that of z given them.
+    """
+
+    arg_constraints: dict[str, Any] = {}
+    support = constraints.independent(constraints.real, 2)
+
+    def __init__(
+        self,
+        initial: Tensor,
+        move: Tensor,
+        mean: Tensor,
+        cov: Tensor,
+        transition: Tensor,
+        bias: Tensor,
+        noise: Tensor,
+        method: Method = "auto",
+        validate_args: bool | None = None,
+    ) -> None:
+        states, front = slds.steps_in_front(initial, move, mean, cov, transition, bias, noise, method)
+        check = torch.distributions.Distribution._validate_args if validate_args is None else validate_args
+        self._of(slds.SwitchingChain(states, **front, method=method, validate=bool(check)), None)
+
+    def _of(self, chain: slds.SwitchingChain, batch_shape: torch.Size | None) -> SwitchingChain:
+        self.chain = chain
+        shape = torch.Size(chain.batch_shape) if batch_shape is None else batch_shape
+        super().__init__(shape, torch.Size((chain.steps, chain.dim)), validate_args=False)
+        return self
+
+    def expand(self, batch_shape: Any, _instance: Any = None) -> SwitchingChain:
+        return type(self).__new__(type(self))._of(self.chain, torch.Size(batch_shape))
+
+    def sample(self, sample_shape: Any = torch.Size()) -> Tensor:  # noqa: B008 - torch's own signature
+        like, shape = self.chain.mean, (self.chain.steps, *sample_shape, *self.batch_shape)
+        uniform = torch.rand(shape, dtype=like.dtype, device=like.device)
+        noise = torch.randn((*shape, self.chain.dim), dtype=like.dtype, device=like.device)
+        with torch.no_grad():
+            return self.chain.sample(uniform, noise)[1].movedim(0, -2)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        found = self.chain.log_prob(value.movedim(-2, 0))
+        return found.expand(torch.broadcast_shapes(found.shape, self.batch_shape))
+
+    @property
+    def states(self) -> MarkovChain:
+        return MarkovChain.__new__(MarkovChain)._of(self.chain.states, None)
+
+    def given(self, s: Tensor) -> GaussianChain:
+        return GaussianChain.__new__(GaussianChain)._of(self.chain.given(s.movedim(-1, 0)), None)
+
+    def mean_field(self, precision: Tensor, shift: Tensor, sweeps: int = 10) -> Any:
+        """The distributions of the states and of z, and the bound after every sweep, `[..., sweeps]`."""
+        q = self.chain.mean_field(precision.movedim(-3, 0), shift.movedim(-2, 0), sweeps)
+        return SimpleNamespace(
+            states=MarkovChain.__new__(MarkovChain)._of(q.states, None),
+            chain=GaussianChain.__new__(GaussianChain)._of(q.chain, None),
+            bounds=q.bounds.movedim(0, -1),
+        )
+
+
 class _Weights(constraints.Constraint):
     """Weights `[T, V]` from 0 to 1, at every step one above 0."""
 
@@ -159,6 +223,7 @@ def namespace() -> Any:
     return SimpleNamespace(
         GaussianChain=GaussianChain,
         MarkovChain=MarkovChain,
+        SwitchingChain=SwitchingChain,
         VirtualEvidence=VirtualEvidence,
         observed=gaussian.observed,
     )

@@ -461,13 +461,13 @@ def _diagonal(x: Array) -> Array:
     return x[..., :, None] * ops.eye(x.shape[-1], x)
 
 
-def _check_positive(name: str, x: Array) -> None:
+def _check_positive(name: str, x: Array, of: str = "GaussianChain") -> None:
     found = ops.concrete(x)
     if found is None or not found.size:
         return
     smallest = np.linalg.eigvalsh(found.astype(float))[..., 0]
     if not (smallest > 0).all():
         raise DataError(
-            f"{name} of a GaussianChain is not positive definite: its smallest eigenvalue is {smallest.min():.3g}. Add "
+            f"{name} of a {of} is not positive definite: its smallest eigenvalue is {smallest.min():.3g}. Add "
             f"a small multiple of the identity, or take the coordinates without noise out of the state."
         )
