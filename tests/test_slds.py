@@ -312,6 +312,22 @@ def test_batches_broadcast() -> None:
         np.testing.assert_allclose(of_s, single.given(s[:, :, b]).log_prob(torch.tensor(z[:, :, b])), atol=EXACT)
 
 
+def test_rows_that_share_their_potentials_or_their_dynamics() -> None:
+    """With as many rows as steps, so that an axis in a wrong place would be taken for the right one."""
+    T, V, D = 3, 2, 2
+    given, own = arguments(T, V, D, missing=1), arguments(T, V, D, (T,), seed=5, missing=1)
+    for names in (("precision", "shift"), ("noise", "transition"), ("move", "node"), ("bias",)):
+        mixed = {**given, **{n: own[n] for n in names}}
+        q = mean_field("torch", mixed, sweeps=3)
+        p = tensors(mixed)
+        np.testing.assert_allclose(
+            chain(p).bound(q.states, q.chain, p["precision"], p["shift"]), q.bounds[-1], atol=EXACT
+        )
+        for b in range(T):
+            alone = mean_field("torch", {**given, **{n: own[n][:, b] for n in names}}, sweeps=3)
+            np.testing.assert_allclose(q.bounds[:, b], alone.bounds, atol=EXACT)
+
+
 def test_bad_arguments() -> None:
     given = tensors(arguments(3, 2, 2))
     p = chain(given)

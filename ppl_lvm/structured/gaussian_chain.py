@@ -246,7 +246,9 @@ class GaussianChain:
 
     def expected_log_prob(self, of: Moments) -> Array:
         """`E log q(z)` over any z with these moments, `[...]`, in nats."""
-        xp, D, c = ops.xp(of.mean), self.dim, self._aligned(of.mean.ndim - 2)
+        batch = max(of.mean.ndim - 2, len(self.batch_shape))
+        of = Moments(*(behind_steps(x, event, batch) for x, event in zip(of, (1, 2, 2), strict=True)))
+        xp, D, c = ops.xp(of.mean), self.dim, self._aligned(batch)
         F = c.transition
         error = of.mean[1:] - _times(F, of.mean[:-1]) - c.bias
         both = F @ _transposed(of.cross)

@@ -147,7 +147,8 @@ class MarkovChain:
 
     def expected_log_prob(self, of: Statistics) -> Array:
         """`E log q(z)` over any z with these statistics, `[...]`, in nats."""
-        xp, c, batch = ops.xp(self.initial), self._aligned, of.single.ndim - 2
+        xp, c, batch = ops.xp(self.initial), self._aligned, max(of.single.ndim - 2, len(self.batch_shape))
+        of = Statistics(behind_steps(of.single, 1, batch), behind_steps(of.pair, 2, batch))
         node, transition = behind_steps(c.node, 1, batch), behind_steps(c.transition, 2, batch)
         total = xp.sum(of.single[0] * c.initial, axis=-1) + xp.sum(of.single * node, axis=(0, -1))
         return total + xp.sum(of.pair * transition, axis=(0, -2, -1)) - self.log_normalizer()

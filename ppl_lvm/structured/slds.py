@@ -187,6 +187,8 @@ class SwitchingChain:
     def bound(self, states: MarkovChain, chain: GaussianChain, precision: Array, shift: Array) -> Array:
         """`E log p(s, z) prod_t psi_t(z_t) - E log q(s) q(z)`, of any two factors, `[...]`, in nats."""
         xp, moments, found = ops.xp(precision), chain.moments(), states.statistics()
+        batch = moments.mean.ndim - 2
+        precision, shift = behind_steps(precision, 2, batch), behind_steps(shift, 1, batch)
         square = moments.cov + moments.mean[..., :, None] * moments.mean[..., None, :]
         psi = xp.sum(shift * moments.mean, axis=-1) - 0.5 * xp.sum(precision * square, axis=(-2, -1))
         log_p = self.states.expected_log_prob(found) + xp.sum(found.single * self.expected(moments), axis=(0, -1))
@@ -219,27 +221,28 @@ class SwitchingChain:
         batches.append(start.shape[1:-1])
         batch = np.broadcast_shapes(*(tuple(b) for b in batches))
         xp, log_z = ops.xp(precision), self.states.log_normalizer()
+        psi = behind_steps(precision, 2, len(batch)), behind_steps(shift, 1, len(batch))
 
-        def sweep(weight: Array) -> tuple[MarkovChain, GaussianChain, Array]:
+        def sweep(before: tuple[Array, ...], _: tuple[Array, ...]) -> tuple[tuple[Array, ...], Array]:
+            weight = before[0]
             averaged, constant = self.averaged(weight)
-            chain = averaged.times(precision, shift)
+            chain = averaged.times(*psi)
             expected = self.expected(chain.moments())
             states = self._with(expected)
             # Entropy of q(z) and the mean of its potentials are its normaliser, less what it was averaged from.
             of_chain = chain.log_normalizer() + constant - xp.sum(weight * expected, axis=(0, -1))
-            return states, chain, states.log_normalizer() - log_z + of_chain
+            kept = (chain.mean, chain.cov, chain.transition, chain.bias, chain.noise, chain.precision, chain.shift)
+            return (states.statistics().single, states.node, *kept), states.log_normalizer() - log_z + of_chain
 
-        def step(weight: Array, _: tuple[Array, ...]) -> tuple[Array, Array]:
-            states, _chain, bound = sweep(weight)
-            return states.statistics().single, bound
-
+        # Both factors go along from sweep to sweep, so that a compiler meets a sweep once.
         weight = xp.broadcast_to(behind_steps(start, 1, len(batch)), (T, *batch, V))
-        if sweeps == 1:
-            states, chain, last = sweep(weight)
-            return MeanField(states, chain, last[None])
-        weight, bounds = ops.scan(step, weight, (ops.zeros((sweeps - 1,), precision),))
-        states, chain, last = sweep(weight)
-        return MeanField(states, chain, xp.concat([bounds, last[None]], axis=0))
+        of_pairs = (T - 1, *batch, D, D), (T - 1, *batch, D), (T - 1, *batch, D, D)
+        shapes = (T, *batch, V), (*batch, D), (*batch, D, D), *of_pairs, (T, *batch, D, D), (T, *batch, D)
+        nothing = (ops.zeros(shape, precision) for shape in shapes)
+        (_, node, *found), bounds = ops.scan(sweep, (weight, *nothing), (ops.zeros((sweeps,), precision),))
+        names = ("mean", "cov", "transition", "bias", "noise", "precision", "shift")
+        chain = GaussianChain(**dict(zip(names, found, strict=True)), method=self.method, validate=False)
+        return MeanField(replace(self.states, node=node), chain, bounds)
 
     def _with(self, node: Array) -> MarkovChain:
         """The states times these node potentials."""
