@@ -103,7 +103,7 @@ def drawn(backend: Backend, z: np.ndarray) -> dict[str, Row]:
     }
 
 
-@on_both
+@pytest.mark.parametrize("backend", ["pyro", pytest.param("numpyro", marks=pytest.mark.slow)])
 def test_the_bound_of_both_sites_is_that_of_mean_field(backend: Backend) -> None:
     """In expectation, which is exact: over all sequences of states, and of z at points that suffice for quadratics."""
     _, factors, bound, evidence = exact()
