@@ -507,8 +507,7 @@ def _check_values(bound: Any, chosen: Program, call: Call, example: Call) -> Non
             if not bound.in_support(site, block, None if known is None else known[rows][:size]):
                 raise DataError(
                     f"Values of {site!r} are outside the support of its distribution; rows {first} to "
-                    f"{first + size - 1} span {block.min():g} to {block.max():g}. Check units and options such as "
-                    f"total_count."
+                    f"{first + size - 1} span {block.min():g} to {block.max():g}. {bound.needs(site)}"
                 )
 
 

@@ -171,6 +171,16 @@ def test_batches_broadcast(library: str) -> None:
             np.testing.assert_allclose(found[name][b], alone[name], atol=1e-9)
 
 
+def test_kl_to_chains_that_differ_from_row_to_row() -> None:
+    """With as many rows as steps, so that an axis in a wrong place would be taken for the right one."""
+    one, many = arguments(3, 2), arguments(3, 2, (3,), seed=5)
+    q, p = chain("torch", one), chain("torch", many)
+    for b in range(3):
+        row = chain("torch", {n: x[b] if n in ("mean", "cov") else x[:, b] for n, x in many.items()})
+        np.testing.assert_allclose(q.kl(p)[b], q.kl(row), atol=EXACT)
+        np.testing.assert_allclose(p.kl(q)[b], row.kl(q), atol=EXACT)
+
+
 def of_everything(leaves: dict[str, Any], noise: Any, method: Method) -> Any:
     """A number that all of a chain's outputs have a part in."""
     q = GaussianChain(**leaves, method=method, validate=False)

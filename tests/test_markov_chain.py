@@ -131,6 +131,21 @@ def test_batches_broadcast(library: str) -> None:
         np.testing.assert_allclose(found["pair"][:, b], alone["pair"], atol=EXACT)
 
 
+def test_kl_to_chains_that_differ_from_row_to_row() -> None:
+    """With as many rows as steps, so that an axis in a wrong place would be taken for the right one."""
+    one, many = arguments(3, 2), arguments(3, 2, (3,), seed=5)
+
+    def chain(given: Arrays) -> MarkovChain:
+        initial, transition, node = (torch.tensor(np.maximum(given[n], -9.0)) for n in given)
+        return MarkovChain(initial, transition, node)
+
+    q, p = chain(one), chain(many)
+    for b in range(3):
+        row = chain({n: x[b] if n == "initial" else x[:, b] for n, x in many.items()})
+        np.testing.assert_allclose(q.kl(p)[b], q.kl(row), atol=EXACT)
+        np.testing.assert_allclose(p.kl(q)[b], row.kl(q), atol=EXACT)
+
+
 def of_everything(leaves: dict[str, Any], method: Method) -> Any:
     q = MarkovChain(**leaves, method=method)
     return q.log_normalizer() + q.entropy() + (q.statistics().pair ** 2).sum()

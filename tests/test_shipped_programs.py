@@ -30,7 +30,9 @@ SHAPES: dict[str, dict[str, tuple[int, ...]]] = {
     "probabilistic_pca": {"z": (2, 3, 6, 2), "x": (2, 3, 6, 5)},
     "factor_analysis": {"z": (2, 3, 6, 2), "x": (2, 3, 6, 5)},
     "linear_gaussian_chain": {"z": (2, 3, 6, 4), "x": (2, 3, 6, 4)},
+    "ar_hmm_partial": {"z": (2, 3, 6, 4), "x": (2, 3, 6, 4, 2), "known": (2, 3, 6, 4, 3)},
     "hmm": {"z": (2, 3, 6, 4), "x": (2, 3, 6, 4, 2)},
+    "svae_slds": {"z": (2, 3, 6, 4, 2), "x": (2, 3, 6, 4, 3)},
     "lds": {"z": (2, 3, 6, 4, 2), "x": (2, 3, 6, 4, 3)},
     "poglm": {"h": (2, 3, 6, 8, 2), "x": (2, 3, 6, 8, 3)},
     "bimodal_posterior": {"z": (2, 3, 6), "x": (2, 3, 6)},
@@ -39,7 +41,10 @@ SHAPES: dict[str, dict[str, tuple[int, ...]]] = {
     "eight_schools": {"u": (2, 3, 1, 10), "mu": (2, 3, 1), "tau": (2, 3, 1), "eta": (2, 3, 1, 8), "y": (2, 3, 1, 8)},
 }
 """Of every site's table, at two outer draws of three draws."""
-ESTIMATORS = {"discrete_vae": "score", "hmm": "score", "joint_vae": "score", "poglm": "score"}
+ESTIMATORS = dict.fromkeys(("ar_hmm_partial", "discrete_vae", "hmm", "joint_vae", "poglm"), "score")
+
+LONG = {"svae_slds"}
+"""Programs whose gradients take XLA the better part of a minute."""
 
 
 class Fitted:
@@ -92,8 +97,14 @@ def example(name: str) -> Any:
     return make(np.random.default_rng(0))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("name", programs())
+@pytest.mark.parametrize(
+    ("name", "backend"),
+    [
+        pytest.param(n, b, marks=[pytest.mark.slow] if n in LONG and b == "numpyro" else [])
+        for n in programs()
+        for b in BACKENDS
+    ],
+)
 def test_tables_have_draws_rows_and_events_and_every_parameter_gets_a_gradient(
     name: str, backend: str
 ) -> None:

@@ -10,8 +10,10 @@ import jax.numpy as jnp
 import numpyro.distributions as dist
 from numpyro.distributions import constraints
 
+from ppl_lvm import ops
 from ppl_lvm.structured import gaussian_chain as gaussian
 from ppl_lvm.structured import markov_chain as markov
+from ppl_lvm.structured import slds
 from ppl_lvm.structured.scan import Method
 
 Array = jax.Array
@@ -23,6 +25,11 @@ jax.tree_util.register_dataclass(
 )
 jax.tree_util.register_dataclass(
     markov.MarkovChain, data_fields=["initial", "transition", "node"], meta_fields=["method"]
+)
+jax.tree_util.register_dataclass(
+    slds.SwitchingChain,
+    data_fields=["states", "mean", "cov", "transition", "bias", "noise"],
+    meta_fields=["method", "validate"],
 )
 
 
@@ -134,6 +141,112 @@ class MarkovChain(dist.Distribution):
         return jnp.broadcast_to(found, jnp.broadcast_shapes(found.shape, self.batch_shape))
 
 
+class SwitchingChain(dist.Distribution):
+    """See `ppl_lvm.structured.slds`; events are the numbers z `[T, D]`, the states summed out of their density.
+
+    `initial [..., V]` and `move [..., T - 1, V, V]` are the states' logs. `states` is their distribution,
+    `given(s)` that of z given them.
+    """
+
+    arg_constraints: dict[str, Any] = {}
+    support = constraints.independent(constraints.real, 2)
+    pytree_data_fields = ("chain",)
+
+    def __init__(
+        self,
+        initial: Array,
+        move: Array,
+        mean: Array,
+        cov: Array,
+        transition: Array,
+        bias: Array,
+        noise: Array,
+        method: Method = "auto",
+        validate_args: bool | None = None,
+    ) -> None:
+        states, front = slds.steps_in_front(initial, move, mean, cov, transition, bias, noise, method)
+        check = dist.Distribution._validate_args if validate_args is None else validate_args
+        self._of(slds.SwitchingChain(states, **front, method=method, validate=bool(check)), None)
+
+    def _of(self, chain: slds.SwitchingChain, batch_shape: tuple[int, ...] | None) -> SwitchingChain:
+        self.chain = chain
+        shape = chain.batch_shape if batch_shape is None else batch_shape
+        super().__init__(shape, (chain.steps, chain.dim), validate_args=False)
+        return self
+
+    @property
+    def has_rsample(self) -> bool:
+        return False
+
+    def expand(self, batch_shape: Any) -> SwitchingChain:
+        return type(self).__new__(type(self))._of(self.chain, tuple(batch_shape))
+
+    def sample(self, key: Array, sample_shape: tuple[int, ...] = ()) -> Array:
+        of_states, of_z = jax.random.split(key)
+        dtype, shape = self.chain.mean.dtype, (self.chain.steps, *sample_shape, *self.batch_shape)
+        noise = jax.random.normal(of_z, (*shape, self.chain.dim), dtype=dtype)
+        return jnp.moveaxis(self.chain.sample(jax.random.uniform(of_states, shape, dtype=dtype), noise)[1], 0, -2)
+
+    def log_prob(self, value: Array) -> Array:
+        found = self.chain.log_prob(jnp.moveaxis(value, -2, 0))
+        return jnp.broadcast_to(found, jnp.broadcast_shapes(found.shape, self.batch_shape))
+
+    @property
+    def states(self) -> MarkovChain:
+        return MarkovChain.__new__(MarkovChain)._of(self.chain.states, None)
+
+    def given(self, s: Array) -> GaussianChain:
+        return GaussianChain.__new__(GaussianChain)._of(self.chain.given(jnp.moveaxis(s, -1, 0)), None)
+
+    def mean_field(self, precision: Array, shift: Array, sweeps: int = 10) -> Any:
+        """The distributions of the states and of z, and the bound after every sweep, `[..., sweeps]`."""
+        q = self.chain.mean_field(jnp.moveaxis(precision, -3, 0), jnp.moveaxis(shift, -2, 0), sweeps)
+        return SimpleNamespace(
+            states=MarkovChain.__new__(MarkovChain)._of(q.states, None),
+            chain=GaussianChain.__new__(GaussianChain)._of(q.chain, None),
+            bounds=jnp.moveaxis(q.bounds, 0, -1),
+        )
+
+
+class _Weights(type(constraints.simplex)):  # type: ignore[misc]
+    """Weights `[T, V]` from 0 to 1, at every step one above 0."""
+
+    event_dim = 2
+    needs = markov.EVIDENCE
+
+    def __call__(self, x: Array) -> Array:
+        return jnp.all((x >= 0) & (x <= 1), axis=(-2, -1)) & jnp.all(jnp.any(x > 0, axis=-1), axis=-1)
+
+    def feasible_like(self, prototype: Array) -> Array:
+        return jnp.ones_like(prototype)
+
+
+class VirtualEvidence(dist.Distribution):
+    """Weights `[T, V]` of what is known of states z `[..., T]`: `log_prob(weight) = sum_t log weight_t(z_t)`.
+
+    A likelihood, which is a density of weights only where they are labels (one-hot); those are what it draws.
+    """
+
+    arg_constraints: dict[str, Any] = {}
+    support = _Weights()
+    pytree_data_fields = ("z",)
+    pytree_aux_fields = ("values",)
+
+    def __init__(self, z: Array, values: int, validate_args: bool | None = None) -> None:
+        self.z, self.values = z, values
+        super().__init__(z.shape[:-1], (z.shape[-1], values), validate_args=False)
+
+    def expand(self, batch_shape: Any) -> VirtualEvidence:
+        return VirtualEvidence(jnp.broadcast_to(self.z, (*batch_shape, self.z.shape[-1])), self.values)
+
+    def sample(self, key: Array, sample_shape: tuple[int, ...] = ()) -> Array:
+        shape = (*sample_shape, *self.batch_shape, *self.event_shape)
+        return jnp.broadcast_to(ops.one_hot(self.z, self.values), shape)
+
+    def log_prob(self, value: Array) -> Array:
+        return markov.log_evidence(value, self.z)
+
+
 CHAINS = (GaussianChain, MarkovChain)
 
 
@@ -144,4 +257,10 @@ def kl(q: Any, p: Any) -> Array:
 
 def namespace() -> Any:
     """What portable programs find as `ppl.structured`."""
-    return SimpleNamespace(GaussianChain=GaussianChain, MarkovChain=MarkovChain, observed=gaussian.observed)
+    return SimpleNamespace(
+        GaussianChain=GaussianChain,
+        MarkovChain=MarkovChain,
+        SwitchingChain=SwitchingChain,
+        VirtualEvidence=VirtualEvidence,
+        observed=gaussian.observed,
+    )

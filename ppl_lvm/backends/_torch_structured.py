@@ -9,8 +9,10 @@ import torch
 from pyro.distributions import TorchDistribution, constraints
 from torch import Tensor
 
+from ppl_lvm import ops
 from ppl_lvm.structured import gaussian_chain as gaussian
 from ppl_lvm.structured import markov_chain as markov
+from ppl_lvm.structured import slds
 from ppl_lvm.structured.scan import Method
 
 
@@ -112,6 +114,103 @@ class MarkovChain(TorchDistribution):
         return found.expand(torch.broadcast_shapes(found.shape, self.batch_shape))
 
 
+class SwitchingChain(TorchDistribution):
+    """See `ppl_lvm.structured.slds`; events are the numbers z `[T, D]`, the states summed out of their density.
+
+    `initial [..., V]` and `move [..., T - 1, V, V]` are the states' logs. `states` is their distribution,
+    `given(s)` that of z given them.
+    """
+
+    arg_constraints: dict[str, Any] = {}
+    support = constraints.independent(constraints.real, 2)
+
+    def __init__(
+        self,
+        initial: Tensor,
+        move: Tensor,
+        mean: Tensor,
+        cov: Tensor,
+        transition: Tensor,
+        bias: Tensor,
+        noise: Tensor,
+        method: Method = "auto",
+        validate_args: bool | None = None,
+    ) -> None:
+        states, front = slds.steps_in_front(initial, move, mean, cov, transition, bias, noise, method)
+        check = torch.distributions.Distribution._validate_args if validate_args is None else validate_args
+        self._of(slds.SwitchingChain(states, **front, method=method, validate=bool(check)), None)
+
+    def _of(self, chain: slds.SwitchingChain, batch_shape: torch.Size | None) -> SwitchingChain:
+        self.chain = chain
+        shape = torch.Size(chain.batch_shape) if batch_shape is None else batch_shape
+        super().__init__(shape, torch.Size((chain.steps, chain.dim)), validate_args=False)
+        return self
+
+    def expand(self, batch_shape: Any, _instance: Any = None) -> SwitchingChain:
+        return type(self).__new__(type(self))._of(self.chain, torch.Size(batch_shape))
+
+    def sample(self, sample_shape: Any = torch.Size()) -> Tensor:  # noqa: B008 - torch's own signature
+        like, shape = self.chain.mean, (self.chain.steps, *sample_shape, *self.batch_shape)
+        uniform = torch.rand(shape, dtype=like.dtype, device=like.device)
+        noise = torch.randn((*shape, self.chain.dim), dtype=like.dtype, device=like.device)
+        with torch.no_grad():
+            return self.chain.sample(uniform, noise)[1].movedim(0, -2)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        found = self.chain.log_prob(value.movedim(-2, 0))
+        return found.expand(torch.broadcast_shapes(found.shape, self.batch_shape))
+
+    @property
+    def states(self) -> MarkovChain:
+        return MarkovChain.__new__(MarkovChain)._of(self.chain.states, None)
+
+    def given(self, s: Tensor) -> GaussianChain:
+        return GaussianChain.__new__(GaussianChain)._of(self.chain.given(s.movedim(-1, 0)), None)
+
+    def mean_field(self, precision: Tensor, shift: Tensor, sweeps: int = 10) -> Any:
+        """The distributions of the states and of z, and the bound after every sweep, `[..., sweeps]`."""
+        q = self.chain.mean_field(precision.movedim(-3, 0), shift.movedim(-2, 0), sweeps)
+        return SimpleNamespace(
+            states=MarkovChain.__new__(MarkovChain)._of(q.states, None),
+            chain=GaussianChain.__new__(GaussianChain)._of(q.chain, None),
+            bounds=q.bounds.movedim(0, -1),
+        )
+
+
+class _Weights(constraints.Constraint):
+    """Weights `[T, V]` from 0 to 1, at every step one above 0."""
+
+    event_dim = 2
+    lower_bound = 1.0  # what stands for weights that are missing
+    needs = markov.EVIDENCE
+
+    def check(self, value: Tensor) -> Tensor:
+        return ((value >= 0) & (value <= 1)).all(-1).all(-1) & (value > 0).any(-1).all(-1)
+
+
+class VirtualEvidence(TorchDistribution):
+    """Weights `[T, V]` of what is known of states z `[..., T]`: `log_prob(weight) = sum_t log weight_t(z_t)`.
+
+    A likelihood, which is a density of weights only where they are labels (one-hot); those are what it draws.
+    """
+
+    arg_constraints: dict[str, Any] = {}
+    support = _Weights()
+
+    def __init__(self, z: Tensor, values: int, validate_args: bool | None = None) -> None:
+        self.z, self.values = z, values
+        super().__init__(z.shape[:-1], torch.Size((z.shape[-1], values)), validate_args=False)
+
+    def expand(self, batch_shape: Any, _instance: Any = None) -> VirtualEvidence:
+        return VirtualEvidence(self.z.expand(*batch_shape, self.z.shape[-1]), self.values)
+
+    def sample(self, sample_shape: Any = torch.Size()) -> Tensor:  # noqa: B008 - torch's own signature
+        return ops.one_hot(self.z, self.values).expand(*sample_shape, *self.batch_shape, *self.event_shape)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        return markov.log_evidence(value, self.z)
+
+
 @torch.distributions.register_kl(GaussianChain, GaussianChain)
 @torch.distributions.register_kl(MarkovChain, MarkovChain)
 def _kl(q: Any, p: Any) -> Tensor:
@@ -121,4 +220,10 @@ def _kl(q: Any, p: Any) -> Tensor:
 
 def namespace() -> Any:
     """What portable programs find as `ppl.structured`."""
-    return SimpleNamespace(GaussianChain=GaussianChain, MarkovChain=MarkovChain, observed=gaussian.observed)
+    return SimpleNamespace(
+        GaussianChain=GaussianChain,
+        MarkovChain=MarkovChain,
+        SwitchingChain=SwitchingChain,
+        VirtualEvidence=VirtualEvidence,
+        observed=gaussian.observed,
+    )

@@ -951,6 +951,8 @@ def density(site: Mapping[str, Any], log_prob: Callable[[Any], Any]) -> Any:
         raise
 
 
+CHECK_DATA = "Check units and options such as total_count."
+
 UNOBSERVED = "_unobserved"
 """How both libraries end the name of the latent site that `obs_mask` makes."""
 

@@ -52,6 +52,7 @@ from ppl_lvm.backends._numpyro_handlers import (
 from ppl_lvm.backends._numpyro_particles import DRAWS, Together
 from ppl_lvm.backends._numpyro_state import after_run, changed, evaluation, is_key, next_states
 from ppl_lvm.backends.base import (
+    CHECK_DATA,
     PRIOR_DRAWS,
     SUMMED,
     VARIANT,
@@ -172,6 +173,10 @@ class NumPyroBound:
             if known is not None:
                 given = jnp.where(known, given, feasible(support, given))
             return bool(jnp.all(support(given)))
+
+    def needs(self, site: str) -> str:
+        """What a site with data asks of them, for an error."""
+        return getattr(self._supports[site], "needs", CHECK_DATA)
 
     # Structure and parameters, from probe runs on one draw.
 

@@ -61,6 +61,7 @@ from ppl_lvm.backends._torch_missing import TorchMissing, feasible
 from ppl_lvm.backends._torch_ops import Gate, current_gate, stopped_once
 from ppl_lvm.backends._torch_tables import equal, joined
 from ppl_lvm.backends.base import (
+    CHECK_DATA,
     PRIOR_DRAWS,
     SUMMED,
     VARIANT,
@@ -196,6 +197,10 @@ class PyroBound:
         if known is not None:
             given = torch.where(torch.as_tensor(known), given, feasible(support, given))
         return bool(support.check(given).all())
+
+    def needs(self, site: str) -> str:
+        """What a site with data asks of them, for an error."""
+        return getattr(self._supports[site], "needs", CHECK_DATA)
 
     # Structure and parameters, from probe runs on one draw.
 

@@ -246,7 +246,9 @@ class GaussianChain:
 
     def expected_log_prob(self, of: Moments) -> Array:
         """`E log q(z)` over any z with these moments, `[...]`, in nats."""
-        xp, D, c = ops.xp(of.mean), self.dim, self._aligned(of.mean.ndim - 2)
+        batch = max(of.mean.ndim - 2, len(self.batch_shape))
+        of = Moments(*(behind_steps(x, event, batch) for x, event in zip(of, (1, 2, 2), strict=True)))
+        xp, D, c = ops.xp(of.mean), self.dim, self._aligned(batch)
         F = c.transition
         error = of.mean[1:] - _times(F, of.mean[:-1]) - c.bias
         both = F @ _transposed(of.cross)
@@ -461,13 +463,13 @@ def _diagonal(x: Array) -> Array:
     return x[..., :, None] * ops.eye(x.shape[-1], x)
 
 
-def _check_positive(name: str, x: Array) -> None:
+def _check_positive(name: str, x: Array, of: str = "GaussianChain") -> None:
     found = ops.concrete(x)
     if found is None or not found.size:
         return
     smallest = np.linalg.eigvalsh(found.astype(float))[..., 0]
     if not (smallest > 0).all():
         raise DataError(
-            f"{name} of a GaussianChain is not positive definite: its smallest eigenvalue is {smallest.min():.3g}. Add "
+            f"{name} of a {of} is not positive definite: its smallest eigenvalue is {smallest.min():.3g}. Add "
             f"a small multiple of the identity, or take the coordinates without noise out of the state."
         )

@@ -147,7 +147,8 @@ class MarkovChain:
 
     def expected_log_prob(self, of: Statistics) -> Array:
         """`E log q(z)` over any z with these statistics, `[...]`, in nats."""
-        xp, c, batch = ops.xp(self.initial), self._aligned, of.single.ndim - 2
+        xp, c, batch = ops.xp(self.initial), self._aligned, max(of.single.ndim - 2, len(self.batch_shape))
+        of = Statistics(behind_steps(of.single, 1, batch), behind_steps(of.pair, 2, batch))
         node, transition = behind_steps(c.node, 1, batch), behind_steps(c.transition, 2, batch)
         total = xp.sum(of.single[0] * c.initial, axis=-1) + xp.sum(of.single * node, axis=(0, -1))
         return total + xp.sum(of.pair * transition, axis=(0, -2, -1)) - self.log_normalizer()
@@ -246,6 +247,19 @@ def steps_in_front(initial: Array, transition: Array, node: Array | None = None)
     """The arguments of a distribution, `[..., T, *event]`, as a `MarkovChain` takes them."""
     moved = {"initial": initial, "transition": ops.xp(transition).moveaxis(transition, -3, 0)}
     return moved if node is None else {**moved, "node": ops.xp(node).moveaxis(node, -2, 0)}
+
+
+EVIDENCE = "Weights are from 0 to 1, and no step rules out all of its values."
+"""What weights of `log_evidence` have to be, for an error."""
+
+
+def log_evidence(weight: Array, z: Array) -> Array:
+    """`sum_t log weight_t(z_t)` of what is known of states: weights `[..., T, V]`, integers z `[..., T]`, `[...]`."""
+    xp, at = ops.xp(weight), ops.one_hot(z, weight.shape[-1]) > 0
+    at, weight = xp.broadcast_arrays(at, weight)
+    nothing = ops.zeros(tuple(weight.shape), weight)
+    log_weight = _finite(xp.log(xp.where(at, weight, nothing + 1.0)))
+    return xp.sum(log_weight, axis=(-2, -1))
 
 
 def _then(one: tuple[Array, ...], two: tuple[Array, ...]) -> tuple[Array, ...]:
