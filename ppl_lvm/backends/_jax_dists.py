@@ -318,9 +318,9 @@ def kl(q: Any, p: Any) -> Array:
         value = inner.sum(tuple(range(-q.reinterpreted_batch_ndims, 0)))
     elif isinstance(q, OneHotCategorical) and isinstance(p, OneHotCategorical):
         value = (q.probs * (q.logits - p.logits)).sum(-1)
-    elif isinstance(q, _jax_structured.CHAINS) and type(q) is type(p):
+    elif isinstance(q, (*_jax_structured.CHAINS, *_jax_structured.CONJUGATE)) and type(q) is type(p):
         value = _jax_structured.kl(q, p)
-    elif q.has_enumerate_support and _family(q) == _family(p):
+    elif q.has_enumerate_support and (_family(q) == _family(p) or isinstance(p, _jax_structured.Labels)):
         values = q.enumerate_support(expand=False)
         log_q, log_p = q.log_prob(values), p.log_prob(values)
         value = (jnp.exp(log_q) * (log_q - log_p)).sum(0)
