@@ -398,6 +398,9 @@ class GuideSite:
             return self._fn.sample(self._key)
         return rebuild(self._fn, self._injected, _solve)
 
+    def mean(self) -> Array:
+        return self._fn.mean if self._injected is None else self._injected
+
     def log_prob(self, value: Array) -> Array:
         return self._fn.log_prob(value)
 

@@ -292,7 +292,8 @@ class Labels(dist.CategoricalLogits):
         super().__init__(log_weight, validate_args=validate_args)
 
     def log_prob(self, value: Array) -> Array:
-        return super().log_prob(value) + jax.nn.logsumexp(self.logits, -1)
+        # Labels among data may come as floats.
+        return super().log_prob(jnp.asarray(value, int)) + jax.nn.logsumexp(self.logits, -1)
 
 
 CHAINS = (GaussianChain, MarkovChain)

@@ -1,0 +1,95 @@
+"""Natural-gradient steps on NumPyro; see `natural`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ppl_lvm.backends import _jax_dists
+from ppl_lvm.backends.natural import Factor, factors, scaled, solved
+
+Array = jax.Array
+Params = Mapping[str, Any]
+
+
+def _total(bound: Any, batch: Any, sites: Sequence[str], params: Params, moved: Params) -> dict[str, Array]:
+    """`KL(q_params || q_moved)` of sites, elements apart."""
+    one, other = bound.guide_distributions(params, batch, sites), bound.guide_distributions(moved, batch, sites)
+    return {s: _jax_dists.kl(one[s], other[s]) for s in sites}
+
+
+class _Divergences:
+    def __init__(self, bound: Any, batch: Any) -> None:
+        self._bound, self._batch = bound, batch
+        self._arrays = {n: v for n, v in bound.initial.items() if not isinstance(v, dict) and hasattr(v, "shape")}
+
+    def shape(self, site: str) -> tuple[int, ...]:
+        u = self._bound.initial
+        return tuple(jax.eval_shape(lambda: _total(self._bound, self._batch, [site], u, u))[site].shape)
+
+    def slope(self, site: str, weights: np.ndarray) -> Mapping[str, np.ndarray]:
+        rng, u = np.random.default_rng(0), self._bound.initial
+        near = {n: v + 0.1 * rng.normal(size=v.shape).astype(v.dtype) for n, v in self._arrays.items()}
+
+        def weighed(moved: Params) -> Array:
+            return (_total(self._bound, self._batch, [site], u, {**u, **moved})[site] * weights).sum()
+
+        return {n: np.asarray(g) for n, g in jax.jit(jax.grad(weighed))(near).items()}
+
+    def fisher(self, factor: Factor) -> np.ndarray:
+        return np.asarray(jax.jit(lambda: _fisher(self._bound, self._batch, factor, self._bound.initial))())
+
+
+def found(bound: Any, batch: Any, place: str, names: Sequence[str]) -> tuple[Factor, ...]:
+    """The factors that a unit's parameters belong to, or LegalityError."""
+    return factors(place, names, bound.structure, _Divergences(bound, batch), bound.initial)
+
+
+def _fisher(bound: Any, batch: Any, factor: Factor, params: Params) -> Array:
+    at = factor.flat(params)
+
+    def total(flat: Array) -> Array:
+        kl = _total(bound, batch, factor.sites, params, {**params, **factor.parts(flat, params)})
+        return jnp.stack([x.sum() for x in kl.values()]).sum()
+
+    def row(unit: Array) -> Array:
+        return jax.jvp(jax.grad(total), (at,), (jnp.broadcast_to(unit, at.shape),))[1]
+
+    return jnp.moveaxis(jax.vmap(row)(jnp.eye(at.shape[1], dtype=at.dtype)), 0, 1)
+
+
+def displaced(
+    bound: Any, batch: Any, chosen: tuple[Factor, ...], params: Params, gradient: Params, rate: Any
+) -> dict[str, Array]:
+    """What a step takes off the unconstrained parameters."""
+    found: dict[str, Array] = {}
+    for factor in chosen:
+        u = {n: params[n] for n in factor.names}
+        F, D = scaled(_fisher(bound, batch, factor, params))
+        x = factor.parts(solved(jnp.linalg.cholesky(F), D, factor.flat(gradient)), u)
+        ahead = {n: v - rate * x[n] for n, v in u.items()}
+        straight, mask = {}, jnp.ones(factor.n, bool)
+        for n, v in u.items():
+            transform, constraint = bound.chart(n)
+            c, tangent = jax.jvp(transform, (v,), (x[n],))
+            straight[n] = c, c - rate * tangent
+            mask &= _inside(constraint, straight[n][1]).reshape(factor.n, -1).all(1)
+        for n, v in u.items():
+            transform, _ = bound.chart(n)
+            where = partial(factor.over, mask)
+            c, target = straight[n]
+            back = transform._inverse(jnp.where(where(c), target, c))
+            found[n] = v - jnp.where(where(v), back.reshape(v.shape), ahead[n])
+    return found
+
+
+def _inside(constraint: Any, value: Array) -> Array:
+    if type(constraint).__name__ == "_PositiveDefinite":
+        # Symmetric as it is made; factors that do not exist are not finite.
+        return jnp.isfinite(jnp.linalg.cholesky(value)).all((-2, -1))
+    return jnp.asarray(constraint(value))
