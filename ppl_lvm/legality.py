@@ -511,10 +511,10 @@ def check_linear(bound: Any, plan: Plan, batch: Any, key: Any) -> None:
         return
     plain = Plan.of_values(bound.structure, 1, 1)
     drawn = bound.evaluate(bound.initial, batch, key, plain)
+    values = {n: np.asarray(drawn[n]["value"]) for n in asked}
     for name in asked:
-        value = np.asarray(drawn[name]["value"])
-        line = [(value * (1.0 + s / 2.0)).astype(value.dtype) for s in range(3)]
-        tables = [bound.evaluate(bound.initial, batch, key, plain, values={name: at}) for at in line]
+        line = [(values[name] * (1.0 + s / 2.0)).astype(values[name].dtype) for s in range(3)]
+        tables = [bound.evaluate(bound.initial, batch, key, plain, values={**values, name: at}) for at in line]
         for other in drawn:
             for label in ("log_p", "log_q"):
                 if other == name or drawn[other][label] is None:

@@ -35,11 +35,15 @@ SHAPES: dict[str, dict[str, tuple[int, ...]]] = {
     "poglm": {"h": (2, 3, 6, 8, 2), "x": (2, 3, 6, 8, 3)},
     "bimodal_posterior": {"z": (2, 3, 6), "x": (2, 3, 6)},
     "gaussian_mixture": {"w": (2, 2), "mu": (2, 2, 2), "sigma": (2, 2, 2), "x": (2, 3, 6, 2)},
+    "svae_gmm": {"pi": (2, 10), "theta": (2, 10, 3, 3), "c": (2, 3, 6), "z": (2, 3, 6, 2), "x": (2, 3, 6, 2)},
     "noisy_cone": {"x": (2, 3, 6), "y": (2, 3, 6), "z": (2, 3, 6)},
     "eight_schools": {"u": (2, 3, 1, 10), "mu": (2, 3, 1), "tau": (2, 3, 1), "eta": (2, 3, 1, 8), "y": (2, 3, 1, 8)},
 }
 """Of every site's table, at two outer draws of three draws."""
-ESTIMATORS = {"discrete_vae": "score", "hmm": "score", "joint_vae": "score", "poglm": "score"}
+ESTIMATORS = {"discrete_vae": "score", "hmm": "score", "joint_vae": "score", "poglm": "score", "svae_gmm": "score"}
+
+LONG = {"svae_gmm"}
+"""Programs whose gradient takes a compiler the better part of a minute."""
 
 
 class Fitted:
@@ -93,7 +97,7 @@ def example(name: str) -> Any:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("name", programs())
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] if n in LONG else []) for n in programs()])
 def test_tables_have_draws_rows_and_events_and_every_parameter_gets_a_gradient(
     name: str, backend: str
 ) -> None:

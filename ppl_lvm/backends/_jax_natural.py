@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from ppl_lvm.backends import _jax_dists
-from ppl_lvm.backends.natural import Factor, factors, scaled, solved
+from ppl_lvm.backends.base import Unit
+from ppl_lvm.backends.natural import Factor, Slopes, factors, scaled, solved
 
 Array = jax.Array
 Params = Mapping[str, Any]
@@ -25,29 +26,41 @@ def _total(bound: Any, batch: Any, sites: Sequence[str], params: Params, moved: 
 
 class _Divergences:
     def __init__(self, bound: Any, batch: Any) -> None:
-        self._bound, self._batch = bound, batch
-        self._arrays = {n: v for n, v in bound.initial.items() if not isinstance(v, dict) and hasattr(v, "shape")}
+        self._bound, self._batch, self._u = bound, batch, bound.initial
+        rng = np.random.default_rng(0)
+        arrays = {n: v for n, v in self._u.items() if jax.tree_util.all_leaves([v])}
+        self._near = {n: v + 0.1 * rng.normal(size=v.shape).astype(v.dtype) for n, v in arrays.items()}
 
-    def shape(self, site: str) -> tuple[int, ...]:
-        u = self._bound.initial
-        return tuple(jax.eval_shape(lambda: _total(self._bound, self._batch, [site], u, u))[site].shape)
+        def slopes(near: Params, weights: Mapping[str, Array]) -> dict[str, Params]:
+            def weighed(near: Params, site: str) -> Array:
+                return (_total(bound, batch, [site], self._u, {**self._u, **near})[site] * weights[site]).sum()
 
-    def slope(self, site: str, weights: np.ndarray) -> Mapping[str, np.ndarray]:
-        rng, u = np.random.default_rng(0), self._bound.initial
-        near = {n: v + 0.1 * rng.normal(size=v.shape).astype(v.dtype) for n, v in self._arrays.items()}
+            return {site: jax.grad(weighed)(near, site) for site in weights}
 
-        def weighed(moved: Params) -> Array:
-            return (_total(self._bound, self._batch, [site], u, {**u, **moved})[site] * weights).sum()
+        self._slopes = jax.jit(slopes)
 
-        return {n: np.asarray(g) for n, g in jax.jit(jax.grad(weighed))(near).items()}
+    def shapes(self, sites: Sequence[str]) -> Mapping[str, tuple[int, ...]]:
+        found = {}
+        for site in sites:
+            try:
+                kl = jax.eval_shape(lambda site=site: _total(self._bound, self._batch, [site], self._u, self._u))
+            except NotImplementedError:
+                continue
+            found[site] = tuple(kl[site].shape)
+        return found
 
-    def fisher(self, factor: Factor) -> np.ndarray:
-        return np.asarray(jax.jit(lambda: _fisher(self._bound, self._batch, factor, self._bound.initial))())
+    def slopes(self, weights: Mapping[str, np.ndarray]) -> Slopes:
+        return jax.tree.map(np.asarray, self._slopes(self._near, dict(weights)))
+
+    def fishers(self, factors: Sequence[Factor]) -> Sequence[np.ndarray]:
+        found = jax.jit(lambda u: [_fisher(self._bound, self._batch, f, u) for f in factors])(self._u)
+        return [np.asarray(F) for F in found]
 
 
-def found(bound: Any, batch: Any, place: str, names: Sequence[str]) -> tuple[Factor, ...]:
-    """The factors that a unit's parameters belong to, or LegalityError."""
-    return factors(place, names, bound.structure, _Divergences(bound, batch), bound.initial)
+def found(bound: Any, batch: Any, units: Mapping[str, Unit]) -> dict[str, tuple[Factor, ...]]:
+    """The factors of units with natural steps, or LegalityError."""
+    natural = {unit: u for unit, u in units.items() if u.natural}
+    return factors(natural, bound.structure, _Divergences(bound, batch), bound.initial) if natural else {}
 
 
 def _fisher(bound: Any, batch: Any, factor: Factor, params: Params) -> Array:

@@ -112,11 +112,7 @@ class Trainer:
         self._descent = descent
         self._transforms = {unit: _TRANSFORMS[_name(u.optimizer)]() for unit, u in descent.units.items()}
         with precision(bound.dtype):
-            self._factors = {
-                unit: _jax_natural.found(bound, example, u.place, u.names)
-                for unit, u in descent.units.items()
-                if u.natural
-            }
+            self._factors = _jax_natural.found(bound, example, descent.units)
         shapes = tuple((np.shape(a), np.asarray(a).dtype.str) for a in example.leaves)
         names = (len(example.args), tuple(example.kwargs))
         self._cached = (

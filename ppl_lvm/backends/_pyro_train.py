@@ -124,11 +124,7 @@ class Trainer:
         )
         self._step: Callable[..., list[Tensor]] | None = None
         with sealed(bound.dtype), kept_generators():
-            self._factors = {
-                unit: _torch_natural.found(bound, example, u.place, u.names)
-                for unit, u in descent.units.items()
-                if u.natural
-            }
+            self._factors = _torch_natural.found(bound, example, descent.units)
 
     # One step as a function of tensors alone: loss, norm, gradients of the trained parameters, next states.
 

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from ppl_lvm.backends import _torch_dists
-from ppl_lvm.backends.natural import Factor, factors, scaled, solved
+from ppl_lvm.backends.base import Unit
+from ppl_lvm.backends.natural import Factor, Slopes, factors, scaled, solved
 
 Params = Mapping[str, Tensor]
 
@@ -24,33 +25,45 @@ def _total(bound: Any, batch: Any, sites: Sequence[str], params: Params, moved: 
 
 class _Divergences:
     def __init__(self, bound: Any, batch: Any) -> None:
-        self._bound, self._batch = bound, batch
+        self._bound, self._batch, self._u = bound, batch, bound.initial
 
-    def shape(self, site: str) -> tuple[int, ...]:
-        u = self._bound.initial
-        return tuple(_total(self._bound, self._batch, [site], u, u)[site].shape)
+    def shapes(self, sites: Sequence[str]) -> Mapping[str, tuple[int, ...]]:
+        found = {}
+        for site in sites:
+            try:
+                found[site] = tuple(_total(self._bound, self._batch, [site], self._u, self._u)[site].shape)
+            except NotImplementedError:
+                continue
+        return found
 
-    def slope(self, site: str, weights: np.ndarray) -> Mapping[str, np.ndarray]:
-        rng, u = np.random.default_rng(0), self._bound.initial
+    def slopes(self, weights: Mapping[str, np.ndarray]) -> Slopes:
+        rng = np.random.default_rng(0)
         near = {
             n: (v + torch.as_tensor(0.1 * rng.normal(size=v.shape), dtype=v.dtype)).detach().requires_grad_()
-            for n, v in u.items()
+            for n, v in self._u.items()
         }
+        found = {}
         with torch.enable_grad():
-            kl = _total(self._bound, self._batch, [site], u, near)[site]
-            total = (kl * torch.as_tensor(weights, dtype=kl.dtype)).sum()
-            if not total.requires_grad:
-                return {}
-            found = torch.autograd.grad(total, list(near.values()), allow_unused=True)
-        return {n: np.zeros(u[n].shape) if g is None else g.numpy() for n, g in zip(near, found, strict=True)}
+            for site, kl in _total(self._bound, self._batch, [*weights], self._u, near).items():
+                total = (kl * torch.as_tensor(weights[site], dtype=kl.dtype)).sum()
+                leaves = list(near.values())
+                slope: Sequence[Tensor | None] = [None] * len(leaves)
+                if total.requires_grad:
+                    slope = torch.autograd.grad(total, leaves, allow_unused=True, retain_graph=True)
+                found[site] = {
+                    n: np.zeros(v.shape) if g is None else g.numpy()
+                    for (n, v), g in zip(near.items(), slope, strict=True)
+                }
+        return found
 
-    def fisher(self, factor: Factor) -> np.ndarray:
-        return _fisher(self._bound, self._batch, factor, self._bound.initial).numpy()
+    def fishers(self, factors: Sequence[Factor]) -> Sequence[np.ndarray]:
+        return [_fisher(self._bound, self._batch, f, self._u).numpy() for f in factors]
 
 
-def found(bound: Any, batch: Any, place: str, names: Sequence[str]) -> tuple[Factor, ...]:
-    """The factors that a unit's parameters belong to, or LegalityError."""
-    return factors(place, names, bound.structure, _Divergences(bound, batch), bound.initial)
+def found(bound: Any, batch: Any, units: Mapping[str, Unit]) -> dict[str, tuple[Factor, ...]]:
+    """The factors of units with natural steps, or LegalityError."""
+    natural = {unit: u for unit, u in units.items() if u.natural}
+    return factors(natural, bound.structure, _Divergences(bound, batch), bound.initial) if natural else {}
 
 
 def _fisher(bound: Any, batch: Any, factor: Factor, params: Params) -> Tensor:

@@ -23,7 +23,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from ppl_lvm import ops
-from ppl_lvm.backends.base import Structure
+from ppl_lvm.backends.base import Structure, Unit
 from ppl_lvm.errors import LegalityError
 from ppl_lvm.ops import Array
 
@@ -61,67 +61,85 @@ class Factor:
         return mask.reshape((*self.elements, *(1,) * (like.ndim - len(self.elements))))
 
 
+Slopes = Mapping[str, Mapping[str, np.ndarray]]
+
+
 class Divergences(Protocol):
     """`KL(q_u || q_u')` of sites of the guide at the parameters a fit starts from and at others near them."""
 
-    def shape(self, site: str) -> tuple[int, ...]:
-        """The site's batch shape.
+    def shapes(self, sites: Sequence[str]) -> Mapping[str, tuple[int, ...]]:
+        """Batch shapes of those that have a KL in closed form."""
 
-        Raises:
-            NotImplementedError: it has no KL in closed form.
-        """
+    def slopes(self, weights: Mapping[str, np.ndarray]) -> Slopes:
+        """By site, the gradient of the sum of its weighed elements in all parameters u' that are arrays."""
 
-    def slope(self, site: str, weights: np.ndarray) -> Mapping[str, np.ndarray]:
-        """The gradient of the KL's elements, weighed, in all parameters u' that are arrays."""
-
-    def fisher(self, factor: Factor) -> np.ndarray:
-        """`[n, p, p]`."""
+    def fishers(self, factors: Sequence[Factor]) -> Sequence[np.ndarray]:
+        """`[n, p, p]` of each."""
 
 
 def factors(
-    place: str, names: Sequence[str], structure: Structure, divergences: Divergences, trained: Mapping[str, Any]
-) -> tuple[Factor, ...]:
-    """What the parameters of one optimiser are made of; `trained` are all parameters.
+    units: Mapping[str, Unit], structure: Structure, divergences: Divergences, trained: Mapping[str, Any]
+) -> dict[str, tuple[Factor, ...]]:
+    """What the parameters of optimisers with natural steps are made of; `trained` are all parameters.
 
     Raises:
         LegalityError: a parameter is not one of the distributions of sites that all rows share, or these have no Fisher
             information that could be found or inverted.
     """
-    looked: dict[str, set[str]] = {}
-    sites = [i for i in structure.sites.values() if i.in_guide and not i.local and i.role == "latent" and not i.point]
-    for info in sites:
-        try:
-            shape = divergences.shape(info.name)
-        except NotImplementedError:
-            continue
-        slope = divergences.slope(info.name, np.ones(shape))
-        looked[info.name] = {n for n in names if n in slope and np.any(slope[n] != 0)}
-    for name in names:
-        if "model" in structure.groups.get(name, ()):
-            raise LegalityError(
-                f"{place}: natural steps are for the guide's own parameters, and {name!r} is the model's too; give it "
-                f"another optimizer."
-            )
-        if not any(name in own for own in looked.values()):
-            raise LegalityError(
-                f"{place}: natural steps go by the Fisher information of a site that all rows share, and {name!r} is "
-                f"a parameter of none with a closed-form KL; such sites are "
-                f"{({s: sorted(own) for s, own in looked.items() if own}) or 'none'}. Give it another optimizer, as in "
-                f"optimizer={{'{name}': 'adam', ...}}."
-            )
-    for site, own in looked.items():
-        parents = sorted(structure.sites[site].guide_parents)
-        if own and parents:
-            raise LegalityError(
-                f"{place}: site {site!r} is drawn from {parents}, so its Fisher information is another one for every "
-                f"draw of them; give {sorted(own)} another optimizer."
-            )
-    found = []
-    for group, ours in _connected({s: own for s, own in looked.items() if own}):
-        factor = Factor(group, ours, _elements(group, ours, divergences, trained))
-        _check_regular(place, factor, divergences.fisher(factor))
-        found.append(factor)
-    return tuple(found)
+    drawn = [i.name for i in structure.drawn(local=False) if i.role == "latent" and not i.point and not i.chained]
+    shapes = divergences.shapes(drawn)
+    plain = divergences.slopes({s: np.ones(shape) for s, shape in shapes.items()})
+    weights = {s: np.random.default_rng(0).uniform(0.5, 2.0, shape) for s, shape in shapes.items()}
+    weighed = divergences.slopes(weights)
+    looked = {s: {n for n, g in slope.items() if np.any(g != 0)} for s, slope in plain.items()}
+    found: dict[str, tuple[Factor, ...]] = {}
+    for unit, u in units.items():
+        for name in u.names:
+            _check_parameter(u.place, name, structure, looked)
+        own = {s: names.intersection(u.names) for s, names in looked.items()}
+        own = {s: names for s, names in own.items() if names}
+        for site, names in own.items():
+            parents = sorted(structure.sites[site].guide_parents)
+            if parents:
+                raise LegalityError(
+                    f"{u.place}: site {site!r} is drawn from {parents}, so its Fisher information is another one for "
+                    f"every draw of them; give {sorted(names)} another optimizer."
+                )
+
+        def elements(sites: tuple[str, ...], names: tuple[str, ...]) -> tuple[int, ...]:
+            """The batch shape, where all parameters have it in front and each element looks at its own entries."""
+            shape = shapes[sites[0]]
+            in_front = all(tuple(trained[n].shape[: len(shape)]) == shape for n in names)
+            if not in_front or any(shapes[s] != shape for s in sites):
+                return ()
+            apart = all(_apart(plain[s][n], weighed[s][n], weights[s]) for s in sites for n in names)
+            return shape if apart else ()
+
+        found[unit] = tuple(Factor(s, n, elements(s, n)) for s, n in _connected(own))
+    every = [(units[unit].place, f) for unit, group in found.items() for f in group]
+    for (place, factor), F in zip(every, divergences.fishers([f for _, f in every]), strict=True):
+        _check_regular(place, factor, F)
+    return found
+
+
+def _check_parameter(place: str, name: str, structure: Structure, looked: Mapping[str, set[str]]) -> None:
+    if "model" in structure.groups.get(name, ()):
+        raise LegalityError(
+            f"{place}: natural steps are for the guide's own parameters, and {name!r} is the model's too; give it "
+            f"another optimizer."
+        )
+    if not any(name in own for own in looked.values()):
+        sites = {s: sorted(own) for s, own in looked.items() if own}
+        raise LegalityError(
+            f"{place}: natural steps go by the Fisher information of a site that all rows share, and {name!r} is a "
+            f"parameter of none with a closed-form KL (such sites and their parameters: {sites or 'none'}). Give it "
+            f"another optimizer, as in optimizer={{'{name}': 'adam', ...}}."
+        )
+
+
+def _apart(plain: np.ndarray, weighed: np.ndarray, weights: np.ndarray) -> bool:
+    own = weights.reshape((*weights.shape, *(1,) * (plain.ndim - weights.ndim)))
+    return bool(np.allclose(plain * own, weighed, rtol=1e-3, atol=1e-6 * np.abs(weighed).max(initial=0.0)))
 
 
 def _connected(looked: Mapping[str, set[str]]) -> list[tuple[tuple[str, ...], tuple[str, ...]]]:
@@ -132,24 +150,6 @@ def _connected(looked: Mapping[str, set[str]]) -> list[tuple[tuple[str, ...], tu
         merged = {site}.union(*(s for s, _ in touching)), set(own).union(*(n for _, n in touching))
         groups = [g for g in groups if g not in touching] + [merged]
     return [(tuple(sorted(s)), tuple(sorted(n))) for s, n in groups]
-
-
-def _elements(
-    sites: tuple[str, ...], names: tuple[str, ...], divergences: Divergences, trained: Mapping[str, Any]
-) -> tuple[int, ...]:
-    """The site's batch shape where every parameter has it in front and each element looks at its own entries alone."""
-    shapes = {tuple(divergences.shape(s)) for s in sites}
-    shape = shapes.pop()
-    if shapes or any(tuple(trained[n].shape)[: len(shape)] != shape for n in names) or not shape:
-        return ()
-    weights = np.random.default_rng(0).uniform(0.5, 2.0, shape)
-    for site in sites:
-        plain, weighed = (divergences.slope(site, w) for w in (np.ones(shape), weights))
-        for name in names:
-            own = weights.reshape((*shape, *(1,) * (plain[name].ndim - len(shape))))
-            if not np.allclose(plain[name] * own, weighed[name], rtol=1e-3, atol=1e-6 * np.abs(weighed[name]).max()):
-                return ()
-    return shape
 
 
 def _check_regular(place: str, factor: Factor, F: np.ndarray) -> None:
