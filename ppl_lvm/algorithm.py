@@ -351,6 +351,9 @@ class SiteDistribution(Protocol):
     def rsample(self) -> "Array":
         """A reparameterised draw: gradient flows into the distribution's parameters."""
 
+    def mean(self) -> "Array":
+        """The mean of the distribution, live in its parameters."""
+
     def log_prob(self, value: "Array") -> "Array":
         """Log density over the site's batch shape."""
 
@@ -429,6 +432,9 @@ class Estimator(Algorithm):
     relaxes: ClassVar[bool] = False
     """Its variants have `through`: besides hard draws the program is run on values off the support, which the guide's
     loss alone sees. `log_density` is the density there, and of hard values that of the distribution."""
+    linear: ClassVar[bool] = False
+    """Its value is the mean of the site's distribution, right where the densities of all other sites are linear in it
+    and its own enter by their KL in closed form."""
     least_variance: ClassVar[bool] = False
     """Its own parameters, which do not change the expectation of the guide's gradient g (the loss's, by row), are
     trained on the sum of g^2 over the guide's parameters: `grad |g|^2`, whose mean is the gradient of g's variance.

@@ -79,7 +79,7 @@ def pyro_loss(
     how, loss = _without_loop("pyro_loss", objective, options)
 
     def planned(structure: Structure) -> Plan:
-        return legality.plan(loss, how.estimator, structure)[0]
+        return _checked(legality.plan(loss, how.estimator, structure)[0])
 
     return PyroLoss(loss, planned, total_rows=total_rows, data_plate=data_plate)
 
@@ -128,7 +128,7 @@ def numpyro_loss(objective: Any = "elbo", *, data_plate: str | None = None, **op
         )
 
     def planner(structure: Structure) -> Plan:
-        plan, _ = legality.plan(loss, how.estimator, structure)
+        plan = _checked(legality.plan(loss, how.estimator, structure)[0])
         for name, estimator in plan.estimators.items():
             if estimator.initial_state() is not None or estimator.initial_own(1):
                 raise LegalityError(
@@ -143,6 +143,16 @@ def numpyro_loss(objective: Any = "elbo", *, data_plate: str | None = None, **op
         return plan
 
     return NumPyroLoss(loss, how.estimator, planner, data_plate)
+
+
+def _checked(plan: Plan) -> Plan:
+    for name, estimator in plan.estimators.items():
+        if estimator.linear:
+            raise LegalityError(
+                f"Site {name!r} under estimator {type(estimator).__name__!r}: whether densities are linear in it is "
+                f"looked at by fit, before it trains; train with fit, or use 'pathwise'."
+            )
+    return plan
 
 
 def _scheduled(how: Recipe) -> list[str]:

@@ -171,6 +171,7 @@ def fit(
         _check_values(bound, chosen, at_least(held_out, example), example)
     plan, notes = legality.plan(how.objective, how.estimator, bound.structure)
     messages += [f"estimator: {note}" for note in notes]
+    legality.check_linear(bound, plan, bound.batch(example), library.key_of(seed))
     moved = descent(how, parameter_groups(bound.structure, how.objective, plan, example))
     seeds = restart_seeds(seed, how.restarts) if state is None else [run_seed(seed, state.restart)]
     trainer = library.Trainer(

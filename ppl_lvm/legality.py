@@ -11,6 +11,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from ppl_lvm.algorithm import Estimator, Objective, best_pattern
 from ppl_lvm.backends.base import CHAINS, LARGEST_SUPPORT, Nested, Plain, Plan, SiteInfo, Structure, nested
@@ -257,6 +260,25 @@ def _pooled(c: Case) -> str | None:
     )
 
 
+def _linear(c: Case) -> str | None:
+    """The mean in the place of draws. Whether densities are linear in it is found by numbers (`check_linear`)."""
+    if not c.estimator.linear:
+        return None
+    if c.objective.verbs != {"mean"}:
+        return f"its mean stands for its draws, which no function of draws but a mean allows; {c.remedy}."
+    why = _closed_kl(c.site.name, c.structure, ())
+    if why is None and not _wants_kl(c.objective):
+        why = "the objective samples its KL; set kl = 'where_known'"
+    if why is not None:
+        return f"its mean stands for its draws, and no density of the site is taken there ({why}); {c.remedy}."
+    looking = sorted(n for n, i in c.structure.sites.items() if c.site.name in i.guide_parents)
+    if looking:
+        return f"the guide draws {looking[0]!r} from it, whose distribution is another one at its mean; {c.remedy}."
+    if c.site.chained or c.site.partly_observed or (c.site.classes is not None and not c.site.one_hot):
+        return f"its values have no mean that a density could be at (indices, steps, data in part); {c.remedy}."
+    return None
+
+
 def _doubly_reparameterised(c: Case) -> str | None:
     if not c.estimator.frozen:
         return None
@@ -376,6 +398,7 @@ RULES: tuple[Rule, ...] = (
     _summed_out,
     _one_of_many,
     _pooled,
+    _linear,
     _doubly_reparameterised,
     _relaxed_beside_hard,
     _learned_control,
@@ -473,6 +496,39 @@ def plan(
         objective.resampling(),
         {i.name: i.weights for i in structure.drawn() if i.weights},
     ), found.notes
+
+
+def check_linear(bound: Any, plan: Plan, batch: Any, key: Any) -> None:
+    """Refuses `Estimator.linear` where the densities of other sites are not linear in a site's value.
+
+    They are taken at three values on a line, at the parameters that a fit starts from, all other draws unchanged.
+
+    Raises:
+        LegalityError: the second difference is no rounding error.
+    """
+    asked = [n for n, e in plan.estimators.items() if e.linear]
+    if not asked:
+        return
+    plain = Plan.of_values(bound.structure, 1, 1)
+    drawn = bound.evaluate(bound.initial, batch, key, plain)
+    values = {n: np.asarray(drawn[n]["value"]) for n in asked}
+    for name in asked:
+        line = [(values[name] * (1.0 + s / 2.0)).astype(values[name].dtype) for s in range(3)]
+        tables = [bound.evaluate(bound.initial, batch, key, plain, values={**values, name: at}) for at in line]
+        for other in drawn:
+            for label in ("log_p", "log_q"):
+                if other == name or drawn[other][label] is None:
+                    continue
+                low, middle, high = (np.asarray(t[other][label], dtype=np.float64) for t in tables)
+                rounding = 200.0 * float(np.finfo(bound.dtype).eps) * np.abs([low, middle, high]).max()
+                bent, slope = np.abs(low - 2.0 * middle + high).max(), np.abs(high - low).max()
+                if not bent <= 1e-3 * slope + rounding:
+                    raise LegalityError(
+                        f"Site {name!r} under estimator {_name(plan.estimators[name])!r}: {label} of site {other!r} is "
+                        f"not linear in its value (a second difference of {bent:.3g} nats beside a first of "
+                        f"{slope:.3g}), so that it is no expectation at the mean; use densities that are linear in it "
+                        f"(ppl.structured.Gaussian, ppl.structured.Labels), or 'pathwise'."
+                    )
 
 
 def _preferred(objective: Objective) -> tuple[Estimator, ...]:

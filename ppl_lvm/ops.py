@@ -78,6 +78,16 @@ def log_softmax(x: Array, axis: int) -> Array:
     return _of(x).log_softmax(x, axis)
 
 
+def lgamma(x: Array) -> Array:
+    """`log Gamma(x)` of a positive x."""
+    return _of(x).lgamma(x)
+
+
+def digamma(x: Array) -> Array:
+    """The derivative of `lgamma`."""
+    return _of(x).digamma(x)
+
+
 def one_hot(index: Array, classes: int) -> Array:
     """One-hot vectors `[..., classes]` in the default floating dtype, without reading a value on the host."""
     return _of(index).one_hot(index, classes)

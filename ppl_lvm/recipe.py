@@ -45,13 +45,15 @@ class Optimizer(Algorithm):
     """How parameters follow the gradient; every number may be a schedule.
 
     Args:
-        name: "adam", "adamw" (decoupled weight decay) or "sgd" (no momentum).
-        learning_rate: the step's length.
+        name: "adam", "adamw" (decoupled weight decay), "sgd" (no momentum), or "natural" for parameters of the guide's
+            sites that all rows share: sgd along `F^-1 gradient`, F the Fisher information of these sites, in a straight
+            line of the constrained values where that stays in their domain.
+        learning_rate: the step's length; for natural steps one arrives at the optimum of a conjugate model.
         clip: gradients of this optimiser's parameters are scaled to a global norm of at most this; None: as they are.
         weight_decay: for adamw, `p <- p - learning_rate (adam + weight_decay p)`; None there means 0.01.
     """
 
-    name: Literal["adam", "sgd", "adamw"] = "adam"
+    name: Literal["adam", "sgd", "adamw", "natural"] = "adam"
     learning_rate: NonNegative = 1e-3
     clip: OptionalPositive = None
     weight_decay: OptionalNonNegative = None
@@ -60,6 +62,12 @@ class Optimizer(Algorithm):
     def _decay_is_of_adamw(self) -> Self:
         if self.weight_decay is not None and self.name != "adamw":
             raise ValueError(f"weight_decay is an option of adamw, and the optimiser is {self.name}")
+        return self
+
+    @model_validator(mode="after")
+    def _natural_steps_are_not_clipped(self) -> Self:
+        if self.clip is not None and self.name == "natural":
+            raise ValueError("clip is a norm of gradients, which natural steps do not go by; lower the learning_rate")
         return self
 
 

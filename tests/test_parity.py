@@ -86,19 +86,21 @@ CASES = [*cells()]
 
 def as_matrix(unconstrained: np.ndarray, shape: tuple[int, ...] = ()) -> np.ndarray:
     """Lower Cholesky factors are matrices to torch and vectors (below the diagonal, then its logarithm) to NumPyro."""
-    n = shape[0] if len(shape) == 2 else 0
-    if unconstrained.ndim != 1 or unconstrained.shape != (n * (n + 1) // 2,):
+    n = shape[-1] if len(shape) >= 2 else 0
+    if unconstrained.shape != (*shape[:-2], n * (n + 1) // 2):
         return unconstrained
     matrix = np.zeros(shape)
-    matrix[np.tril_indices(n, -1)] = unconstrained[:-n]
-    return matrix + np.diag(unconstrained[-n:])
+    below = np.tril_indices(n, -1)
+    matrix[(..., *below)] = unconstrained[..., :-n]
+    return matrix + unconstrained[..., -n:, None] * np.eye(n)
 
 
 def as_vector(matrix: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
     """The inverse of `as_matrix`."""
     if matrix.shape == shape:
         return matrix
-    return np.concatenate([matrix[np.tril_indices(len(matrix), -1)], np.diagonal(matrix)])
+    below = np.tril_indices(matrix.shape[-1], -1)
+    return np.concatenate([matrix[(..., *below)], np.diagonal(matrix, axis1=-2, axis2=-1)], axis=-1)
 
 
 class Pair:

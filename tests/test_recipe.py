@@ -207,7 +207,7 @@ def test_wrong_values_name_the_key_the_value_and_what_is_expected() -> None:
         ({"draws": True}, "objective.draws is True, but it should be a valid integer."),
         ({"steps": 0}, "steps is 0, but it should be greater than or equal to 1."),
         ({"kl": "closed"}, "objective.kl is 'closed', but it should be 'sampled', 'closed_form' or 'where_known'."),
-        ({"optimizer": "adm"}, "optimizer.name is 'adm', but it should be 'adam', 'sgd' or 'adamw'."),
+        ({"optimizer": "adm"}, "optimizer.name is 'adm', but it should be 'adam', 'sgd', 'adamw' or 'natural'."),
         ({"optimizer": 3}, "optimizer is 3, but it should be a name"),
         ({"objective": 3}, "objective is 3, but it should be the name of an objective"),
         ({"objective": {"nam": "elbo"}}, "objective is {'nam': 'elbo'}, but it should be a name, or a table"),

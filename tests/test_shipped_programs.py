@@ -37,13 +37,14 @@ SHAPES: dict[str, dict[str, tuple[int, ...]]] = {
     "poglm": {"h": (2, 3, 6, 8, 2), "x": (2, 3, 6, 8, 3)},
     "bimodal_posterior": {"z": (2, 3, 6), "x": (2, 3, 6)},
     "gaussian_mixture": {"w": (2, 2), "mu": (2, 2, 2), "sigma": (2, 2, 2), "x": (2, 3, 6, 2)},
+    "svae_gmm": {"pi": (2, 10), "theta": (2, 10, 3, 3), "c": (2, 3, 6), "z": (2, 3, 6, 2), "x": (2, 3, 6, 2)},
     "noisy_cone": {"x": (2, 3, 6), "y": (2, 3, 6), "z": (2, 3, 6)},
     "eight_schools": {"u": (2, 3, 1, 10), "mu": (2, 3, 1), "tau": (2, 3, 1), "eta": (2, 3, 1, 8), "y": (2, 3, 1, 8)},
 }
 """Of every site's table, at two outer draws of three draws."""
-ESTIMATORS = dict.fromkeys(("ar_hmm_partial", "discrete_vae", "hmm", "joint_vae", "poglm"), "score")
-
-LONG = {"svae_slds"}
+SCORED = ("ar_hmm_partial", "discrete_vae", "hmm", "joint_vae", "poglm", "svae_gmm")
+ESTIMATORS = dict.fromkeys(SCORED, "score")
+LONG = {"svae_gmm", "svae_slds"}
 """Programs whose gradients take XLA the better part of a minute."""
 
 

@@ -16,7 +16,7 @@ from numpyro.distributions import constraints
 from numpyro.distributions.kl import kl_divergence
 from numpyro.distributions.util import validate_sample
 
-from ppl_lvm.backends import _jax_structured
+from ppl_lvm.backends import _jax_mixtures, _jax_structured
 from ppl_lvm.backends.base import (
     Chain,
     check_injected,
@@ -318,9 +318,9 @@ def kl(q: Any, p: Any) -> Array:
         value = inner.sum(tuple(range(-q.reinterpreted_batch_ndims, 0)))
     elif isinstance(q, OneHotCategorical) and isinstance(p, OneHotCategorical):
         value = (q.probs * (q.logits - p.logits)).sum(-1)
-    elif isinstance(q, _jax_structured.CHAINS) and type(q) is type(p):
+    elif isinstance(q, _jax_structured.CLOSED) and type(q) is type(p):
         value = _jax_structured.kl(q, p)
-    elif q.has_enumerate_support and _family(q) == _family(p):
+    elif q.has_enumerate_support and (_family(q) == _family(p) or isinstance(p, _jax_mixtures.Labels)):
         values = q.enumerate_support(expand=False)
         log_q, log_p = q.log_prob(values), p.log_prob(values)
         value = (jnp.exp(log_q) * (log_q - log_p)).sum(0)
@@ -397,6 +397,9 @@ class GuideSite:
         if self._injected is None:
             return self._fn.sample(self._key)
         return rebuild(self._fn, self._injected, _solve)
+
+    def mean(self) -> Array:
+        return self._fn.mean if self._injected is None else self._injected
 
     def log_prob(self, value: Array) -> Array:
         return self._fn.log_prob(value)

@@ -14,7 +14,9 @@ import numpy as np
 __all__ = [
     "concrete",
     "derivatives",
+    "digamma",
     "eye",
+    "lgamma",
     "log_softmax",
     "logsumexp",
     "one_hot",
@@ -76,6 +78,14 @@ def softmax(x: Array, axis: int) -> Array:
 
 def log_softmax(x: Array, axis: int) -> Array:
     return jax.nn.log_softmax(x, axis=axis)
+
+
+def lgamma(x: Array) -> Array:
+    return jax.scipy.special.gammaln(x)
+
+
+def digamma(x: Array) -> Array:
+    return jax.scipy.special.digamma(x)
 
 
 def one_hot(index: Array, classes: int) -> Array:

@@ -11,6 +11,7 @@ import numpyro.distributions as dist
 from numpyro.distributions import constraints
 
 from ppl_lvm import ops
+from ppl_lvm.backends import _jax_mixtures
 from ppl_lvm.structured import gaussian_chain as gaussian
 from ppl_lvm.structured import markov_chain as markov
 from ppl_lvm.structured import slds
@@ -248,11 +249,13 @@ class VirtualEvidence(dist.Distribution):
 
 
 CHAINS = (GaussianChain, MarkovChain)
+CLOSED = (*CHAINS, *_jax_mixtures.CONJUGATE)
 
 
 def kl(q: Any, p: Any) -> Array:
-    """`KL(q || p)` of two chains of one kind, in closed form."""
-    return jnp.broadcast_to(q.chain.kl(p.chain), jnp.broadcast_shapes(q.batch_shape, p.batch_shape))
+    """`KL(q || p)` of two of one kind of `CLOSED`."""
+    found = q.chain.kl(p.chain) if isinstance(q, CHAINS) else q.of.kl(p.of)
+    return jnp.broadcast_to(found, jnp.broadcast_shapes(q.batch_shape, p.batch_shape))
 
 
 def namespace() -> Any:
@@ -263,4 +266,5 @@ def namespace() -> Any:
         SwitchingChain=SwitchingChain,
         VirtualEvidence=VirtualEvidence,
         observed=gaussian.observed,
+        **_jax_mixtures.namespace(),
     )

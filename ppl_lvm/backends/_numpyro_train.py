@@ -13,6 +13,7 @@ import numpy as np
 import optax
 
 from ppl_lvm.algorithm import Algorithm, Objective
+from ppl_lvm.backends import _jax_natural
 from ppl_lvm.backends._numpyro_state import is_key
 from ppl_lvm.backends.base import (
     RECORDS,
@@ -41,6 +42,7 @@ _TRANSFORMS: dict[str, Callable[[], optax.GradientTransformation]] = {
     "adam": optax.scale_by_adam,
     "adamw": optax.scale_by_adam,
     "sgd": optax.identity,
+    "natural": optax.identity,
 }
 WEIGHT_DECAY = {"adamw": 0.01}
 """Where a recipe leaves it open; the learning rate and the decay are applied below, as inputs of the step."""
@@ -109,6 +111,8 @@ class Trainer:
         self._key = keys[0] if len(keys) == 1 else jnp.stack(keys)
         self._descent = descent
         self._transforms = {unit: _TRANSFORMS[_name(u.optimizer)]() for unit, u in descent.units.items()}
+        with precision(bound.dtype):
+            self._factors = _jax_natural.found(bound, example, descent.units)
         shapes = tuple((np.shape(a), np.asarray(a).dtype.str) for a in example.leaves)
         names = (len(example.args), tuple(example.kwargs))
         self._cached = (
@@ -122,12 +126,18 @@ class Trainer:
             self._chunk = _one_by_one(body)
 
     def _body(self, bound: NumPyroBound, plan: Plan, objective: Objective) -> Callable[..., Any]:
-        descend = _descend(self._descent, self._transforms)
+        factors = self._factors
 
         def body(
             tree: Tree, batch: Call, numbers: Mapping[str, Any], key: Any, rows: Any
         ) -> tuple[Tree, dict[str, Any]]:
             here, planned = with_numbers(objective, plan, numbers)
+
+            def natural(unit: str, values: Any, gradient: Any) -> Any:
+                rate = numbers[f"{self._descent.units[unit].place}.learning_rate"]
+                return _jax_natural.displaced(bound, batch, factors[unit], values, gradient, rate)
+
+            descend = _descend(self._descent, self._transforms, natural)
 
             def gradients(params: Any) -> Gradients:
                 states, own, mutable = tree["states"], tree["own"], tree["mutable"]
@@ -276,7 +286,9 @@ def _name(optimizer: Algorithm) -> str:
 
 
 def _descend(
-    descent: Descent, transforms: Mapping[str, optax.GradientTransformation]
+    descent: Descent,
+    transforms: Mapping[str, optax.GradientTransformation],
+    natural: Callable[[str, Mapping[str, Any], Mapping[str, Any]], dict[str, Any]],
 ) -> Callable[..., tuple[dict[str, Any], dict[str, Any], Any]]:
     """`(values, gradients, optimizers' states, numbers) -> (values, states, norm)`, all by parameter's name."""
 
@@ -293,8 +305,10 @@ def _descend(
                 factor = jnp.minimum(1.0, numbers[f"{place}.clip"] / norm)
                 gradient = jax.tree.map(lambda g, c=factor: g * c, gradient)
             now = {n: values[n] for n in names}
+            if u.natural:
+                gradient = natural(unit, values, gradient)
             update, state = transforms[unit].update(gradient, states[unit], now)
-            rate = numbers[f"{place}.learning_rate"]
+            rate = 1.0 if u.natural else numbers[f"{place}.learning_rate"]
             decay = numbers.get(f"{place}.weight_decay", WEIGHT_DECAY.get(_name(u.optimizer), 0.0))
             moved = jax.tree.map(
                 lambda p, u, rate=rate, decay=decay: (p - rate * (u + decay * p)).astype(p.dtype), now, update

@@ -22,6 +22,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
 from ppl_lvm.algorithm import Objective
+from ppl_lvm.backends import _torch_natural
 from ppl_lvm.backends._pyro_handlers import kept_generators, sealed, seed_generators
 from ppl_lvm.backends.base import (
     Call,
@@ -52,6 +53,7 @@ _OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "adam": lambda params: torch.optim.Adam(params, lr=0.0, fused=True),
     "adamw": lambda params: torch.optim.AdamW(params, lr=0.0, fused=True),
     "sgd": lambda params: torch.optim.SGD(params, lr=0.0),
+    "natural": lambda params: torch.optim.SGD(params, lr=1.0),
 }
 
 
@@ -121,11 +123,14 @@ class Trainer:
             str(torch.get_default_device()),
         )
         self._step: Callable[..., list[Tensor]] | None = None
+        with sealed(bound.dtype), kept_generators():
+            self._factors = _torch_natural.found(bound, example, descent.units)
 
     # One step as a function of tensors alone: loss, norm, gradients of the trained parameters, next states.
 
     def _flat(self, structure: pytree.TreeSpec) -> Callable[..., list[Tensor]]:
         bound, plan, objective, descent = self._bound, self._plan, self._objective, self._descent
+        factors = self._factors
 
         def step(*leaves: Tensor) -> list[Tensor]:
             given = pytree.tree_unflatten(list(leaves), structure)
@@ -143,7 +148,12 @@ class Trainer:
                 states=given["states"],
                 own=given["own"],
             )
-            gradients, norm = _clipped(descent, merged(result.params, result.own), given["numbers"])
+            found, norm = _clipped(descent, merged(result.params, result.own), given["numbers"])
+            for unit, chosen in factors.items():
+                place, own = descent.units[unit].place, {n: found[n] for n in descent.units[unit].names}
+                rate = given["numbers"][f"{place}.learning_rate"]
+                found |= _torch_natural.displaced(bound, batch, chosen, given["params"], own, rate)
+            gradients = [found[n] for u in descent.units.values() for n in u.names]
             total = bound.structure.plate_size or (bound.structure.rows if rows is None else rows)
             return [result.loss / total, norm, *gradients, *pytree.tree_leaves(result.states)]
 
@@ -308,7 +318,7 @@ class Trainer:
             optimizer = tree["optimizer"][unit]
             still = not numbers.get(u.turn, 1.0) or moving not in (None, u.group)
             for group in optimizer.param_groups:
-                group["lr"] = numbers[f"{u.place}.learning_rate"]
+                group["lr"] = 1.0 if u.natural else numbers[f"{u.place}.learning_rate"]
                 if f"{u.place}.weight_decay" in numbers:
                     group["weight_decay"] = numbers[f"{u.place}.weight_decay"]
                 for parameter in group["params"]:
@@ -373,9 +383,9 @@ class Trainer:
 
 def _clipped(
     descent: Descent, gradients: Mapping[str, Tensor], numbers: Mapping[str, Tensor]
-) -> tuple[list[Tensor], Tensor]:
-    """Gradients of the trained parameters, in the optimisers' order, and their norm before clipping."""
-    found: list[Tensor] = []
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Gradients of the trained parameters, and their norm before clipping."""
+    found: dict[str, Tensor] = {}
     norms = []
     for u in descent.units.values():
         mine = [gradients[n] for n in u.names]
@@ -384,7 +394,7 @@ def _clipped(
         if f"{u.place}.clip" in numbers:
             factor = (numbers[f"{u.place}.clip"] / norm).clamp(max=1.0)
             mine = [g * factor for g in mine]
-        found += mine
+        found |= dict(zip(u.names, mine, strict=True))
     return found, torch.stack(norms).norm()
 
 

@@ -316,6 +316,9 @@ class GuideSite:
             return rebuild(self._fn, self._injected, _solve)
         return self._remember(lambda: self._share(self._fn.rsample()))
 
+    def mean(self) -> Tensor:
+        return self._fn.mean if self._injected is None else self._injected
+
     def log_prob(self, value: Tensor) -> Tensor:
         return log_prob(self._fn, value)
 

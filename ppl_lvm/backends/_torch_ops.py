@@ -17,7 +17,9 @@ from torch.utils._pytree import tree_map
 __all__ = [
     "concrete",
     "derivatives",
+    "digamma",
     "eye",
+    "lgamma",
     "log_softmax",
     "logsumexp",
     "one_hot",
@@ -99,6 +101,14 @@ def softmax(x: Tensor, axis: int) -> Tensor:
 
 def log_softmax(x: Tensor, axis: int) -> Tensor:
     return torch.log_softmax(x, axis)
+
+
+def lgamma(x: Tensor) -> Tensor:
+    return torch.lgamma(x)
+
+
+def digamma(x: Tensor) -> Tensor:
+    return torch.digamma(x)
 
 
 def one_hot(index: Tensor, classes: int) -> Tensor:

@@ -10,6 +10,7 @@ from pyro.distributions import TorchDistribution, constraints
 from torch import Tensor
 
 from ppl_lvm import ops
+from ppl_lvm.backends import _torch_mixtures
 from ppl_lvm.structured import gaussian_chain as gaussian
 from ppl_lvm.structured import markov_chain as markov
 from ppl_lvm.structured import slds
@@ -226,4 +227,5 @@ def namespace() -> Any:
         SwitchingChain=SwitchingChain,
         VirtualEvidence=VirtualEvidence,
         observed=gaussian.observed,
+        **_torch_mixtures.namespace(),
     )

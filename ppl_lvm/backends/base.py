@@ -1060,6 +1060,11 @@ class Unit:
     """The group that all of them are of, where groups move apart."""
 
     @property
+    def natural(self) -> bool:
+        """Whether gradients are turned into displacements by the Fisher information (see `natural`)."""
+        return self.optimizer.name == "natural"  # type: ignore[attr-defined]
+
+    @property
     def turn(self) -> str:
         """The number that says whether it is this group's turn; there is none where groups take none."""
         return f"turn.{self.group}"

@@ -550,6 +550,19 @@ class NumPyroBound:
                 n: v if n in self.states or is_tree(v) else self._transforms[n](v) for n, v in params.items()
             }
 
+    def guide_distributions(self, params: Params, batch: Call, sites: Sequence[str]) -> dict[str, Any]:
+        """The distributions that sites of the guide are drawn from."""
+        key = jax.random.key(0)
+        handler = Handler(
+            {**self.constrain(params), **self.states}, key, lambda m: draw(m["fn"], message_key(key, m), True)
+        )
+        trace = self._trace(self._guide, handler, batch)
+        return {name: trace[name]["fn"] for name in sites}
+
+    def chart(self, name: str) -> tuple[Any, Any]:
+        """A parameter's transform from unconstrained values, and the constraint of what it gives."""
+        return self._transforms[name], self._constraints[name]
+
     # One run.
 
     def draws(

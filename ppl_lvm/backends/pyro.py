@@ -467,6 +467,19 @@ class PyroBound:
         """Constrained values of unconstrained parameters."""
         return {n: self._transforms[n](v) for n, v in params.items()}
 
+    def guide_distributions(self, params: Params, batch: Call) -> dict[str, Message]:
+        """The guide's sites, drawn, with the distributions that they are drawn from."""
+
+        def drawn(msg: Message) -> None:
+            msg["value"] = draw(msg["fn"]).detach()
+
+        handler = Handler(self.constrain(params), drawn)
+        return self._trace(self._guide, handler, batch, params)
+
+    def chart(self, name: str) -> tuple[Any, Any]:
+        """A parameter's transform from unconstrained values, and the constraint of what it gives."""
+        return self._transforms[name], self._constraints[name]
+
     def _check_shapes(self, params: Params) -> None:
         for name, value in params.items():
             if value.shape != self.initial[name].shape:
