@@ -82,7 +82,7 @@ def trained(task: Task, x: np.ndarray, rate: float) -> Fit:
         recipe="elbo",
         missing="mask",
         steps=task["steps"],
-        batch_size=20,
+        batch_size=10,
         learning_rate=rate,
         clip=10.0,
         backend=task["backend"],
@@ -196,7 +196,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=[*MODELS], choices=[*MODELS])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--rates", nargs="+", type=float, default=[1e-3, 3e-3, 1e-2])
-    parser.add_argument("--steps", type=int, default=3000, help="batches of 20 of the 100 training rows")
+    parser.add_argument("--steps", type=int, default=3000, help="batches of 10 of the 100 training rows")
     parser.add_argument("--draws", type=int, default=100, help="importance draws on test rows")
     parser.add_argument("--backend", default="numpyro", choices=["pyro", "numpyro"])
     parser.add_argument("--jobs", type=int, default=1, help="processes")
