@@ -14,16 +14,19 @@ from harness import BACKENDS
 from scipy.linalg import block_diag
 from scipy.special import expit
 from scipy.stats import multivariate_normal, norm
-from toys import Backend
+from toys import Backend, Ppl
 
-from ppl_lvm import data, legality
+from ppl_lvm import data, fit, legality
 from ppl_lvm.algorithm import Objective
-from ppl_lvm.backends.base import losses
+from ppl_lvm.backends.base import Call, losses
+from ppl_lvm.backends.hiding import Hiding
 from ppl_lvm.backends.numpyro import NumPyroBound, precision
 from ppl_lvm.backends.pyro import PyroBound
+from ppl_lvm.errors import ProgramError, RecipeError
 from ppl_lvm.estimators.pathwise import pathwise
 from ppl_lvm.objectives.elbo import elbo
 from ppl_lvm.program import Program, program
+from ppl_lvm.recipe import recipe
 
 Arrays = dict[str, np.ndarray]
 on_both = pytest.mark.parametrize("backend", BACKENDS)
@@ -148,6 +151,72 @@ def test_a_linear_svae_with_the_right_potentials_has_the_evidence(
     table, expected = run.table(draws=2), evidence(system(), x)
     np.testing.assert_allclose(table["log_w"][0], np.broadcast_to(expected, (2, 3)), rtol=0, atol=1e-10)
     np.testing.assert_allclose(table["loss"], -expected.sum(), rtol=0, atol=1e-10)
+
+
+# Steps hidden in training.
+
+
+@pytest.mark.parametrize("library", [torch, jnp], ids=["torch", "jax"])
+def test_a_window_is_hidden_of_every_row_and_nothing_else(library: Any) -> None:
+    rng = np.random.default_rng(7)
+    mask = rng.uniform(size=(200, 6, 2)) < 0.7
+    uniform = np.concatenate([[0.0, 1.0 - 2.0**-24], rng.uniform(size=198)]).astype(np.float32)
+    hiding = Hiding({"x": 2}, program("svae_lds"))
+    call = Call((library.asarray(X),), {"x_mask": library.asarray(mask), "x?": library.asarray(mask)})
+    found = hiding.hidden(call, lambda name, like: library.asarray(uniform))
+    assert found.args[0] is call.args[0] and found.kwargs["x?"] is call.kwargs["x?"]
+    after = np.asarray(found.kwargs["x_mask"])
+    first = np.minimum((uniform * 5).astype(int), 4)
+    expected = mask.copy()
+    for row, at in zip(expected, first, strict=True):
+        row[at : at + 2] = False
+    np.testing.assert_array_equal(after, expected)
+    assert {*first} == {0, 1, 2, 3, 4} and after.dtype == bool
+    assert Hiding({}, program("svae_lds")).hidden(call, lambda name, like: like) is call
+
+
+@on_both
+def test_hidden_steps_change_every_training_step_and_nothing_afterwards(backend: Backend) -> None:
+    """Without learning the loss moves with the window alone, as the guide is the posterior given what it is told of."""
+
+    def model(ppl: Ppl, x: Any, x_mask: Any) -> None:
+        loc = ppl.param("loc", 0.5)
+        with ppl.plate("data", len(x)):
+            z = ppl.sample("z", ppl.dist.Normal(loc, 1.0))
+            ppl.sample("x", ppl.dist.Normal(z[..., None], 1.0).expand([*z.shape, 5]).to_event(1), obs=x)
+
+    def guide(ppl: Ppl, x: Any, x_mask: Any) -> None:
+        loc, known = ppl.param("loc", 0.5), 1.0 * x_mask
+        precision = 1.0 + known.sum(-1)
+        with ppl.plate("data", len(x)):
+            ppl.sample("z", ppl.dist.Normal((loc + (known * x).sum(-1)) / precision, 1.0 / ppl.xp.sqrt(precision)))
+
+    toy = Program("toy", model, guide, portable=True, arguments=("x", "x_mask"))
+    x = X[..., 0]
+    settings: dict[str, Any] = {"data": x, "backend": backend, "recipe": "elbo", "learning_rate": 0.0, "steps": 4}
+    settings |= {"dtype": "float64", "progress_bar": False}
+    hide: dict[str, Any] = {"hide": {"x": 2}, **settings}
+    exact = multivariate_normal(np.full(5, 0.5), np.eye(5) + 1.0).logpdf(x)
+    for mode in ("compiled",) if backend == "numpyro" else ("eager", "graph"):
+        seen, hidden = fit(toy, compile=mode, **settings), fit(toy, compile=mode, **hide)
+        # The guide that sees all is the posterior. The other's bound is loose, and differs from step to step.
+        np.testing.assert_allclose(seen.history["loss"], -exact.mean(), rtol=0, atol=1e-10)
+        assert (np.abs(hidden.history["loss"] + exact.mean()) > 1e-3).all() and np.ptp(hidden.history["loss"]) > 1e-3
+        np.testing.assert_allclose(hidden.log_likelihood(draws=2).values, exact, rtol=0, atol=1e-10)
+        np.testing.assert_array_equal(hidden.history["loss"], fit(toy, compile=mode, **hide).history["loss"])
+
+
+def test_what_cannot_be_hidden_is_refused() -> None:
+    def refused(name: str, match: str, hide: dict[str, int]) -> None:
+        with pytest.raises(ProgramError, match=match):
+            fit(name, data=X, recipe="elbo", hide=hide)
+
+    refused("lds", r"hides 2 steps of 'x', but program 'lds' has no argument 'x_mask'", {"x": 2})
+    refused("svae_lds", r"hides 5 steps of 'x', whose rows have 5 steps", {"x": 5})
+    refused("svae_lds", "hides 2 steps of 'y'", {"y": 2})
+    with pytest.raises(RecipeError, match="hide"):
+        recipe("elbo", hide={"x": 0})
+    assert recipe(recipe("elbo", hide={"x": 3}).to_dict()).hide == {"x": 3}
 
 
 # By hand.
