@@ -43,7 +43,7 @@ PLAIN: Mapping[str, tuple[str, Mapping[str, Any]]] = {
 }
 HIDING = ", hiding"
 """Ends the names of models that are trained with ten steps hidden (self-supervised masking)."""
-MODELS = PLAIN | {name + HIDING: how for name, how in PLAIN.items()}
+MODELS = {**PLAIN, **{name + HIDING: how for name, how in PLAIN.items()}}
 SIZES: Mapping[str, Mapping[str, Any]] = {
     "lds_medium": {"latent": 3, "hidden": (32,)},
     "pendulum": {"latent": 4, "hidden": (64,)},
