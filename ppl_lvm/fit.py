@@ -14,6 +14,7 @@ from ppl_lvm import backends, legality, progress
 from ppl_lvm.algorithm import GuideFamily, Schedule, Turn
 from ppl_lvm.arguments import check_kinds, check_loop
 from ppl_lvm.backends.base import Call, numbers_of, parameter_groups
+from ppl_lvm.backends.hiding import Hiding
 from ppl_lvm.data import Batches, Missing, check_missing, check_observed, is_batches, observe, read
 from ppl_lvm.errors import DataError, LegalityError, PplLvmError, ProgramError, RecipeError
 from ppl_lvm.monitor import EarlyStopping, Moment, Run, Watch, restart_seeds, run_seed, without_early_stopping
@@ -148,6 +149,8 @@ def fit(
     if how.objective is None:
         shown = progress.wanted(progress_bar)
         return _sample(chosen, how, call, name, seed, dtype, data_plate, start, shown, messages)
+    hiding = Hiding(how.hide, chosen)
+    hiding.check(call)
     training, held_out = _split(call, rows, validation, seed, chosen, missing, batches)
     if batches is None:
         rows = _length(training)
@@ -185,6 +188,7 @@ def fit(
         rows=rows if batched else None,
         steps=how.steps,
         mode=_mode(compile, state),
+        hiding=hiding,
     )
     tree, step = _start(trainer, state, name, seed, how.steps)
     messages += _about_restarts(how, trainer, tree, seeds, state)

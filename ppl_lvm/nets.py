@@ -143,3 +143,50 @@ class Autoregressive(MLP):
 
     def _degrees(self, layer: int, xp: Any) -> Any:
         return 1 + xp.arange(self.hidden[layer]) % max(self.inputs - 1, 1)
+
+
+@dataclass(frozen=True)
+class GRUCell(Network):
+    """One step of a gated recurrent unit: `module(x, h)` takes x `[..., inputs]` and h `[..., outputs]` to the next h.
+
+        r, u = sigmoid(W_ih x + bias + W_hh h)                  two of three thirds of the rows
+        n    = tanh(W_ih x + bias + r (W_hh h + bias_n))        the last third
+        h'   = (1 - u) n + u h
+
+    W_ih `[3 outputs, inputs]`, W_hh `[3 outputs, outputs]`, bias `[3 outputs]`, bias_n `[outputs]`.
+
+    Source: Cho et al. (2014), Learning Phrase Representations using RNN Encoder-Decoder, arXiv:1406.1078.
+
+    Example:
+        >>> GRUCell(5, 8)
+        GRUCell(inputs=5, outputs=8)
+    """
+
+    def check_state(self, shape: Sequence[int]) -> None:
+        """Raise ProgramError unless an array of this shape can be the state."""
+        if not shape or shape[-1] != self.outputs:
+            raise ProgramError(
+                f"{self} was called on a state of shape {tuple(shape)}, whose last axis is not of size {self.outputs}."
+            )
+
+
+@dataclass(frozen=True)
+class GRU(GRUCell):
+    """A `GRUCell` along sequences `[..., T, inputs]` from a state of zeros: all states `[..., T, outputs]`.
+
+    Args:
+        reverse: read from the last step to the first; the state at t has then seen steps t to T.
+
+    Example:
+        >>> GRU(5, 8, reverse=True)
+        GRU(inputs=5, outputs=8, reverse=True)
+    """
+
+    reverse: bool = False
+
+    def check_input(self, shape: Sequence[int]) -> None:
+        super().check_input(shape)
+        if len(shape) < 2:
+            raise ProgramError(
+                f"{self} was called on an array of shape {tuple(shape)}; it reads sequences [..., T, inputs]."
+            )

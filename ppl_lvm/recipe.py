@@ -91,6 +91,9 @@ class Recipe(BaseModel):
         alternate: blocks of steps that move one group only, as in `{"guide": 400, "model": 400}`: E and M steps in this
             order, from the beginning again. What does not move keeps its optimiser's state too. None: both, every step.
         freeze: patterns of parameters that stay as they are, names and groups as for `optimizer`.
+        hide: argument -> steps, as in `{"x": 10}`: in every training step, that many steps of each row's sequence, in a
+            row and from a random place, are said to be unknown by the argument `x_mask`, while the density of x counts
+            as before. So a guide learns to go on without data (self-supervised masking).
         check_every: steps between two looks at validation, and between two calls of callbacks.
         patience: early stopping after this many checks without improvement, with the best parameters kept; needs
             validation data. None trains to the end and keeps the last.
@@ -114,6 +117,7 @@ class Recipe(BaseModel):
     optimizer: InstanceOf[Optimizer] | dict[str, InstanceOf[Optimizer]] = Optimizer()
     alternate: dict[Literal["model", "guide"], Annotated[int, Field(ge=1)]] | None = None
     freeze: tuple[str, ...] = ()
+    hide: dict[str, Annotated[int, Field(ge=1)]] = {}
     check_every: int = Field(default=100, ge=1)
     patience: int | None = Field(default=None, ge=1)
     min_delta: float = Field(default=0.0, ge=0.0, allow_inf_nan=False)
@@ -186,7 +190,7 @@ class Recipe(BaseModel):
             "batch_size": self.batch_size,
             "optimizer": plain["*"] if isinstance(self.optimizer, Optimizer) else plain,
         }
-        rest = ("alternate", "freeze", "check_every", "patience", "min_delta", "restarts")
+        rest = ("alternate", "freeze", "hide", "check_every", "patience", "min_delta", "restarts")
         changed = [name for name in rest if getattr(self, name) != type(self).model_fields[name].default]
         table |= {name: getattr(self, name) for name in changed}
         if self.freeze:

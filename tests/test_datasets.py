@@ -17,7 +17,7 @@ from scipy.io import savemat
 
 from ppl_lvm.data import read
 from ppl_lvm.datasets import Dataset, _fetch, _public, datasets, load
-from ppl_lvm.datasets._generated import draw_sprites
+from ppl_lvm.datasets._generated import draw_pendulum, draw_sprites, swung
 from ppl_lvm.errors import DataError
 from ppl_lvm.program import Program
 
@@ -65,7 +65,7 @@ def test_linear_gaussian_has_three_factors() -> None:
     assert spectrum[2] > 1.0
 
 
-@pytest.mark.parametrize("name", ["pinwheel", "spirals", "sprites", "lds"])
+@pytest.mark.parametrize("name", ["pinwheel", "spirals", "sprites", "lds", "lds_medium", "pendulum"])
 def test_generated_data_are_a_function_of_the_seed(name: str) -> None:
     first, again, other = load(name), load(name), load(name, seed=1)
     np.testing.assert_array_equal(first.train, again.train)
@@ -98,16 +98,47 @@ def test_sprites_are_where_their_factors_say() -> None:
     assert np.mean(np.rot90(upright) != quarter) < 0.01  # counter-clockwise, up to pixels on an edge
 
 
-def test_the_dynamical_system_has_the_moments_of_its_parameters() -> None:
-    data = load("lds")
+@pytest.mark.parametrize("name", ["lds", "lds_medium"])
+def test_dynamical_systems_have_the_moments_of_their_parameters(name: str) -> None:
+    data = load(name)
     p, factors = data.parameters, data.train_factors
     assert p is not None and factors is not None
     z = factors["z"]
     noise = z[:, 1:] - z[:, :-1] @ p["A"].T
-    # 400 x 19 independent entries: the standard error of a covariance is below 0.003, of C z + noise below 0.005.
-    np.testing.assert_allclose(np.cov(noise.reshape(-1, 2).T), p["Q"], atol=0.012)
-    residual = data.train - z @ p["C"].T
-    np.testing.assert_allclose(np.cov(residual.reshape(-1, 4).T), p["R"], atol=0.02)
+    # n independent entries: a covariance's standard error is at most sqrt(2 / n) times the variances.
+    error = np.sqrt(2.0 / noise[..., 0].size)
+    np.testing.assert_allclose(np.cov(noise.reshape(-1, z.shape[-1]).T), p["Q"], atol=4.5 * error * p["Q"].max())
+    residual = data.train - z @ p["C"].T - p.get("d", 0.0)
+    found = np.cov(residual.reshape(-1, residual.shape[-1]).T)
+    np.testing.assert_allclose(found, p["R"], atol=4.5 * error * p["R"].max())
+    np.testing.assert_allclose(p["A"] @ p["A"].T, np.eye(len(p["A"])) * (p["A"] @ p["A"].T)[0, 0], atol=1e-12)
+
+
+def test_a_pendulum_keeps_its_energy_and_its_bob_is_where_the_angle_says() -> None:
+    angle = swung(np.array([0.05, 2.4]), np.array([0.0, 0.3]), 30)
+    # Small swings have angular frequency 1, less a sixteenth of the amplitude squared.
+    np.testing.assert_allclose(angle[0], 0.05 * np.cos(0.4 * np.arange(30) * (1 - 0.05**2 / 16)), atol=1e-5)
+    fine = swung(np.array([0.05, 2.4]), np.array([0.0, 0.3]), 1161, every=0.01, within=1)
+    np.testing.assert_allclose(fine[:, ::40], angle, atol=1e-12)
+    speed = (fine[1, 2:] - fine[1, :-2]) / 0.02
+    np.testing.assert_allclose(speed**2 / 2 - np.cos(fine[1, 1:-1]), 0.3**2 / 2 - np.cos(2.4), atol=2e-4)
+    image = draw_pendulum(np.array(0.5), size=100)
+    centres = (2.0 * np.arange(100) + 1.0) / 100 - 1.0
+    assert image.sum(0) @ centres / image.sum() == pytest.approx(0.7 * np.sin(0.5), abs=0.01)
+    assert image.sum(1) @ -centres / image.sum() == pytest.approx(-0.7 * np.cos(0.5), abs=0.01)
+    data = load("pendulum")
+    assert data.test_factors is not None
+    noise = data.test - draw_pendulum(data.test_factors["angle"]).reshape(data.test.shape)
+    assert noise.std() == pytest.approx(0.3, abs=0.005)
+
+
+def test_steps_are_left_out_where_missing_entries_are_asked_for() -> None:
+    whole, data = load("pendulum"), load("pendulum", missing=True)
+    assert data.train_factors is not None
+    gaps = np.isnan(data.train)
+    assert (gaps.any(-1) == gaps.all(-1)).all() and gaps.mean() == pytest.approx(0.2, abs=0.02)
+    np.testing.assert_array_equal(data.train_factors["x"], whole.train)
+    np.testing.assert_array_equal(np.where(gaps, whole.train, data.train), whole.train)
 
 
 # Public files.

@@ -48,7 +48,10 @@ def assert_same_bits(a: Fit, b: Fit) -> None:
         np.testing.assert_array_equal(value, b.state.arrays[name], err_msg=name)
 
 
-LONG = {"ar_hmm_partial", "hmm", "joint_vae", "lds", "poglm", "svae_gmm", "svae_slds"}
+LONG = {
+    *("ar_hmm_partial", "deep_kalman_filter", "hmm", "joint_vae", "lds", "poglm"),
+    *("svae_gmm", "svae_lds", "svae_slds", "vrnn"),
+}
 """Programs that take a compiler the better part of a minute."""
 
 

@@ -21,6 +21,8 @@ SPECS = [
     nets.MLP(3, 2, hidden=()),
     nets.MLP(3, 2, hidden=(5, 4), activation="relu"),
     *(nets.MLP(3, 2, hidden=(6,), activation=name) for name in nets.ACTIVATIONS),
+    nets.GRU(3, 2),
+    nets.GRU(3, 2, reverse=True),
 ]
 
 
@@ -87,6 +89,27 @@ def test_leading_axes_are_independent_rows(spec: nets.Network) -> None:
     )
 
 
+def test_gated_recurrent_units_are_those_of_torch() -> None:
+    """A cell by torch's own; a network of cells from the first step to the last, and backwards."""
+    spec = nets.GRUCell(3, 2)
+    params, bind = _torch_nets.build(spec, seed=1, dtype="float64")
+    x, h = torch.as_tensor(rows(4, 5, 3)), torch.as_tensor(rows(4, 5, 2)) / 12
+    other = torch.cat([torch.zeros(4, dtype=torch.float64), params["bias_n"]])
+    weights = params["weight_ih"], params["weight_hh"], params["bias"], other
+    expected = torch.gru_cell(x.reshape(-1, 3), h.reshape(-1, 2), *weights).reshape(4, 5, 2)
+    torch.testing.assert_close(bind(params)(x, h), expected, rtol=1e-12, atol=1e-12)
+    copied = {name: jnp.asarray(value.numpy()) for name, value in params.items()}
+    _, jax_bind = _jax_nets.build(spec, seed=1, dtype="float64")
+    found = jax_bind(copied)(jnp.asarray(x.numpy()), jnp.asarray(h.numpy()))
+    np.testing.assert_allclose(found, expected.numpy(), rtol=1e-12, atol=1e-12)
+    for reverse in (False, True):
+        state, states = torch.zeros(4, 2, dtype=torch.float64), {}
+        for t in reversed(range(5)) if reverse else range(5):
+            states[t] = state = torch.gru_cell(x[:, t], state, *weights)
+        along = _torch_nets.build(nets.GRU(3, 2, reverse=reverse), seed=1, dtype="float64")[1](params)(x)
+        torch.testing.assert_close(along, torch.stack([states[t] for t in range(5)], 1), rtol=1e-12, atol=1e-12)
+
+
 def test_softplus_and_gelu_agree_far_out() -> None:
     for name in ("softplus", "gelu"):
         x = np.linspace(-60.0, 60.0, 121)
@@ -147,6 +170,12 @@ def test_errors_say_what_was_found_and_what_to_do() -> None:
     params, bind = _torch_nets.build(nets.Linear(3, 2), 0, "float32")
     with pytest.raises(ProgramError, match=r"shape \(7, 4\), whose last axis is not of size 3.*inputs=4"):
         bind(params)(torch.zeros(7, 4))
+    params, bind = _torch_nets.build(nets.GRUCell(3, 2), 0, "float32")
+    with pytest.raises(ProgramError, match=r"state of shape \(7, 3\), whose last axis is not of size 2"):
+        bind(params)(torch.zeros(7, 3), torch.zeros(7, 3))
+    params, bind = _torch_nets.build(nets.GRU(3, 2), 0, "float32")
+    with pytest.raises(ProgramError, match=r"shape \(3,\); it reads sequences"):
+        bind(params)(torch.zeros(3))
     with pytest.raises(BackendError, match="torch has no dtype 'float63'"):
         _torch_nets.build(nets.Linear(3, 2), 0, "float63")
     for build in (_torch_nets.build, _jax_nets.build):

@@ -34,6 +34,9 @@ SHAPES: dict[str, dict[str, tuple[int, ...]]] = {
     "hmm": {"z": (2, 3, 6, 4), "x": (2, 3, 6, 4, 2)},
     "svae_slds": {"z": (2, 3, 6, 4, 2), "x": (2, 3, 6, 4, 3)},
     "lds": {"z": (2, 3, 6, 4, 2), "x": (2, 3, 6, 4, 3)},
+    "svae_lds": {"z": (2, 3, 6, 4, 2), "x": (2, 3, 6, 4, 3)},
+    "deep_kalman_filter": {"z": (2, 3, 6, 4, 2), "x": (2, 3, 6, 4, 3)},
+    "vrnn": {"z": (2, 3, 6, 4, 2), "x": (2, 3, 6, 4, 3)},
     "poglm": {"h": (2, 3, 6, 8, 2), "x": (2, 3, 6, 8, 3)},
     "bimodal_posterior": {"z": (2, 3, 6), "x": (2, 3, 6)},
     "gaussian_mixture": {"w": (2, 2), "mu": (2, 2, 2), "sigma": (2, 2, 2), "x": (2, 3, 6, 2)},
@@ -63,7 +66,8 @@ class Fitted:
         return legality.plan(objective, {"*": self.estimator}, self.bound.structure)[0]
 
     def run(self, f: Callable[[Any, Any], dict[str, Any]]) -> Arrays:
-        found = jax.jit(f)(self.params, jax.random.key(3)) if self.jax else f(self.params, 3)
+        quick = {"xla_backend_optimization_level": 0}
+        found = jax.jit(f, compiler_options=quick)(self.params, jax.random.key(3)) if self.jax else f(self.params, 3)
         return {k: np.asarray(v.detach() if isinstance(v, torch.Tensor) else v) for k, v in found.items()}
 
     def table(self, M: int, K: int, values: Arrays | None = None) -> Arrays:

@@ -10,13 +10,14 @@ from jax import Array
 from jax.typing import DTypeLike
 
 from ppl_lvm import nets
+from ppl_lvm.backends import _recurrent
 from ppl_lvm.errors import BackendError
 
 Params = Mapping[str, Array]
-Apply = Callable[[Array], Array]
+Apply = Callable[..., Array]
 Bind = Callable[[Params], Apply]
 
-_ACTIVATIONS: dict[str, Apply] = {
+_ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "relu": jax.nn.relu,
     "tanh": jnp.tanh,
     "gelu": partial(jax.nn.gelu, approximate=False),  # torch's default is the exact one
@@ -100,3 +101,11 @@ def _(spec: nets.MLP, key: Array, dtype: DTypeLike) -> tuple[dict[str, Array], B
 def _masked(spec: nets.MLP, layer: int, weight: Array) -> Array:
     mask = spec.mask(layer, jnp)
     return weight if mask is None else jnp.where(mask, weight, 0.0)
+
+
+@_build.register
+def _(spec: nets.GRUCell, key: Array, dtype: DTypeLike) -> tuple[dict[str, Array], Bind]:
+    cell = eqx.nn.GRUCell(spec.inputs, spec.outputs, dtype=dtype, key=key)
+    values = (cell.weight_ih, cell.weight_hh, cell.bias, cell.bias_n)
+    params = {name: value for name, value in zip(_recurrent.SIZES, values, strict=True) if value is not None}
+    return params, lambda params: _recurrent.bound(spec, params, jax.nn.sigmoid)

@@ -112,7 +112,7 @@ class Namespace:
             return handler.together.scan(handler, f, init, xs, steps)
         return _scanned(handler, f, init, xs, steps)
 
-    def module(self, name: str, spec: nets.Network) -> Callable[[Array], Array]:
+    def module(self, name: str, spec: nets.Network) -> Callable[..., Array]:
         if name not in self._built:
             with jax.ensure_compile_time_eval():
                 built = _jax_nets.build(spec, crc32(name.encode()) ^ self._seed, self._dtype)

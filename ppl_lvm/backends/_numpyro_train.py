@@ -14,6 +14,7 @@ import optax
 
 from ppl_lvm.algorithm import Algorithm, Objective
 from ppl_lvm.backends import _jax_natural
+from ppl_lvm.backends._numpyro_handlers import site_key
 from ppl_lvm.backends._numpyro_state import is_key
 from ppl_lvm.backends.base import (
     RECORDS,
@@ -31,6 +32,7 @@ from ppl_lvm.backends.base import (
     static_key,
     with_numbers,
 )
+from ppl_lvm.backends.hiding import Hiding
 from ppl_lvm.backends.numpyro import NumPyroBound, owned, precision
 from ppl_lvm.errors import BackendError
 
@@ -99,6 +101,7 @@ class Trainer:
         rows: int | None,
         steps: int,
         mode: str,
+        hiding: Hiding,
     ) -> None:
         del steps
         if mode not in ("auto", "compiled", "eager"):
@@ -106,7 +109,7 @@ class Trainer:
         self.mode = "eager" if mode == "eager" else "compiled"
         self.notes = [] if mode != "auto" else ["compile: one jitted loop"]
         self._bound, self._plan, self._objective, self._example = bound, plan, objective, example
-        self._initials, self._rows = initials, rows
+        self._initials, self._rows, self._hiding = initials, rows, hiding
         keys = [jax.random.key(seed) for seed in seeds]
         self._key = keys[0] if len(keys) == 1 else jnp.stack(keys)
         self._descent = descent
@@ -117,7 +120,7 @@ class Trainer:
         names = (len(example.args), tuple(example.kwargs))
         self._cached = (
             *(bound.program, bound.dtype, bound.structure.data_plate, static_key(objective, plan)),
-            *(plan.K, plan.M, descent.static_key(), shapes, names, rows is None, bound.constants),
+            *(plan.K, plan.M, descent.static_key(), shapes, names, rows is None, bound.constants, hiding.key),
         )
         body = self._body(bound, plan, objective)
         if self.mode == "compiled":
@@ -127,11 +130,13 @@ class Trainer:
 
     def _body(self, bound: NumPyroBound, plan: Plan, objective: Objective) -> Callable[..., Any]:
         factors = self._factors
+        hiding = self._hiding
 
         def body(
             tree: Tree, batch: Call, numbers: Mapping[str, Any], key: Any, rows: Any
         ) -> tuple[Tree, dict[str, Any]]:
             here, planned = with_numbers(objective, plan, numbers)
+            batch = hiding.hidden(batch, lambda n, a: jax.random.uniform(site_key(key, f"${n}"), a.shape[:1], float))
 
             def natural(unit: str, values: Any, gradient: Any) -> Any:
                 rate = numbers[f"{self._descent.units[unit].place}.learning_rate"]

@@ -156,7 +156,7 @@ class Namespace:
             handler.step = None
         return carry, stacked(ys)
 
-    def module(self, name: str, spec: nets.Network) -> Callable[[Tensor], Tensor]:
+    def module(self, name: str, spec: nets.Network) -> Callable[..., Tensor]:
         if name not in self._built:
             self._built[name] = (spec, *_torch_nets.build(spec, crc32(name.encode()) ^ self._seed, self._dtype))
         known, initial, bind = self._built[name]

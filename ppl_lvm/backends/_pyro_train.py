@@ -37,6 +37,7 @@ from ppl_lvm.backends.base import (
     static_key,
     with_numbers,
 )
+from ppl_lvm.backends.hiding import Hiding
 from ppl_lvm.backends.pyro import PyroBound
 from ppl_lvm.errors import BackendError
 
@@ -102,6 +103,7 @@ class Trainer:
         rows: int | None,
         steps: int,
         mode: str,
+        hiding: Hiding,
     ) -> None:
         if mode not in ("auto", "compiled", "graph", "eager"):
             raise BackendError(
@@ -113,13 +115,13 @@ class Trainer:
         if bound.broadcasts(plan, example) != (True, True):
             self.notes.append("draws: run one by one, as the program does not broadcast over them")
         self._bound, self._plan, self._objective = bound, plan, objective
-        self._descent, self._initials = descent, initials
+        self._descent, self._initials, self._hiding = descent, initials, hiding
         self._example, self._seeds, self._rows, self._steps = example, seeds, rows, steps
         shapes = tuple((tuple(a.shape), str(a.dtype)) for a in example.leaves)
         names = (len(example.args), tuple(example.kwargs))
         self._key: tuple[Hashable, ...] = (
             *(bound.program, bound.dtype, bound.structure.data_plate, static_key(objective, plan)),
-            *(plan.K, plan.M, descent.static_key(), shapes, names, rows is None, bound.modules.form),
+            *(plan.K, plan.M, descent.static_key(), shapes, names, rows is None, bound.modules.form, hiding.key),
             str(torch.get_default_device()),
         )
         self._step: Callable[..., list[Tensor]] | None = None
@@ -131,12 +133,14 @@ class Trainer:
     def _flat(self, structure: pytree.TreeSpec) -> Callable[..., list[Tensor]]:
         bound, plan, objective, descent = self._bound, self._plan, self._objective, self._descent
         factors = self._factors
+        hiding = self._hiding
 
         def step(*leaves: Tensor) -> list[Tensor]:
             given = pytree.tree_unflatten(list(leaves), structure)
             batch, rows = Call(tuple(given["args"]), given["kwargs"]), given.get("rows")
             if "index" in given:
                 batch = batch.map(lambda a: a[given["index"]])
+            batch = hiding.hidden(batch, lambda _, a: torch.rand(a.shape[0], device=a.device))
             here, planned = with_numbers(objective, plan, given["numbers"])
             result = bound.gradients(
                 given["params"],

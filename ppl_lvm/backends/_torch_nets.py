@@ -8,10 +8,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ppl_lvm import nets
+from ppl_lvm.backends import _recurrent
 from ppl_lvm.errors import BackendError
 
 Params = Mapping[str, Tensor]
-Apply = Callable[[Tensor], Tensor]
+Apply = Callable[..., Tensor]
 Bind = Callable[[Params], Apply]
 
 
@@ -20,7 +21,7 @@ def _softplus(x: Tensor) -> Tensor:
     return F.softplus(x, threshold=40.0)
 
 
-_ACTIVATIONS: dict[str, Apply] = {
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": torch.relu,
     "tanh": torch.tanh,
     "gelu": F.gelu,
@@ -108,3 +109,12 @@ def _masked(spec: nets.MLP, layer: int, weight: Tensor) -> Tensor:
     # The mask is computed, not kept: a tensor held by the program could be taken for rows of data.
     mask = spec.mask(layer, torch)
     return weight if mask is None else torch.where(mask.to(weight.device), weight, 0.0)
+
+
+@_build.register
+def _(spec: nets.GRUCell, dtype: torch.dtype) -> tuple[dict[str, Tensor], Bind]:
+    cell, H = torch.nn.GRUCell(spec.inputs, spec.outputs, device="cpu", dtype=dtype), spec.outputs
+    # Of torch's second bias only the last third is no copy of the first.
+    values = (cell.weight_ih, cell.weight_hh, cell.bias_ih, cell.bias_hh[2 * H :])
+    params = {name: value.detach().clone() for name, value in zip(_recurrent.SIZES, values, strict=True)}
+    return params, lambda params: _recurrent.bound(spec, params, torch.sigmoid)

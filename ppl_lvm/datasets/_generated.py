@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import numpy as np
 
@@ -117,10 +118,7 @@ def lds(seed: int) -> Dataset:
         "mean": np.zeros(2),
         "cov": np.eye(2),
     }
-    z = np.empty((n, steps, 2))
-    z[:, 0] = rng.normal(size=(n, 2))
-    for t in range(1, steps):
-        z[:, t] = z[:, t - 1] @ turn.T + np.sqrt(0.1) * rng.normal(size=(n, 2))
+    z = _walked(rng, turn, np.sqrt(0.1), n, steps)
     rows = z @ parameters["C"].T + np.sqrt(0.2) * rng.normal(size=(n, steps, 4))
     return split(
         "lds",
@@ -133,4 +131,98 @@ def lds(seed: int) -> Dataset:
         "shrinks by 0.95 at every step, C is standard normal, drawn from the seed. `parameters` holds all of them, the "
         "factors the states.",
         licence=GENERATED,
+    )
+
+
+def lds_medium(seed: int) -> Dataset:
+    """300 sequences of 100 steps and 5 numbers from a linear dynamical system with 3 states, parameters known."""
+    rng, n, steps = np.random.default_rng(seed), 300, 100
+    plane = np.linalg.qr(rng.normal(size=(3, 3)))[0]
+    cos, sin = np.cos(np.pi / 20), np.sin(np.pi / 20)
+    turn = plane @ np.array([[cos, -sin, 0.0], [sin, cos, 0.0], [0.0, 0.0, 1.0]]) @ plane.T
+    parameters = {
+        "A": turn,
+        "C": rng.normal(size=(5, 3)),
+        "d": rng.normal(size=5),
+        "Q": 0.1 * np.eye(3),
+        "R": np.eye(5),
+        "mean": np.zeros(3),
+        "cov": np.eye(3),
+    }
+    z = _walked(rng, turn, np.sqrt(0.1), n, steps)
+    rows = z @ parameters["C"].T + parameters["d"] + rng.normal(size=(n, steps, 5))
+    return split(
+        "lds_medium",
+        rows,
+        None,
+        seed,
+        factors={"z": z},
+        parameters=parameters,
+        description="x_t = C z_t + d + N(0, R), z_t = A z_(t-1) + N(0, Q), z_1 = N(mean, cov); A turns by pi / 20 in a "
+        "random plane, C and d are standard normal. After Zhao and Linderman (2023), arXiv:2305.16543, noise 'medium'. "
+        "`parameters` holds all of them, the factors the states.",
+        licence=GENERATED,
+    )
+
+
+def _walked(rng: np.random.Generator, A: np.ndarray, scale: float, rows: int, steps: int) -> np.ndarray:
+    """States `[rows, steps, D]` of `z_t = A z_(t-1) + scale e_t` from a standard normal z_1."""
+    z = rng.normal(size=(rows, steps, len(A)))
+    for t in range(1, steps):
+        z[:, t] = z[:, t - 1] @ A.T + scale * z[:, t]
+    return z
+
+
+def pendulum(seed: int) -> Dataset:
+    """300 films of a swinging pendulum, 40 frames of 16 x 16 noisy pixels, whose angles are known."""
+    rng, n, steps = np.random.default_rng(seed), 300, 40
+    angle = swung(rng.uniform(-2.5, 2.5, n), rng.normal(0.0, 0.5, n), steps)
+    rows = draw_pendulum(angle).reshape(n, steps, -1) + 0.3 * rng.normal(size=(n, steps, 256))
+    return split(
+        "pendulum",
+        rows,
+        None,
+        seed,
+        factors={"angle": angle},
+        description="A frictionless pendulum, angle'' = -sin(angle), let go at uniform angles from -2.5 to 2.5 radians "
+        "(0 hangs down) with normal speeds of sd 0.5, a frame every 0.4 units of time; pixels are those of "
+        "`draw_pendulum` plus normal noise of sd 0.3.",
+        licence=GENERATED,
+    )
+
+
+def swung(angle: np.ndarray, speed: np.ndarray, steps: int, every: float = 0.4, within: int = 40) -> np.ndarray:
+    """Angles `[rows, steps]` of `angle'' = -sin(angle)`, by `within` leapfrog steps between two frames."""
+    h, found = every / within, [angle]
+    for _ in range(steps - 1):
+        for _ in range(within):
+            speed = speed - 0.5 * h * np.sin(angle)
+            angle = angle + h * speed
+            speed = speed - 0.5 * h * np.sin(angle)
+        found.append(angle)
+    return np.stack(found, axis=1)
+
+
+def draw_pendulum(angle: np.ndarray, size: int = 16) -> np.ndarray:
+    """Images `[..., size, size]` from 0 to 1 of a bob at distance 0.7 from the middle of the square [-1, 1]^2."""
+    centres = (2.0 * np.arange(size) + 1.0) / size - 1.0
+    angle = np.asarray(angle)[..., None, None]
+    across, up = centres - 0.7 * np.sin(angle), -centres[:, None] + 0.7 * np.cos(angle)
+    return np.exp(-(across**2 + up**2) / (2.0 * 0.15**2))
+
+
+def with_gaps(data: Dataset, seed: int, fraction: float = 0.2) -> Dataset:
+    """Sequences of which each step is unknown (NaN) with probability `fraction`; factor `x` has all of them."""
+    rng = np.random.default_rng([seed, 1])
+
+    def gaps(rows: np.ndarray) -> np.ndarray:
+        return np.where(rng.random(rows.shape[:2])[..., None] < fraction, np.nan, rows)
+
+    return replace(
+        data,
+        train=gaps(data.train),
+        test=gaps(data.test),
+        train_factors={**(data.train_factors or {}), "x": data.train},
+        test_factors={**(data.test_factors or {}), "x": data.test},
+        description=f"{data.description} A step is missing with probability {fraction:g}; factor `x` has all of them.",
     )

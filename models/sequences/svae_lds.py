@@ -1,0 +1,125 @@
+"""A structured VAE on sequences: a linear dynamical system behind a network, and a guide that smooths.
+
+    z_1 ~ Normal(m, I),  z_t | z_{t-1} ~ Normal(A z_{t-1} + b, diag(q))     z_t: `latent` numbers, t = 1 .. T
+    x_t | z_t ~ Normal(decoder(z_t), scale), or Bernoulli(logits = decoder(z_t))
+    q(z | x) proportional to p(z) prod_t psi_t(z_t),  psi_t Gaussian        by message passing, or
+    q(z | x) = prod_t Normal(loc_t, scale_t)                                mean field
+
+Each potential psi_t is a network's reading of x_t alone: the system, whose parameters guide and model share, carries it
+to the other steps. With a linear decoder (`hidden = ()`) the guide's family holds the exact posterior. The mean field
+guide's network reads the whole sequence, in both directions.
+
+Steps, or entries, of x that `x_mask` calls unknown are not looked at; a step without known entries has no potential.
+
+Source: Johnson, Duvenaud, Wiltschko, Datta and Adams (2016), Composing Graphical Models with Neural Networks for
+Structured Representations and Fast Inference, arXiv:1603.06277; Zhao and Linderman (2023), Revisiting Structured
+Variational Autoencoders, arXiv:2305.16543.
+
+Args:
+    x: sequences [rows, T, features], real numbers, or 0 and 1 if the likelihood is bernoulli.
+    x_mask: True where x is known, of x's shape or [rows, T]; all of it where nothing is said.
+    latent: dimension of the state.
+    hidden: widths of the hidden layers of decoder and recognition network; that of the mean field guide's units.
+    likelihood: "gaussian" or "bernoulli".
+    potential: what the recognition network gives of psi_t: "mean" (and covariance), or "natural" (shift and precision).
+    posterior: "structured" or "mean_field".
+"""
+
+from typing import Literal
+
+import numpy as np
+
+Likelihood = Literal["gaussian", "bernoulli"]
+Potential = Literal["mean", "natural"]
+Posterior = Literal["structured", "mean_field"]
+
+recipe = "elbo"
+
+
+def model(ppl, x, x_mask=None, *, latent=2, hidden: tuple[int, ...] = (32,), likelihood: Likelihood = "gaussian"):
+    features = x.shape[-1]
+    decoder = ppl.module("decoder", ppl.nets.MLP(latent, features, hidden=hidden))
+    if likelihood == "gaussian":
+        scale = ppl.param("scale", lambda: np.ones(features), constraint=ppl.dist.constraints.positive)
+    with ppl.plate("data", len(x)):
+        out = decoder(ppl.sample("z", ppl.structured.GaussianChain(**prior(ppl, x.shape[-2], latent))))
+        pixels = ppl.dist.Normal(out, scale) if likelihood == "gaussian" else ppl.dist.Bernoulli(logits=out)
+        ppl.sample("x", pixels.to_event(2), obs=x)
+
+
+def guide(
+    ppl,
+    x,
+    x_mask=None,
+    *,
+    latent=2,
+    hidden: tuple[int, ...] = (32,),
+    potential: Potential = "natural",
+    posterior: Posterior = "structured",
+):
+    entries, known = inputs(ppl, x, x_mask)
+    if posterior == "mean_field":
+        q = mean_field(ppl, entries, latent, hidden)
+    else:
+        precision, shift = recognised(ppl, entries, latent, hidden, potential)
+        chain = prior(ppl, x.shape[-2], latent)
+        q = ppl.structured.GaussianChain(**chain, precision=known[..., None] * precision, shift=known * shift)
+    with ppl.plate("data", len(x)):
+        ppl.sample("z", q)
+
+
+def prior(ppl, steps, latent):
+    A = ppl.param("A", lambda: 0.9 * np.eye(latent))
+    b = ppl.param("b", lambda: np.zeros(latent))
+    q = ppl.param("q", lambda: np.full(latent, 0.5), constraint=ppl.dist.constraints.positive)
+    m = ppl.param("m", lambda: np.zeros(latent))
+    eye = ppl.ops.eye(latent, m)
+    return {
+        "mean": m,
+        "cov": eye,
+        "transition": ppl.xp.broadcast_to(A, (steps - 1, latent, latent)),
+        "bias": ppl.xp.broadcast_to(b, (steps - 1, latent)),
+        "noise": ppl.xp.broadcast_to(q * eye, (steps - 1, latent, latent)),
+    }
+
+
+def inputs(ppl, x, x_mask):
+    """What a network sees of every step, entries and which of them are known; and whether any is, [rows, T, 1]."""
+    known = ppl.xp.ones_like(x)
+    if x_mask is not None:
+        mask = 1.0 * x_mask
+        known = known * (mask if mask.ndim == x.ndim else mask[..., None])
+    return ppl.xp.concat([known * x, known], axis=-1), ppl.xp.max(known, axis=-1, keepdims=True)
+
+
+def recognised(ppl, entries, latent, hidden, potential):
+    """Precision [rows, T, latent, latent] and shift [rows, T, latent] of psi_t, one of them through L L'."""
+    size = entries.shape[-1]
+    code = ppl.module("recognition", ppl.nets.MLP(size, latent + latent**2, hidden=hidden))(entries)
+    raw = ppl.xp.reshape(code[..., latent:], (*code.shape[:-1], latent, latent))
+    eye = ppl.ops.eye(latent, raw)
+    L = ppl.xp.tril(raw, k=-1) + positive(ppl, raw) * eye
+    if potential == "natural":
+        return L @ ppl.xp.matrix_transpose(L), code[..., :latent]
+    inverse = ppl.ops.solve_triangular(L, eye)
+    precision = ppl.xp.matrix_transpose(inverse) @ inverse
+    return precision, (precision @ code[..., :latent, None])[..., 0]
+
+
+def mean_field(ppl, entries, latent, hidden):
+    width, size = hidden[-1] if hidden else 32, entries.shape[-1]
+    read = [
+        ppl.module(name, ppl.nets.GRU(size, width, reverse=name == "backwards"))(entries)
+        for name in ("forwards", "backwards")
+    ]
+    code = ppl.module("recognition", ppl.nets.Linear(2 * width, 2 * latent))(ppl.xp.concat(read, axis=-1))
+    return ppl.dist.Normal(code[..., :latent], positive(ppl, code[..., latent:])).to_event(2)
+
+
+def positive(ppl, a):
+    # What a softplus rounds to zero, far out, would be no scale.
+    return ppl.xp.logaddexp(a, 0.0 * a) + 1e-4
+
+
+def example(rng: np.random.Generator) -> np.ndarray:
+    return rng.normal(size=(6, 4, 3)).astype(np.float32)
