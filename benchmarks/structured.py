@@ -5,7 +5,7 @@
 
 A linear dynamical system of D states seen through D numbers a step, one sequence of T steps. From parameters and data:
 
-    filter      the log evidence; of dynamax and here also means and covariances of every step given the data up to it
+    filter      the log evidence
     smoother    means and covariances given all data (Pyro has none)
     sampler     a draw of all states given all data
 
@@ -77,7 +77,7 @@ def jax_runs(given: Arrays, device: str) -> tuple[dict[str, dict[Key, Run]], dic
     T, D = given["y"].shape
 
     def chain(p: Arrays, method: Any) -> tuple[GaussianChain, Any]:
-        A, b, Q = (jnp.broadcast_to(x, (T - 1, *x.shape)) for x in (p["A"], jnp.zeros_like(p["mean"]), p["Q"]))
+        A, b, Q = p["A"][None], jnp.zeros((T - 1, D), p["y"].dtype), p["Q"][None]
         J, h, c = observed(p["y"], p["C"], 0.0 * p["mean"], jnp.diagonal(p["R"]))
         q = GaussianChain(p["mean"], p["cov"], A, b, Q, J, h, method=method, validate=False)
         return q, c.sum()
@@ -85,8 +85,7 @@ def jax_runs(given: Arrays, device: str) -> tuple[dict[str, dict[Key, Run]], dic
     def filter_(method: Any) -> Callable[[Arrays, Any], Arrays]:
         def run(p: Arrays, key: Any) -> Arrays:
             q, c = chain(p, method)
-            f = q.filter()
-            return {"evidence": f.log_normalizer + c, "mean": f.mean, "cov": f.cov}
+            return {"evidence": q.log_normalizer() + c}
 
         return run
 
@@ -115,8 +114,7 @@ def jax_runs(given: Arrays, device: str) -> tuple[dict[str, dict[Key, Run]], dic
 
         def of(library: Any) -> dict[str, Callable[[Arrays, Any], Arrays]]:
             def filter_(p: Arrays, key: Any) -> Arrays:
-                f = library.lgssm_filter(params(p), p["y"])
-                return {"evidence": f.marginal_loglik, "mean": f.filtered_means, "cov": f.filtered_covariances}
+                return {"evidence": library.lgssm_filter(params(p), p["y"]).marginal_loglik}
 
             def smoother(p: Arrays, key: Any) -> Arrays:
                 f = library.lgssm_smoother(params(p), p["y"])
@@ -160,15 +158,14 @@ def torch_runs(given: Arrays, device: str) -> tuple[dict[str, dict[Key, Run]], d
     T, D = given["y"].shape
 
     def chain(method: Any) -> tuple[GaussianChain, Any]:
-        A, b, Q = (x.expand(T - 1, *x.shape) for x in (p["A"], torch.zeros_like(p["mean"]), p["Q"]))
+        A, b, Q = p["A"][None], p["mean"].new_zeros(T - 1, D), p["Q"][None]
         J, h, c = observed(p["y"], p["C"], 0.0 * p["mean"], p["R"].diagonal())
         q = GaussianChain(p["mean"], p["cov"], A, b, Q, J, h, method=method, validate=False)
         return q, c.sum()
 
     def filter_(method: Any) -> Arrays:
         q, c = chain(method)
-        f = q.filter()
-        return {"evidence": f.log_normalizer + c, "mean": f.mean, "cov": f.cov}
+        return {"evidence": q.log_normalizer() + c}
 
     def smoother(method: Any) -> Arrays:
         moments = chain(method)[0].moments()
@@ -227,8 +224,7 @@ def whitened(given: Arrays, draw: Any) -> float:
 
     p = {n: torch.as_tensor(host(x)) for n, x in given.items()}
     z = torch.as_tensor(host(draw))
-    T = len(z)
-    A, b, Q = (x.expand(T - 1, *x.shape) for x in (p["A"], torch.zeros_like(p["mean"]), p["Q"]))
+    A, b, Q = p["A"][None], torch.zeros_like(z[1:]), p["Q"][None]
     J, h, _ = observed(p["y"], p["C"], 0.0 * p["mean"], p["R"].diagonal())
     noise = GaussianChain(p["mean"], p["cov"], A, b, Q, J, h, method="parallel").noise_of(z)
     return float((noise.square().sum() - noise.numel()) / np.sqrt(2 * noise.numel()))

@@ -6,6 +6,7 @@ array API lacks. The list is closed and short: an algorithm that needs more prob
 
 from __future__ import annotations
 
+import functools
 import importlib
 import math
 from collections.abc import Callable
@@ -20,7 +21,11 @@ Array = Any
 def _of(x: Array) -> Any:
     root = type(x).__module__.partition(".")[0]
     # Pyro's provenance tensors are torch tensors that live in a pyro module.
-    name = "_torch_ops" if root in ("torch", "pyro") else "_jax_ops"
+    return _module("_torch_ops" if root in ("torch", "pyro") else "_jax_ops")
+
+
+@functools.cache
+def _module(name: str) -> Any:
     return importlib.import_module(f"ppl_lvm.backends.{name}")
 
 
@@ -101,6 +106,11 @@ def zeros(shape: tuple[int, ...], like: Array) -> Array:
 def eye(n: int, like: Array) -> Array:
     """The identity matrix of the dtype and on the device of `like`."""
     return _of(like).eye(n, like)
+
+
+def cholesky(x: Array) -> Array:
+    """The lower L of `L L' = x`, from the lower half of x `[..., D, D]`; NaN where x is not positive definite."""
+    return _of(x).cholesky(x)
 
 
 def solve_triangular(lower: Array, b: Array, transposed: bool = False) -> Array:

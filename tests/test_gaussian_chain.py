@@ -181,6 +181,31 @@ def test_kl_to_chains_that_differ_from_row_to_row() -> None:
         np.testing.assert_allclose(p.kl(q)[b], row.kl(q), atol=EXACT)
 
 
+@pytest.mark.parametrize(
+    ("library", "method"),
+    [
+        ("torch", "parallel"),
+        ("torch", "sequential"),
+        *(pytest.param("jax", method, marks=pytest.mark.slow) for method in METHODS),
+    ],
+)
+@pytest.mark.parametrize("T", [1, 2, 6])
+def test_what_all_steps_share_is_given_once(library: str, method: Method, T: int) -> None:
+    """Also matrices for fewer batches than vectors."""
+    rng, one = np.random.default_rng(2), arguments(max(T, 2), 2, seed=3)
+    once = {n: one[n][:1, None] for n in ("transition", "noise")} | {"precision": spd(rng, 1, 1, dim=2)}
+    own = {n: rng.normal(size=(T - (n == "bias"), 3, 2)) for n in ("bias", "shift")}
+    given = {"mean": one["mean"], "cov": one["cov"], **once, **own}
+    wide = {n: np.tile(x, (T - (n != "precision"), 3, 1, 1)) for n, x in once.items()}
+    noise = rng.normal(size=(T, 5, 3, 2))
+    found, expected = (outputs(library, x, method, noise, noise) for x in (given, {**given, **wide}))
+    assert found["moments"].cov.shape == (T, 3, 2, 2) == found["filtered"].cov.shape
+    for name, parts in expected.items():
+        pairs = zip(found[name], parts, strict=True) if isinstance(parts, tuple) else [(found[name], parts)]
+        for a, b in pairs:
+            np.testing.assert_allclose(a, b, atol=EXACT, err_msg=name)
+
+
 def of_everything(leaves: dict[str, Any], noise: Any, method: Method) -> Any:
     """A number that all of a chain's outputs have a part in."""
     q = GaussianChain(**leaves, method=method, validate=False)

@@ -149,9 +149,9 @@ def test_a_hidden_markov_model_has_its_evidence_and_gradient(backend: Backend) -
 def test_bad_shapes_are_named(backend: Backend) -> None:
     def model(ppl: Ppl, x: Array) -> None:
         eye = ppl.ops.eye(2, x)
-        potentials = {"precision": eye[None], "shift": eye}
+        potentials = {"precision": ppl.xp.stack([eye] * 3), "shift": eye}
         with ppl.plate("data", len(x)):
             ppl.sample("z", ppl.structured.GaussianChain(x[0, 0, :2], eye, eye[None], eye[:1], eye[None], **potentials))
 
-    with pytest.raises(DataError, match=r"precision has shape \(1, 2, 2\).*it is \(2, '...', 2, 2\)"):
+    with pytest.raises(DataError, match=r"precision has shape \(3, 2, 2\).*it is \(2, '...', 2, 2\), or"):
         Engine(backend, model, model, {"x": X}, portable=True)

@@ -12,6 +12,7 @@ import jax.numpy as xp
 import numpy as np
 
 __all__ = [
+    "cholesky",
     "concrete",
     "derivatives",
     "digamma",
@@ -98,6 +99,10 @@ def zeros(shape: tuple[int, ...], like: Array) -> Array:
 
 def eye(n: int, like: Array) -> Array:
     return xp.eye(n, dtype=like.dtype)
+
+
+def cholesky(x: Array) -> Array:
+    return jax.lax.linalg.cholesky(x, symmetrize_input=False)
 
 
 def solve_triangular(lower: Array, b: Array, transposed: bool) -> Array:

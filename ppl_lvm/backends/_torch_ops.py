@@ -15,6 +15,7 @@ from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.utils._pytree import tree_map
 
 __all__ = [
+    "cholesky",
     "concrete",
     "derivatives",
     "digamma",
@@ -122,6 +123,12 @@ def zeros(shape: tuple[int, ...], like: Tensor) -> Tensor:
 
 def eye(n: int, like: Tensor) -> Tensor:
     return torch.eye(n, dtype=like.dtype, device=like.device)
+
+
+def cholesky(x: Tensor) -> Tensor:
+    # The function that raises waits for a GPU at every call to know whether it must.
+    lower, info = torch.linalg.cholesky_ex(x)
+    return lower.masked_fill((info != 0)[..., None, None], math.nan)
 
 
 def solve_triangular(lower: Tensor, b: Tensor, transposed: bool) -> Tensor:

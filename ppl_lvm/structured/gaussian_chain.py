@@ -12,7 +12,17 @@ import numpy as np
 from ppl_lvm import ops
 from ppl_lvm.errors import DataError
 from ppl_lvm.ops import Array
-from ppl_lvm.structured.scan import Method, associative_scan, behind_steps, in_parallel
+from ppl_lvm.structured.scan import (
+    Arrays,
+    Combine,
+    Method,
+    behind_steps,
+    in_parallel,
+    in_turn,
+    pairs,
+    state_after_all,
+    states,
+)
 
 LOG_2PI = math.log(2.0 * math.pi)
 
@@ -39,12 +49,25 @@ class Moments(NamedTuple):
     """`Cov(z_{t+1}, z_t)`, `[T - 1, ..., D, D]`."""
 
 
+class _Forward(NamedTuple):
+    """`q(z_t | potentials up to t)`; batches of covariances as wide as those of the matrices, not of the vectors."""
+
+    mean: Array
+    cov: Array
+    root: Array | None
+    """Lower Cholesky factors of `cov`, where they are at hand."""
+
+
 class _Backward(NamedTuple):
-    """`z_t | z_{t+1} = E z_{t+1} + g + W' noise`, of the last step `z_T = g + W' noise`; steps in front."""
+    """`z_t | z_{t+1} = E z_{t+1} + g + W' noise` of all steps but the last, `z_T = g + W' noise`; `cov = W'W`."""
 
     E: Array
     g: Array
     W: Array
+    cov: Array
+    last_g: Array
+    last_W: Array
+    last_cov: Array
 
 
 @dataclass(frozen=True)
@@ -55,9 +78,11 @@ class GaussianChain:
         psi_t(z) = exp(shift_t' z - z' precision_t z / 2)
 
     Steps are the first axis of `transition` and `noise` `[T - 1, ..., D, D]`, `bias` `[T - 1, ..., D]`, `precision`
-    `[T, ..., D, D]` and `shift` `[T, ..., D]`; the axes between are batches, which broadcast. Potentials are in
-    information form, so that a step without data has zeros in both, and a precision may be singular. `cov` and `noise`
-    are positive definite. Without potentials (None) Z = 1 and q = p.
+    `[T, ..., D, D]` and `shift` `[T, ..., D]`; the axes between are batches, which broadcast. In all but `bias`, which
+    says how many steps there are, that first axis may be 1: one matrix for all steps, whose factors are computed once.
+    Likewise no covariance is computed for more than the batch of the matrices. Potentials are in information form, so
+    that a step without data has zeros in both, and a precision may be singular. `cov` and `noise` are positive definite
+    (with `validate=False` what is not ends as NaN). Without potentials (None) Z = 1 and q = p.
 
     The forward pass goes through Cholesky factors of `I + L' precision L`, with L one of a predicted covariance, so no
     covariance is inverted or subtracted from another.
@@ -101,11 +126,14 @@ class GaussianChain:
         for name, event in needed.items():
             shape = tuple(getattr(self, name).shape)
             first = {"cov": None, "precision": steps + 1, "shift": steps + 1}.get(name, steps)
-            wrong = first is not None and (len(shape) < len(event) + 1 or shape[0] != first)
+            allowed = (first,) if name == "bias" else (1, first)
+            wrong = first is not None and (len(shape) < len(event) + 1 or shape[0] not in allowed)
             if wrong or shape[-len(event) :] != event:
                 want = ((first,) if first is not None else ()) + ("...",) + event
+                shared = "" if first is None or name == "bias" else ", or with 1 in front if all steps share it"
                 raise DataError(
-                    f"{name} has shape {shape}; mean says D = {D} and bias {steps} transitions, so it is {want}."
+                    f"{name} has shape {shape}; mean says D = {D} and bias {steps} transitions, so it is "
+                    f"{want}{shared}."
                 )
         if self.validate:
             for name in ("cov", "noise"):
@@ -137,47 +165,91 @@ class GaussianChain:
 
     def filter(self) -> Filtered:
         """`q(z_t | potentials up to t)` at every step, and `log Z`."""
-        return ops.remember(self.mean, self._kept, "filter", self._filter)
+        f = self._forward
+        cov = ops.xp(f.cov).broadcast_to(f.cov, (self.steps, *self.batch_shape, self.dim, self.dim))
+        return Filtered(f.mean, cov, self._log_z)
 
     @cached_property
     def _kept(self) -> dict[Any, Any]:
         return {}
 
-    def _filter(self) -> Filtered:
+    @property
+    def _forward(self) -> _Forward:
+        if self._in_parallel:
+            return ops.remember(self.mean, self._kept, "forward", self._forward_in_parallel)
+        return self._forward_in_turn[0]
+
+    @property
+    def _log_z(self) -> Array:
+        if not self._in_parallel:
+            return self._forward_in_turn[1]
+
+        def found() -> Array:
+            start, levels = self._tree
+            return state_after_all(_through, start, levels, self.steps - 1)[2][0, ..., 0, 0]
+
+        return ops.remember(self.mean, self._kept, "log_z", found)
+
+    @property
+    def _forward_in_turn(self) -> tuple[_Forward, Array]:
+        return ops.remember(self.mean, self._kept, "forward", self._pass_forward)
+
+    @property
+    def _tree(self) -> tuple[Arrays, list[Arrays]]:
+        """The first step's mean, root and log Z, and the tree of elements of all others."""
+        return ops.remember(self.mean, self._kept, "tree", self._first_and_tree)
+
+    def _first_and_rest(self) -> tuple[Arrays, Arrays]:
+        """Mean, W and log Z of the first step, and the parameters of all others."""
         c, batch, D = self._aligned(), self.batch_shape, self.dim
+        n = len(batch)
         if c.precision is None or c.shift is None:
-            zero = ops.zeros((self.steps, *(1 for _ in batch), D), self.mean)
+            zero = ops.zeros((1,) * (n + 1) + (D,), self.mean)
             c = replace(c, precision=_diagonal(zero), shift=zero)
         assert c.precision is not None and c.shift is not None
-        xp = ops.xp(c.mean)
-        if self._in_parallel:
-            nothing = ops.zeros(tuple(c.cov.shape), c.cov)
-            first = _element(nothing, c.mean, c.cov, c.precision[0], c.shift[0])
-            rest = _element(c.transition, c.bias, c.noise, c.precision[1:], c.shift[1:])
-            elements = [
-                _joined(f[None], r, (self.steps, *batch, *f.shape[len(batch) :]))
-                for f, r in zip(first, rest, strict=True)
-            ]
-            _, mean, cov, _, _, total = associative_scan(_then_filter, elements)
-            return Filtered(mean, cov, total[-1])
-        mean, cov, total = _updated(c.mean, c.cov, c.precision[0], c.shift[0])
-        start = (
-            xp.broadcast_to(mean, (*batch, D)),
-            xp.broadcast_to(cov, (*batch, D, D)),
-            xp.broadcast_to(total, batch),
+        xp, e = ops.xp(c.mean), -c.shift[..., None]
+        mean, root = behind_steps(c.mean[None], 1, n)[..., None], ops.cholesky(behind_steps(c.cov[None], 2, n))
+        mean, W, log_z = _updated(mean, root, c.precision[:1], e[:1])
+        matrices = (root, c.transition, c.noise, c.precision)
+        shared = np.broadcast_shapes(*(tuple(x.shape[1:-2]) for x in matrices))
+        first = (
+            xp.broadcast_to(mean, (1, *batch, D, 1)),
+            xp.broadcast_to(W, (1, *shared, D, D)),
+            xp.broadcast_to(log_z, (1, *batch, 1, 1)),
         )
+        potentials = (x if x.shape[0] == 1 else x[1:] for x in (c.precision, e))
+        return first, (c.transition, c.bias[..., None], c.noise, *potentials)
 
-        def step(carry: tuple[Array, ...], x: tuple[Array, ...]) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
-            mean, cov, total = carry
-            F, b, Q, J, h = x
-            mean, cov, gain = _updated(_times(F, mean) + b, _sandwich(F, cov) + Q, J, h)
-            return (mean, cov, total + gain), (mean, cov)
+    def _first_and_tree(self) -> tuple[Arrays, list[Arrays]]:
+        (mean, W, log_z), (F, b, Q, J, e) = self._first_and_rest()
+        start = mean, ops.cholesky(W.mT @ W), log_z
+        if self.steps == 1:
+            return start, []
+        A, b, W, G, e, c = _element(F, b, ops.cholesky(Q), J, e)
+        return start, pairs(_then_filter, (A, b, W.mT @ W, G, e, c), self.steps - 1)
 
-        rest = (c.transition, c.bias, c.noise, c.precision[1:], c.shift[1:])
-        (_, _, log_z), (means, covs) = ops.scan(step, start, rest)
-        return Filtered(
-            xp.concat([start[0][None], means], axis=0), xp.concat([start[1][None], covs], axis=0), log_z
-        )
+    def _forward_in_parallel(self) -> _Forward:
+        (mean, root, _), levels = self._tree
+        if levels:
+            xp = ops.xp(mean)
+            after = states(_through, (mean, root), levels, self.steps - 1)
+            mean, root = (xp.concat(pair, axis=0) for pair in zip((mean, root), after, strict=True))
+        return _Forward(mean[..., 0], root @ root.mT, root)
+
+    def _pass_forward(self) -> tuple[_Forward, Array]:
+        (mean, W, log_z), rest = self._first_and_rest()
+
+        def step(carry: Arrays, x: Arrays) -> tuple[Arrays, Arrays]:
+            mean, W, total = carry
+            F, b, Q, J, e = x
+            V = F @ W.mT
+            mean, W, gain = _updated(F @ mean + b, ops.cholesky(V @ V.mT + Q), J, e)
+            return (mean, W, total + gain), (mean, W)
+
+        (_, _, total), (means, Ws) = in_turn(step, (mean[0], W[0], log_z[0]), rest, self.steps - 1)
+        xp = ops.xp(mean)
+        mean, W = xp.concat([mean, means], axis=0), xp.concat([W, Ws], axis=0)
+        return _Forward(mean[..., 0], W.mT @ W, None), total[..., 0, 0]
 
     def times(self, precision: Array, shift: Array) -> GaussianChain:
         """q times more potentials of the same form."""
@@ -189,56 +261,65 @@ class GaussianChain:
         """`log Z = log E_p prod_t psi_t(z_t)`, `[...]`, in nats."""
         if self.precision is None:
             return ops.zeros(self.batch_shape, self.mean)
-        return self.filter().log_normalizer
+        return self._log_z
 
     def moments(self) -> Moments:
         """Means, covariances, and covariances of neighbouring steps, of q."""
-        back = self._backward
-        xp = ops.xp(back.g)
-        cov = _transposed(back.W) @ back.W
-        if self._in_parallel:
-            _, mean, cov = associative_scan(_then_moments, (back.E, back.g, cov), reverse=True)
-        else:
-            last = back.g[-1], cov[-1]
+        found = self._moments()
+        xp, wide = ops.xp(found.mean), (*self.batch_shape, self.dim, self.dim)
+        cov, cross = (xp.broadcast_to(x, (x.shape[0], *wide)) for x in (found.cov, found.cross))
+        return Moments(found.mean, cov, cross)
 
-            def step(carry: tuple[Array, ...], x: tuple[Array, ...]) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
-                E, g, L = x
-                after = _times(E, carry[0]) + g, _sandwich(E, carry[1]) + L
+    def _moments(self) -> Moments:
+        """With batches of covariances as wide as those of the matrices alone."""
+        back = self._backward
+        last, rest = (back.last_g[..., None], back.last_cov), (back.E, back.g[..., None], back.cov)
+        mean, cov = self._from_the_last(_then_moments, last, rest)
+        return Moments(mean[..., 0], cov, cov[1:] @ back.E.mT)
+
+    def _from_the_last(self, combine: Combine, last: Arrays, elements: Arrays) -> Arrays:
+        """States of all steps from that of the last, where elements lead from one to that before."""
+        n, xp = self.steps - 1, ops.xp(last[0])
+        if n == 0:
+            return last
+        backwards = tuple(xp.flip(e, axis=0) for e in elements)
+
+        def act(state: Arrays, element: Arrays) -> Arrays:
+            return combine((None, *state), element)[1:]
+
+        if self._in_parallel:
+            found = states(act, last, pairs(combine, backwards, n), n)
+        else:
+
+            def step(carry: Arrays, x: Arrays) -> tuple[Arrays, Arrays]:
+                after = act(carry, x)
                 return after, after
 
-            parts = (xp.flip(a[:-1], axis=0) for a in (back.E, back.g, cov))
-            _, (means, covs) = ops.scan(step, last, tuple(parts))
-            mean = xp.concat([xp.flip(means, axis=0), last[0][None]], axis=0)
-            cov = xp.concat([xp.flip(covs, axis=0), last[1][None]], axis=0)
-        return Moments(mean, cov, cov[1:] @ _transposed(back.E[:-1]))
+            _, found = in_turn(step, tuple(x[0] for x in last), backwards, n)
+        return tuple(xp.concat([xp.flip(f, axis=0), x], axis=0) for f, x in zip(found, last, strict=True))
 
     def sample(self, noise: Array) -> Array:
         """A draw of all steps from standard normal noise `[T, ..., D]`, differentiable in the chain.
 
         Batch axes of the noise in front of the chain's are draws.
         """
-        xp, draws = ops.xp(noise), noise.ndim - 2
-        back = self._backward
-        E, g, W = behind_steps(back.E, 2, draws), behind_steps(back.g, 1, draws), behind_steps(back.W, 2, draws)
-        h = _times(_transposed(W), noise) + g
-        E = xp.broadcast_to(E, (*h.shape, self.dim))
-        if self._in_parallel:
-            return associative_scan(_then, (E, h), reverse=True)[1]
-
-        def step(later: Array, x: tuple[Array, Array]) -> tuple[Array, Array]:
-            z = _times(x[0], later) + x[1]
-            return z, z
-
-        _, found = ops.scan(step, h[-1], (xp.flip(E[:-1], axis=0), xp.flip(h[:-1], axis=0)))
-        return xp.concat([xp.flip(found, axis=0), h[-1:]], axis=0)
+        draws, b = noise.ndim - 2, self._backward
+        E, g, W = behind_steps(b.E, 2, draws), behind_steps(b.g, 1, draws), behind_steps(b.W, 2, draws)
+        last_g, last_W = behind_steps(b.last_g, 1, draws), behind_steps(b.last_W, 2, draws)
+        last = _times(last_W.mT, noise[-1:]) + last_g
+        rest = _times(W.mT, noise[:-1]) + g
+        return self._from_the_last(_then, (last[..., None],), (E, rest[..., None]))[0][..., 0]
 
     def noise_of(self, z: Array) -> Array:
         """The noise `[T, ..., D]` that `sample` makes z from."""
-        back, xp, draws = self._backward, ops.xp(z), z.ndim - 2
-        E, g, W = behind_steps(back.E, 2, draws), behind_steps(back.g, 1, draws), behind_steps(back.W, 2, draws)
-        later = xp.concat([z[1:], ops.zeros(tuple(z[:1].shape), z)], axis=0)
-        rest = (z - _times(E, later) - g)[..., None]
-        return xp.linalg.solve(xp.broadcast_to(_transposed(W), (*z.shape, self.dim)), rest)[..., 0]
+        b, xp, draws = self._backward, ops.xp(z), z.ndim - 2
+        E, g, W = behind_steps(b.E, 2, draws), behind_steps(b.g, 1, draws), behind_steps(b.W, 2, draws)
+        last_g, last_W = behind_steps(b.last_g, 1, draws), behind_steps(b.last_W, 2, draws)
+        parts = [(W, z[:-1] - _times(E, z[1:]) - g), (last_W, z[-1:] - last_g)]
+        return xp.concat(
+            [xp.linalg.solve(xp.broadcast_to(w.mT, (*r.shape, self.dim)), r[..., None])[..., 0] for w, r in parts],
+            axis=0,
+        )
 
     def log_prob(self, z: Array) -> Array:
         """`log q(z)`, `[T, ..., D] -> [...]`, in nats."""
@@ -251,8 +332,8 @@ class GaussianChain:
         xp, D, c = ops.xp(of.mean), self.dim, self._aligned(batch)
         F = c.transition
         error = of.mean[1:] - _times(F, of.mean[:-1]) - c.bias
-        both = F @ _transposed(of.cross)
-        spread = of.cov[1:] - both - _transposed(both) + _sandwich(F, of.cov[:-1])
+        both = F @ of.cross.mT
+        spread = of.cov[1:] - both - both.mT + _sandwich(F, of.cov[:-1])
         total = _expected_log_normal(of.mean[0] - c.mean, of.cov[0], c.cov, D)
         total = total + xp.sum(_expected_log_normal(error, spread, c.noise, D), axis=0)
         if c.precision is not None and c.shift is not None:
@@ -263,11 +344,11 @@ class GaussianChain:
 
     def entropy(self) -> Array:
         """`-E log q(z)`, `[...]`, in nats."""
-        return -self.expected_log_prob(self.moments())
+        return -self.expected_log_prob(self._moments())
 
     def kl(self, other: GaussianChain) -> Array:
         """`KL(q || other)`, `[...]`, in nats. Of one with the same prior it is `E sum_t log psi_t - log Z`."""
-        moments = self.moments()
+        moments = self._moments()
         return self.expected_log_prob(moments) - other.expected_log_prob(moments)
 
     @property
@@ -302,23 +383,15 @@ class GaussianChain:
         return ops.remember(self.mean, self._kept, "backward", self._conditionals)
 
     def _conditionals(self) -> _Backward:
-        f, c = self.filter(), self._aligned()
-        xp = ops.xp(f.mean)
-        lower = xp.linalg.cholesky(c.noise)
+        f, c = self._forward, self._aligned()
+        root = ops.cholesky(f.cov) if f.root is None else f.root
+        lower = ops.cholesky(c.noise)
         whitened = ops.solve_triangular(lower, c.transition)
-        precision = _transposed(whitened) @ whitened
-        W, _ = _root(f.cov[:-1], precision)
-        L = _transposed(W) @ W
-        E = L @ _transposed(ops.solve_triangular(lower, whitened, transposed=True))
+        W, _ = _conditioned(root[:-1], whitened.mT @ whitened)
+        cov = W.mT @ W
+        E = cov @ ops.solve_triangular(lower, whitened, transposed=True).mT
         g = f.mean[:-1] - _times(E, _times(c.transition, f.mean[:-1]) + c.bias)
-        last = _transposed(xp.linalg.cholesky(f.cov[-1:]))
-        zero = ops.zeros(tuple(last.shape), last)
-        E = xp.broadcast_to(E, (E.shape[0], *last.shape[1:]))
-        return _Backward(
-            xp.concat([E, zero], axis=0),
-            xp.concat([g, f.mean[-1:]], axis=0),
-            xp.concat([W, last], axis=0),
-        )
+        return _Backward(E, g, W, cov, f.mean[-1:], root[-1:].mT, f.cov[-1:])
 
 
 def steps_in_front(
@@ -345,8 +418,9 @@ def observed(
     """`log N(y_t; matrix_t z_t + offset_t, diag(variance_t))` as a potential of z: precision, shift and a constant.
 
     y `[..., P]` of every step, matrix `[..., P, D]`, offset and variance `[..., P]`; `known`, booleans of y's shape,
-    leaves out coordinates that are missing (they may be NaN) and with them whole steps. The sum of the constants
-    `[...]` over steps is what `log Z` lacks to the log evidence of y, in nats.
+    leaves out coordinates that are missing (they may be NaN) and with them whole steps. Without it the precision has
+    size one along every axis that matrix and variance do not have, and a chain finds its covariances once for all. The
+    sum of the constants `[...]` over steps is what `log Z` lacks to the log evidence of y, in nats.
 
     Example:
         >>> import jax.numpy as jnp
@@ -357,71 +431,76 @@ def observed(
     """
     xp = ops.xp(y)
     error = y - offset
-    weight = 1.0 / variance + 0.0 * ops.zeros(tuple(error.shape), error)
+    weight = 1.0 / variance
     log_terms = LOG_2PI - xp.log(weight)
     if known is not None:
         zero = ops.zeros(tuple(error.shape), error)
         error, weight = xp.where(known, error, zero), xp.where(known, weight, zero)
         log_terms = xp.where(known, log_terms, zero)
-    scaled = weight[..., :, None] * matrix
-    precision = _transposed(matrix + ops.zeros(tuple(scaled.shape), scaled)) @ scaled
-    shift = _times(_transposed(scaled), error)
+    precision = matrix.mT @ (weight[..., :, None] * matrix)
+    precision = xp.reshape(precision, (1,) * (error.ndim + 1 - precision.ndim) + tuple(precision.shape))
+    shift = _times(matrix.mT, weight * error)
     return precision, shift, -0.5 * xp.sum(log_terms + weight * error * error, axis=-1)
 
 
-# Elements of the parallel filter: z_t | z_{t-1} is N(A z_{t-1} + b, C) with the weight exp(e' z - z' J z / 2 + c).
+# Elements of the parallel filter: z_t | z_s is N(A z_s + b, C) with the weight exp(c - e' z_s - z_s' J z_s / 2).
+# `_element` finds one with W in C's place, `C = W'W`. Vectors are columns, numbers matrices of one entry.
 
 
-def _element(F: Array, m: Array, Q: Array, J: Array, h: Array) -> tuple[Array, ...]:
-    """One step: `N(z_t; F z_{t-1} + m, Q) psi_t(z_t)`."""
-    W, log_det = _root(Q, J)
-    C = _transposed(W) @ W
-    A, G = F - C @ (J @ F), J - _sandwich(J, C)
-    g = h - _times(J, _times(C, h))
-    r = h - _times(J, m)
-    b = m + _times(C, r)
-    c = _dot(r, _times(C, r)) / 2 + _dot(h, m) - _dot(m, _times(J, m)) / 2 - log_det
-    return A, b, C, _transposed(F) @ G @ F, _times(_transposed(F), g - _times(G, m)), c
+def _element(A: Array, b: Array, root: Array, J: Array, e: Array) -> Arrays:
+    """`N(z_t; A z_s + b, root root') exp(-e' z_t - z_t' J z_t / 2)`."""
+    new, W, c = _updated(b, root, J, e)
+    JA = J @ A
+    A_new = A - W.mT @ (W @ JA)
+    return A_new, new, W, JA.mT @ A_new, A.mT @ (J @ new + e), c
 
 
-def _then_filter(one: tuple[Array, ...], two: tuple[Array, ...]) -> tuple[Array, ...]:
+def _then_filter(one: Arrays, two: Arrays) -> Arrays:
     A1, b1, C1, J1, e1, c1 = one
     A2, b2, C2, J2, e2, c2 = two
-    A, b, C, J, e, c = _element(A1, b1, C1, J2, e2)
-    return A2 @ A, _times(A2, b) + b2, _sandwich(A2, C) + C2, J + J1, e + e1, c + c1 + c2
+    A, b, W, J, e, c = _element(A1, b1, ops.cholesky(C1), J2, e2)
+    V = A2 @ W.mT
+    return A2 @ A, A2 @ b + b2, V @ V.mT + C2, J + J1, e + e1, c + c1 + c2
 
 
-def _then_moments(one: tuple[Array, ...], two: tuple[Array, ...]) -> tuple[Array, ...]:
-    return one[0] @ two[0], _times(one[0], two[1]) + one[1], _sandwich(one[0], two[2]) + one[2]
+def _through(state: Arrays, element: Arrays) -> Arrays:
+    """Mean and root of a state after an element, and log Z where the state has it."""
+    mean, root, *log_z = state
+    A, b, C, J, e, c = element
+    mean, W, gain = _updated(mean, root, J, e)
+    V = A @ W.mT
+    return A @ mean + b, ops.cholesky(V @ V.mT + C), *(total + gain + c for total in log_z)
 
 
-def _then(one: tuple[Array, ...], two: tuple[Array, ...]) -> tuple[Array, ...]:
-    return one[0] @ two[0], _times(one[0], two[1]) + one[1]
+def _then_moments(later: Arrays, earlier: Arrays) -> Arrays:
+    E, g, L = earlier
+    return *_then(later[:2], (E, g)), E @ later[2] @ E.mT + L
 
 
-def _root(cov: Array, precision: Array) -> tuple[Array, Array]:
-    """W with `W'W = (cov^-1 + precision)^-1`, and `log |I + cov precision| / 2`."""
-    xp = ops.xp(cov)
-    L = xp.linalg.cholesky(cov)
-    inside = _transposed(L) @ precision @ L
-    B = xp.linalg.cholesky(ops.eye(cov.shape[-1], cov) + (inside + _transposed(inside)) / 2)
-    log_det = xp.sum(xp.log(xp.linalg.diagonal(B)), axis=-1)
-    return ops.solve_triangular(B, _transposed(L)), log_det
+def _then(later: Arrays, earlier: Arrays) -> Arrays:
+    """From a step on to the one before: `z -> E z + g`; of a state there is no E."""
+    E, g = earlier
+    return None if later[0] is None else E @ later[0], E @ later[1] + g
 
 
-def _updated(mean: Array, cov: Array, precision: Array, shift: Array) -> tuple[Array, Array, Array]:
-    """Mean and covariance of `N(z; mean, cov) psi(z)`, and the log of its integral."""
-    W, log_det = _root(cov, precision)
-    r = shift - _times(precision, mean)
-    half = _times(W, r)
-    new = mean + _times(_transposed(W), half)
-    gain = _dot(half, half) / 2 + _dot(shift, mean) - _dot(mean, _times(precision, mean)) / 2 - log_det
-    return new, _transposed(W) @ W, gain
+def _conditioned(root: Array, precision: Array) -> tuple[Array, Array]:
+    """W with `W'W = ((root root')^-1 + precision)^-1`, and `log |I + root' precision root| / 2`, `[..., 1, 1]`."""
+    xp = ops.xp(root)
+    B = ops.cholesky(root.mT @ (precision @ root) + ops.eye(root.shape[-1], root))
+    return ops.solve_triangular(B, root.mT), xp.sum(xp.log(xp.linalg.diagonal(B)), axis=-1)[..., None, None]
+
+
+def _updated(mean: Array, root: Array, precision: Array, e: Array) -> Arrays:
+    """Of `N(z; mean, root root') exp(-e'z - z' precision z / 2)`: mean, W with covariance `W'W`, log integral."""
+    W, log_det = _conditioned(root, precision)
+    residual = precision @ mean + e
+    half = W @ residual
+    return mean - W.mT @ half, W, (half.mT @ half - mean.mT @ (e + residual)) / 2 - log_det
 
 
 def _log_normal(error: Array, cov: Array, D: int) -> Array:
     xp = ops.xp(error)
-    L = xp.linalg.cholesky(cov)
+    L = ops.cholesky(cov)
     white = ops.solve_triangular(L, error[..., None])[..., 0]
     return -0.5 * xp.sum(white * white, axis=-1) - xp.sum(xp.log(xp.linalg.diagonal(L)), axis=-1) - 0.5 * D * LOG_2PI
 
@@ -429,16 +508,9 @@ def _log_normal(error: Array, cov: Array, D: int) -> Array:
 def _expected_log_normal(error: Array, spread: Array, cov: Array, D: int) -> Array:
     """`E log N(x; 0, cov)` of an x with this mean and covariance."""
     xp = ops.xp(error)
-    inverse = ops.solve_triangular(xp.linalg.cholesky(cov), ops.eye(D, cov))
-    inside = inverse @ spread @ _transposed(inverse)
+    inverse = ops.solve_triangular(ops.cholesky(cov), ops.eye(D, cov))
+    inside = inverse @ spread @ inverse.mT
     return _log_normal(error, cov, D) - 0.5 * xp.sum(xp.linalg.diagonal(inside), axis=-1)
-
-
-def _joined(first: Array, rest: Array, shape: tuple[int, ...]) -> Array:
-    """Along the steps, both broadcast."""
-    xp = ops.xp(first)
-    parts = [xp.broadcast_to(x, (x.shape[0], *shape[1:])) for x in (first, rest)]
-    return xp.concat(parts, axis=0)
 
 
 def _times(matrix: Array, vector: Array) -> Array:
@@ -449,14 +521,8 @@ def _dot(a: Array, b: Array) -> Array:
     return ops.xp(a).sum(a * b, axis=-1)
 
 
-def _transposed(matrix: Array) -> Array:
-    return ops.xp(matrix).matrix_transpose(matrix)
-
-
 def _sandwich(matrix: Array, inner: Array) -> Array:
-    """`matrix inner matrix'`, symmetric to the last bit."""
-    found = matrix @ inner @ _transposed(matrix)
-    return (found + _transposed(found)) / 2
+    return matrix @ inner @ matrix.mT
 
 
 def _diagonal(x: Array) -> Array:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 from ppl_lvm import ops
 from ppl_lvm.ops import Array
 
 Arrays = tuple[Array, ...]
 Combine = Callable[[Arrays, Arrays], Arrays]
+Act = Callable[[Arrays, Arrays], Arrays]
 Method = Literal["auto", "sequential", "parallel"]
 """How the steps of a chain are taken. "auto" is "parallel" where every step costs a call (torch) or a kernel (a GPU),
 otherwise "sequential"; the numbers are the same to rounding."""
@@ -68,6 +69,71 @@ def _interleaved(even: Array, odd: Array) -> Array:
     xp, n = ops.xp(even), odd.shape[0]
     pairs = xp.reshape(xp.stack([even[:n], odd], axis=1), (2 * n, *odd.shape[1:]))
     return pairs if even.shape[0] == n else xp.concat([pairs, even[n:]], axis=0)
+
+
+def pairs(combine: Combine, elements: Sequence[Array], n: int) -> list[Arrays]:
+    """The tree over n elements: they, their neighbours combined, those of these, up to one.
+
+    `combine(earlier, later)` is associative and takes stacks of elements at once, n of them in all levels together. An
+    array with one entry for all n keeps one entry in every level.
+    """
+    levels = [tuple(elements)]
+    while n > 1:
+        below, n = levels[-1], n // 2
+        levels.append(combine(_every_other(below, 0, 2 * n), _every_other(below, 1, 2 * n)))
+    return levels
+
+
+def state_after_all(act: Act, start: Sequence[Array], levels: Sequence[Arrays], n: int) -> Arrays:
+    """What the n elements at the bottom of `pairs` make of a state, one after the other: `log2 n` calls at most.
+
+    `act(state, element)` is associative with `combine`. States, too, are stacked along the first axis.
+    """
+    state = tuple(start)
+    for depth in reversed(range(len(levels))):
+        size = n >> depth
+        if size % 2:
+            state = act(state, _every_other(levels[depth], size - 1, size))
+    return state
+
+
+def states(act: Act, start: Sequence[Array], levels: Sequence[Arrays], n: int) -> Arrays:
+    """The state after every one of the n elements at the bottom of `pairs`: n calls' work in `log2 n` calls.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> add = lambda a, b: (a[0] + b[0],)
+        >>> levels = pairs(add, [jnp.arange(1, 6)], 5)
+        >>> states(add, [jnp.array([10])], levels, 5)[0].tolist()
+        [11, 13, 16, 20, 25]
+        >>> state_after_all(add, [jnp.array([10])], levels, 5)[0].tolist()
+        [25]
+    """
+    start = tuple(start)
+    found = act(start, levels[-1])
+    for depth in reversed(range(len(levels) - 1)):
+        size, xp = n >> depth, ops.xp(start[0])
+        before = tuple(xp.concat([s, f[: (size - 1) // 2]], axis=0) for s, f in zip(start, found, strict=True))
+        even = act(before, _every_other(levels[depth], 0, size))
+        found = tuple(_interleaved(e, o) for e, o in zip(even, found, strict=True))
+    return found
+
+
+def in_turn(step: Callable[[Any, Arrays], tuple[Any, Any]], init: Any, xs: Sequence[Array], n: int) -> tuple[Any, Any]:
+    """`ops.scan` over n steps, of arrays of which some have one entry for all."""
+    own = [i for i, x in enumerate(xs) if x.shape[0] == n]
+
+    def with_shared(carry: Any, now: Arrays) -> tuple[Any, Any]:
+        given = [x[0] if x.shape[0] else x for x in xs]
+        for i, x in zip(own, now, strict=True):
+            given[i] = x
+        return step(carry, tuple(given))
+
+    return ops.scan(with_shared, init, tuple(xs[i] for i in own))
+
+
+def _every_other(elements: Arrays, first: int, stop: int) -> Arrays:
+    return tuple(e if e.shape[0] == 1 else e[first:stop:2] for e in elements)
 
 
 def behind_steps(x: Array, event: int, batch: int) -> Array:

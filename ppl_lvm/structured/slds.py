@@ -18,7 +18,6 @@ from ppl_lvm.structured.gaussian_chain import (
     _log_normal,
     _sandwich,
     _times,
-    _transposed,
 )
 from ppl_lvm.structured.markov_chain import MarkovChain
 from ppl_lvm.structured.scan import Method, behind_steps
@@ -296,3 +295,7 @@ def _averaged(weight: Array, M: Array, Q: Array) -> _Average:
     log_det = xp.sum(xp.log(xp.linalg.diagonal(root)), axis=-1)
     constant = -xp.sum(xp.log(xp.linalg.diagonal(whole)), axis=-1) - xp.sum(weight * log_det, axis=-1)
     return _Average(mean_M, mean_Q, rest, constant)
+
+
+def _transposed(matrix: Array) -> Array:
+    return ops.xp(matrix).matrix_transpose(matrix)
