@@ -63,6 +63,27 @@ def two_site() -> Any:
     return Program("two_site", model, guide, portable=True, arguments=("x",))
 
 
+def pca() -> Any:
+    from ppl_lvm.program import Program
+
+    def model(ppl: Any, x: Any) -> None:
+        dist, (W, _) = ppl.dist, peers.small_matrices()
+        W, b = ppl.param("W", lambda: W), ppl.param("b", lambda: np.zeros(10))
+        sigma = ppl.param("sigma", lambda: np.ones(()), constraint=dist.constraints.positive)
+        with ppl.plate("data", len(x)):
+            z = ppl.sample("z", dist.Normal(ppl.xp.zeros(2), 1.0).to_event(1))
+            ppl.sample("x", dist.Normal(z @ W.T + b, sigma).to_event(1), obs=x)
+
+    def guide(ppl: Any, x: Any) -> None:
+        dist, (_, R) = ppl.dist, peers.small_matrices()
+        R, r = ppl.param("R", lambda: R), ppl.param("r", lambda: np.zeros(2))
+        scale = ppl.param("scale", lambda: np.ones(2), constraint=dist.constraints.positive)
+        with ppl.plate("data", len(x)):
+            ppl.sample("z", dist.Normal(x @ R.T + r, scale).to_event(1))
+
+    return Program("pca", model, guide, portable=True, arguments=("x",))
+
+
 def shipped(name: str, **options: Any) -> Any:
     from ppl_lvm import program
 
@@ -128,6 +149,25 @@ def vae(draws: int, batch: int, rows: int = 5000) -> Workload:
     )
 
 
+def codes(estimator: str, options: Mapping[str, Any]) -> Workload:
+    """A VAE with 200 variables of two values; the libraries have neither estimator."""
+    of_jax, of_torch = (
+        (lambda: peers.jax_reinmax, lambda: peers.torch_reinmax)
+        if estimator == "reinmax"
+        else (lambda: peers.jax_vimco(10), lambda: peers.torch_vimco(10))
+    )
+    return Workload(
+        partial(shipped, "discrete_vae", variables=200, categories=2, hidden=400, likelihood="bernoulli"),
+        images,
+        lambda: {"encoder": peers.networks((784, 400, 400), 1), "decoder": peers.networks((400, 400, 784), 2)},
+        {"numpyro": of_jax, "pyro": of_torch},
+        {},
+        options,
+        block=dict.fromkeys(("numpyro", "pyro"), 10),
+        batch=128,
+    )
+
+
 def normals(*shapes: tuple[str, tuple[int, ...]]) -> Any:
     parts = {f"{name}_loc": np.random.default_rng(0).normal(size=shape) for name, shape in shapes}
     return parts | {f"{name}_log_scale": np.full(shape, -2.3) for name, shape in shapes}
@@ -158,6 +198,20 @@ WORKLOADS = {
         {b: partial(native, peers.eight_schools, b) for b in ("pyro", "numpyro")},
         {"recipe": "elbo"},
     ),
+    "rows_1e6": Workload(
+        pca,
+        lambda: {"x": np.random.default_rng(0).normal(size=(peers.ROWS, 10)).astype(np.float32)},
+        lambda: {
+            **dict(zip(("W", "R"), peers.small_matrices(), strict=True)),
+            **{"b": np.zeros(10), "r": np.zeros(2), "log_scale": np.zeros(2), "log_sigma": np.zeros(())},
+        },
+        {"numpyro": lambda: peers.jax_pca, "pyro": lambda: peers.torch_pca},
+        {b: partial(native, peers.pca, b) for b in ("pyro", "numpyro")},
+        {"recipe": "elbo"},
+        batch=100,
+    ),
+    "reinmax": codes("reinmax", {"recipe": "elbo", "estimator": "reinmax"}),
+    "vimco_10": codes("vimco", {"recipe": "iwae", "draws": 10, "estimator": "vimco"}),
     "vae_1": vae(1, 128),
     "vae_50": vae(50, 128),
     "vae_1_wide": vae(1, 4096, 40960),
@@ -256,7 +310,7 @@ def main() -> None:
     for name in asked.workload or [n for n in WORKLOADS if asked.device == "gpu" or n != "vae_1_wide"]:
         for backend in asked.backend or PEERS:
             for mode, kind in PEERS[backend]:
-                if asked.peer and kind not in asked.peer:
+                if (asked.peer and kind not in asked.peer) or ("SVI" in kind and not WORKLOADS[name].svi):
                     continue
                 r = measure(name, backend, mode, kind, asked.pairs, asked.device)
                 print(

@@ -15,6 +15,7 @@ import numpy as np
 Arrays = Mapping[str, np.ndarray]
 LOG_2PI = math.log(2 * math.pi)
 RATE = 1e-3
+ROWS = 1_000_000
 
 
 class Peer(Protocol):
@@ -169,24 +170,89 @@ def jax_vae(draws: int) -> Callable[..., Any]:
     import jax
     import jax.numpy as jnp
 
-    def network(layers: Any, x: Any) -> Any:
-        for weight, bias in layers[:-1]:
-            x = jax.nn.relu(x @ weight.T + bias)
-        weight, bias = layers[-1]
-        return x @ weight.T + bias
-
     def loss(params: Any, data: Any, key: Any) -> Any:
         x = data["x"]
-        loc, log_scale = jnp.split(network(params["encoder"], x), 2, axis=-1)
+        loc, log_scale = jnp.split(jax_network(params["encoder"], x), 2, axis=-1)
         noise = jax.random.normal(key, (draws, *loc.shape))
         z = loc + jnp.exp(log_scale) * noise
-        logits = network(params["decoder"], z)
+        logits = jax_network(params["decoder"], z)
         log_x = (x * logits - jax.nn.softplus(logits)).sum(-1)
         log_w = log_x + (0.5 * noise**2 + log_scale - 0.5 * z**2).sum(-1)
         bound = log_w[0] if draws == 1 else jax.nn.logsumexp(log_w, axis=0) - jnp.log(draws)
         return -bound.sum()
 
     return loss
+
+
+def jax_network(layers: Any, x: Any) -> Any:
+    import jax
+
+    for weight, bias in layers[:-1]:
+        x = jax.nn.relu(x @ weight.T + bias)
+    weight, bias = layers[-1]
+    return x @ weight.T + bias
+
+
+def jax_codes(params: Any, x: Any, key: Any, draws: int) -> tuple[Any, Any, Any]:
+    """Logits [B, 200, 2], hard draws [draws, B, 200, 2], and a function of them: log p(x, z)."""
+    import jax
+    import jax.numpy as jnp
+
+    logits = jax_network(params["encoder"], x).reshape(len(x), 200, 2)
+    gumbel = jax.random.gumbel(key, (draws, *logits.shape))
+    hard = jax.nn.one_hot(jnp.argmax(logits + gumbel, -1), 2)
+
+    def log_joint(z: Any) -> Any:
+        out = jax_network(params["decoder"], z.reshape(*z.shape[:-2], 400))
+        return (x * out - jax.nn.softplus(out)).sum(-1) - 200 * math.log(2.0)
+
+    return logits, hard, log_joint
+
+
+def jax_reinmax(params: Any, data: Any, key: Any) -> Any:
+    import jax
+
+    logits, hard, log_joint = jax_codes(params, data["x"], key, 1)
+    stop, log_pi = jax.lax.stop_gradient, jax.nn.log_softmax(logits)
+    pi = stop(jax.nn.softmax(logits))
+
+    def moved(p: Any) -> Any:
+        return p * (log_pi - (p * log_pi).sum(-1, keepdims=True))
+
+    step = 2.0 * moved((pi + hard) / 2.0) - 0.5 * moved(pi)
+    z = hard + step - stop(step)
+    return -(log_joint(z) - (z * log_pi).sum((-2, -1))).sum()
+
+
+def jax_vimco(draws: int) -> Callable[..., Any]:
+    import jax
+    import jax.numpy as jnp
+
+    def loss(params: Any, data: Any, key: Any) -> Any:
+        logits, hard, log_joint = jax_codes(params, data["x"], key, draws)
+        log_q = (hard * jax.nn.log_softmax(logits)).sum((-2, -1))
+        log_w = log_joint(hard) - log_q
+        stopped = jax.lax.stop_gradient(log_w)
+        bound = jax.nn.logsumexp(log_w, axis=0) - math.log(draws)
+        others = (stopped.sum(0) - stopped) / (draws - 1)
+        without = jnp.where(jnp.eye(draws, dtype=bool)[..., None], others[:, None], stopped[None])
+        signal = jax.lax.stop_gradient(bound) - (jax.nn.logsumexp(without, axis=1) - math.log(draws))
+        return -(bound + (signal * log_q).sum(0) - jax.lax.stop_gradient((signal * log_q).sum(0))).sum()
+
+    return loss
+
+
+def jax_pca(params: Any, data: Any, key: Any) -> Any:
+    import jax
+    import jax.numpy as jnp
+
+    x, W = data["x"], params["W"]
+    loc, log_scale = x @ params["R"].T + params["r"], params["log_scale"]
+    noise = jax.random.normal(key, loc.shape)
+    z = loc + jnp.exp(log_scale) * noise
+    error = (x - z @ W.T - params["b"]) * jnp.exp(-params["log_sigma"])
+    log_x = (-0.5 * error**2 - params["log_sigma"]).sum(-1)
+    return -(log_x + (0.5 * noise**2 + log_scale - 0.5 * z**2).sum(-1)).sum() * (ROWS / len(x))
 
 
 # torch.
@@ -300,24 +366,87 @@ def torch_vae(draws: int) -> Callable[..., Any]:
     import torch
     from torch.nn import functional as F
 
-    def network(layers: Any, x: Any) -> Any:
-        for weight, bias in layers[:-1]:
-            x = F.linear(x, weight, bias).relu()
-        weight, bias = layers[-1]
-        return F.linear(x, weight, bias)
-
     def loss(params: Any, data: Any) -> Any:
         x = data["x"]
-        loc, log_scale = network(params["encoder"], x).chunk(2, -1)
+        loc, log_scale = torch_network(params["encoder"], x).chunk(2, -1)
         noise = torch.randn((draws, *loc.shape), device=loc.device)
         z = loc + log_scale.exp() * noise
-        logits = network(params["decoder"], z)
+        logits = torch_network(params["decoder"], z)
         log_x = (x * logits - F.softplus(logits)).sum(-1)
         log_w = log_x + (0.5 * noise**2 + log_scale - 0.5 * z**2).sum(-1)
         bound = log_w[0] if draws == 1 else log_w.logsumexp(0) - math.log(draws)
         return -bound.sum()
 
     return loss
+
+
+def torch_network(layers: Any, x: Any) -> Any:
+    from torch.nn import functional as F
+
+    for weight, bias in layers[:-1]:
+        x = F.linear(x, weight, bias).relu()
+    weight, bias = layers[-1]
+    return F.linear(x, weight, bias)
+
+
+def torch_codes(params: Any, x: Any, draws: int) -> tuple[Any, Any, Any]:
+    """Logits [B, 200, 2], hard draws [draws, B, 200, 2], and a function of them: log p(x, z)."""
+    import torch
+    from torch.nn import functional as F
+
+    logits = torch_network(params["encoder"], x).reshape(len(x), 200, 2)
+    gumbel = -torch.empty((draws, *logits.shape), device=x.device).exponential_().log()
+    hard = F.one_hot((logits.detach() + gumbel).argmax(-1), 2).to(logits.dtype)
+
+    def log_joint(z: Any) -> Any:
+        out = torch_network(params["decoder"], z.reshape(*z.shape[:-2], 400))
+        return (x * out - F.softplus(out)).sum(-1) - 200 * math.log(2.0)
+
+    return logits, hard, log_joint
+
+
+def torch_reinmax(params: Any, data: Any) -> Any:
+    logits, hard, log_joint = torch_codes(params, data["x"], 1)
+    log_pi = logits.log_softmax(-1)
+    pi = log_pi.detach().exp()
+
+    def moved(p: Any) -> Any:
+        return p * (log_pi - (p * log_pi).sum(-1, keepdim=True))
+
+    step = 2.0 * moved((pi + hard) / 2.0) - 0.5 * moved(pi)
+    z = hard + step - step.detach()
+    return -(log_joint(z) - (z * log_pi).sum((-2, -1))).sum()
+
+
+def torch_vimco(draws: int) -> Callable[..., Any]:
+    import torch
+
+    def loss(params: Any, data: Any) -> Any:
+        logits, hard, log_joint = torch_codes(params, data["x"], draws)
+        log_q = (hard * logits.log_softmax(-1)).sum((-2, -1))
+        log_w = log_joint(hard) - log_q
+        stopped = log_w.detach()
+        bound = log_w.logsumexp(0) - math.log(draws)
+        others = (stopped.sum(0) - stopped) / (draws - 1)
+        eye = torch.eye(draws, dtype=torch.bool, device=stopped.device)[..., None]
+        without = torch.where(eye, others[:, None], stopped[None])
+        signal = bound.detach() - (without.logsumexp(1) - math.log(draws))
+        credit = (signal * log_q).sum(0)
+        return -(bound + credit - credit.detach()).sum()
+
+    return loss
+
+
+def torch_pca(params: Any, data: Any) -> Any:
+    import torch
+
+    x, W = data["x"], params["W"]
+    loc, log_scale = x @ params["R"].T + params["r"], params["log_scale"]
+    noise = torch.randn_like(loc)
+    z = loc + log_scale.exp() * noise
+    error = (x - z @ W.T - params["b"]) * (-params["log_sigma"]).exp()
+    log_x = (-0.5 * error**2 - params["log_sigma"]).sum(-1)
+    return -(log_x + (0.5 * noise**2 + log_scale - 0.5 * z**2).sum(-1)).sum() * (ROWS / len(x))
 
 
 # Native programs for the libraries' own SVI, with the distributions of either (`dist`) and its primitives (`ppl`).
@@ -410,3 +539,28 @@ def numpyro_vae(features: int, hidden: int, latent: int) -> tuple[Any, Any]:
             numpyro.sample("z", dist.Normal(loc, jnp.exp(log_scale)).to_event(1))
 
     return model, guide
+
+
+def pca(ppl: Any, dist: Any, np_: Any) -> tuple[Any, Any]:
+    positive = dist.constraints.positive
+    W0, R0 = (np_.asarray(p.tolist()) for p in small_matrices())
+
+    def model(x: Any) -> None:
+        W, b = ppl.param("W", W0), ppl.param("b", np_.zeros(10))
+        sigma = ppl.param("sigma", np_.ones(()), constraint=positive)
+        with ppl.plate("data", ROWS, subsample_size=x.shape[0]):
+            z = ppl.sample("z", dist.Normal(np_.zeros(2), 1.0).to_event(1))
+            ppl.sample("x", dist.Normal(z @ W.T + b, sigma).to_event(1), obs=x)
+
+    def guide(x: Any) -> None:
+        R, r = ppl.param("R", R0), ppl.param("r", np_.zeros(2))
+        scale = ppl.param("scale", np_.ones(2), constraint=positive)
+        with ppl.plate("data", ROWS, subsample_size=x.shape[0]):
+            ppl.sample("z", dist.Normal(x @ R.T + r, scale).to_event(1))
+
+    return model, guide
+
+
+def small_matrices() -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(0)
+    return rng.normal(size=(10, 2)), 0.1 * rng.normal(size=(2, 10))
