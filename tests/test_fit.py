@@ -47,7 +47,7 @@ def assert_same_bits(a: Fit, b: Fit) -> None:
         np.testing.assert_array_equal(value, b.state.arrays[name], err_msg=name)
 
 
-LONG = {"ar_hmm_partial", "hmm", "joint_vae", "lds", "poglm", "svae_slds"}
+LONG = {"ar_hmm_partial", "hmm", "joint_vae", "latent_tree", "lds", "poglm", "svae_slds"}
 """Programs that take a compiler the better part of a minute."""
 
 
