@@ -33,6 +33,7 @@ SHAPES: dict[str, dict[str, tuple[int, ...]]] = {
     "ar_hmm_partial": {"z": (2, 3, 6, 4), "x": (2, 3, 6, 4, 2), "known": (2, 3, 6, 4, 3)},
     "hmm": {"z": (2, 3, 6, 4), "x": (2, 3, 6, 4, 2)},
     "svae_slds": {"z": (2, 3, 6, 4, 2), "x": (2, 3, 6, 4, 3)},
+    "latent_tree": {"z": (2, 3, 6, 6), "x": (2, 3, 6, 5)},
     "lds": {"z": (2, 3, 6, 4, 2), "x": (2, 3, 6, 4, 3)},
     "svae_lds": {"z": (2, 3, 6, 4, 2), "x": (2, 3, 6, 4, 3)},
     "deep_kalman_filter": {"z": (2, 3, 6, 4, 2), "x": (2, 3, 6, 4, 3)},
@@ -45,7 +46,7 @@ SHAPES: dict[str, dict[str, tuple[int, ...]]] = {
     "eight_schools": {"u": (2, 3, 1, 10), "mu": (2, 3, 1), "tau": (2, 3, 1), "eta": (2, 3, 1, 8), "y": (2, 3, 1, 8)},
 }
 """Of every site's table, at two outer draws of three draws."""
-SCORED = ("ar_hmm_partial", "discrete_vae", "hmm", "joint_vae", "poglm", "svae_gmm")
+SCORED = ("ar_hmm_partial", "discrete_vae", "hmm", "joint_vae", "latent_tree", "poglm", "svae_gmm")
 ESTIMATORS = dict.fromkeys(SCORED, "score")
 LONG = {"svae_gmm", "svae_slds"}
 """Programs whose gradients take XLA the better part of a minute."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,6 +16,7 @@ from ppl_lvm.backends import _jax_mixtures
 from ppl_lvm.structured import gaussian_chain as gaussian
 from ppl_lvm.structured import markov_chain as markov
 from ppl_lvm.structured import slds
+from ppl_lvm.structured import tree as trees
 from ppl_lvm.structured.scan import Method
 
 Array = jax.Array
@@ -27,6 +29,7 @@ jax.tree_util.register_dataclass(
 jax.tree_util.register_dataclass(
     markov.MarkovChain, data_fields=["initial", "transition", "node"], meta_fields=["method"]
 )
+jax.tree_util.register_dataclass(trees.Tree, data_fields=["root", "edge", "node"], meta_fields=["parents"])
 jax.tree_util.register_dataclass(
     slds.SwitchingChain,
     data_fields=["states", "mean", "cov", "transition", "bias", "noise"],
@@ -209,6 +212,48 @@ class SwitchingChain(dist.Distribution):
         )
 
 
+class Tree(dist.Distribution):
+    """See `ppl_lvm.structured.tree`; events are the integers `[N]` of all nodes, behind the batch."""
+
+    arg_constraints: dict[str, Any] = {}
+    pytree_data_fields = ("chain",)
+
+    def __init__(
+        self,
+        parents: Sequence[int],
+        root: Array,
+        edge: Array,
+        node: Array | None = None,
+        validate_args: bool | None = None,
+    ) -> None:
+        self._of(trees.Tree(tuple(parents), **trees.nodes_in_front(root, edge, node)), None)
+
+    def _of(self, tree: trees.Tree, batch_shape: tuple[int, ...] | None) -> Tree:
+        self.chain = tree
+        shape = tree.batch_shape if batch_shape is None else batch_shape
+        super().__init__(shape, (tree.nodes,), validate_args=False)
+        return self
+
+    @property
+    def support(self) -> Any:
+        return constraints.independent(constraints.integer_interval(0, self.chain.values - 1), 1)
+
+    @property
+    def has_rsample(self) -> bool:
+        return False
+
+    def expand(self, batch_shape: Any) -> Tree:
+        return type(self).__new__(type(self))._of(self.chain, tuple(batch_shape))
+
+    def sample(self, key: Array, sample_shape: tuple[int, ...] = ()) -> Array:
+        shape = (self.chain.nodes, *sample_shape, *self.batch_shape)
+        return jnp.moveaxis(self.chain.sample(jax.random.uniform(key, shape, dtype=self.chain.root.dtype)), 0, -1)
+
+    def log_prob(self, value: Array) -> Array:
+        found = self.chain.log_prob(jnp.moveaxis(value, -1, 0))
+        return jnp.broadcast_to(found, jnp.broadcast_shapes(found.shape, self.batch_shape))
+
+
 class _Weights(type(constraints.simplex)):  # type: ignore[misc]
     """Weights `[T, V]` from 0 to 1, at every step one above 0."""
 
@@ -248,7 +293,7 @@ class VirtualEvidence(dist.Distribution):
         return markov.log_evidence(value, self.z)
 
 
-CHAINS = (GaussianChain, MarkovChain)
+CHAINS = (GaussianChain, MarkovChain, Tree)
 CLOSED = (*CHAINS, *_jax_mixtures.CONJUGATE)
 
 
@@ -264,6 +309,7 @@ def namespace() -> Any:
         GaussianChain=GaussianChain,
         MarkovChain=MarkovChain,
         SwitchingChain=SwitchingChain,
+        Tree=Tree,
         VirtualEvidence=VirtualEvidence,
         observed=gaussian.observed,
         **_jax_mixtures.namespace(),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,6 +15,7 @@ from ppl_lvm.backends import _torch_mixtures
 from ppl_lvm.structured import gaussian_chain as gaussian
 from ppl_lvm.structured import markov_chain as markov
 from ppl_lvm.structured import slds
+from ppl_lvm.structured import tree as trees
 from ppl_lvm.structured.scan import Method
 
 
@@ -178,6 +180,45 @@ class SwitchingChain(TorchDistribution):
         )
 
 
+class Tree(TorchDistribution):
+    """See `ppl_lvm.structured.tree`; events are the integers `[N]` of all nodes, behind the batch."""
+
+    arg_constraints: dict[str, Any] = {}
+
+    def __init__(
+        self,
+        parents: Sequence[int],
+        root: Tensor,
+        edge: Tensor,
+        node: Tensor | None = None,
+        validate_args: bool | None = None,
+    ) -> None:
+        self._of(trees.Tree(tuple(parents), **trees.nodes_in_front(root, edge, node)), None)
+
+    def _of(self, tree: trees.Tree, batch_shape: torch.Size | None) -> Tree:
+        self.chain = tree
+        shape = torch.Size(tree.batch_shape) if batch_shape is None else batch_shape
+        super().__init__(shape, torch.Size((tree.nodes,)), validate_args=False)
+        return self
+
+    @property
+    def support(self) -> Any:
+        return constraints.independent(constraints.integer_interval(0, self.chain.values - 1), 1)
+
+    def expand(self, batch_shape: Any, _instance: Any = None) -> Tree:
+        return type(self).__new__(type(self))._of(self.chain, torch.Size(batch_shape))
+
+    def sample(self, sample_shape: Any = torch.Size()) -> Tensor:  # noqa: B008 - torch's own signature
+        like = self.chain.root
+        shape = (self.chain.nodes, *sample_shape, *self.batch_shape)
+        with torch.no_grad():
+            return self.chain.sample(torch.rand(shape, dtype=like.dtype, device=like.device)).movedim(0, -1)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        found = self.chain.log_prob(value.movedim(-1, 0))
+        return found.expand(torch.broadcast_shapes(found.shape, self.batch_shape))
+
+
 class _Weights(constraints.Constraint):
     """Weights `[T, V]` from 0 to 1, at every step one above 0."""
 
@@ -214,6 +255,7 @@ class VirtualEvidence(TorchDistribution):
 
 @torch.distributions.register_kl(GaussianChain, GaussianChain)
 @torch.distributions.register_kl(MarkovChain, MarkovChain)
+@torch.distributions.register_kl(Tree, Tree)
 def _kl(q: Any, p: Any) -> Tensor:
     found = q.chain.kl(p.chain)
     return found.expand(torch.broadcast_shapes(q.batch_shape, p.batch_shape))
@@ -225,6 +267,7 @@ def namespace() -> Any:
         GaussianChain=GaussianChain,
         MarkovChain=MarkovChain,
         SwitchingChain=SwitchingChain,
+        Tree=Tree,
         VirtualEvidence=VirtualEvidence,
         observed=gaussian.observed,
         **_torch_mixtures.namespace(),
