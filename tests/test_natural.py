@@ -19,6 +19,7 @@ from ppl_lvm.structured.mixture import Dirichlet, NormalInverseWishart, mixture_
 MODES = [("pyro", "eager"), pytest.param("pyro", "graph", marks=pytest.mark.slow), ("numpyro", "compiled")]
 in_every_mode = pytest.mark.parametrize(("backend", "mode"), MODES)
 on_both = pytest.mark.parametrize("backend", ["pyro", "numpyro"])
+slow_to_compile = pytest.mark.parametrize("backend", ["pyro", pytest.param("numpyro", marks=pytest.mark.slow)])
 CLOSED: dict[str, Any] = {
     "recipe": "elbo",
     "kl": "where_known",
@@ -111,7 +112,7 @@ def test_one_step_of_rate_one_is_the_posterior_and_the_loss_the_evidence(backend
     np.testing.assert_allclose(run.params["df"], theta.df, atol=1e-10)
 
 
-@on_both
+@slow_to_compile
 def test_mini_batches_count_for_all_rows(backend: str) -> None:
     """`eta <- (1 - rate) eta + rate (eta0 + N / B sum t)`: stochastic variational inference by hand."""
     run = fit(
@@ -133,6 +134,7 @@ def test_mini_batches_count_for_all_rows(backend: str) -> None:
 
 # Two Gammas that are drawn: one by shape and rate, its natural parameters; three by shape and mean, which are not.
 
+RATES = (1e-4, 1e-3, 2e-3, 3e-3, 5e-3, 1e-2)
 GAMMAS = {
     "shape": np.array(3.0),
     "rate": np.array(0.5),
@@ -168,24 +170,26 @@ def test_steps_are_the_inverse_fisher_matrix_times_the_gradient(backend: str) ->
     """The gradient is that of a plain step with the same noise. Elements that would leave their domain go around."""
     x = np.array([0.5, 1.0, 2.0])
     first = GAMMAS
-    tiny = {"name": "sgd", "learning_rate": 1e-7}
-    options = {"data": x, "steps": 1, "backend": backend, "compile": "eager" if backend == "pyro" else "auto", **CLOSED}
-    plain = fit(DRAWN, optimizer=tiny, **options)
-    g = {n: (np.log(v) - np.log(plain.params[n])) / 1e-7 / v for n, v in first.items()}  # in constrained values
+    plainly = {"name": "sgd", "learning_rate": 1e-3}
+    options: dict[str, Any] = {"data": x, "steps": 1, "backend": backend, **CLOSED}
+    plain = fit(DRAWN, optimizer=plainly, **options)
+    g = {n: (np.log(v) - np.log(plain.params[n])) / 1e-3 / v for n, v in first.items()}  # in constrained values
     a, b, k, m = first["shape"], first["rate"], first["k"], first["m"]
     F = np.array([[polygamma(1, a), -1.0 / b], [-1.0 / b, a / b**2]])
     step = dict(zip(("shape", "rate"), np.linalg.solve(F, [g["shape"], g["rate"]]), strict=True))
     step |= {"k": g["k"] / (polygamma(1, k) - 1.0 / k), "m": g["m"] * m**2 / k}
-    for rate in (1e-3, 0.02):
+    ways = []
+    good = 1e-7 if backend == "pyro" else 1e-9  # torch's trigamma has an error of about 1e-9
+    for rate in RATES:
         run = fit(DRAWN, optimizer={"name": "natural", "learning_rate": rate}, **options)
         left = {n: first[n] - rate * step[n] <= 0 for n in first}
         out = {"shape": left["shape"] | left["rate"], "k": left["k"] | left["m"]}
         out |= {"rate": out["shape"], "m": out["k"]}
         for n, v in first.items():
             straight, curved = v - rate * step[n], v * np.exp(-rate * step[n] / v)
-            np.testing.assert_allclose(run.params[n], np.where(out[n], curved, straight), rtol=2e-6)
-        if rate == 0.02:
-            assert 0 < out["k"].sum() < 3
+            np.testing.assert_allclose(run.params[n], np.where(out[n], curved, straight), rtol=good)
+        ways.append(int(out["k"].sum()))
+    assert ways[0] == 0 and any(0 < n < 3 for n in ways)
 
 
 def plain_guide(ppl: Ppl, x: Array) -> None:
@@ -240,10 +244,18 @@ def normalised(ppl: Ppl, c: Array, y: Array) -> None:
         ppl.sample("y", ppl.structured.Gaussian(of(ppl, c, theta)), obs=y)
 
 
-@on_both
+@slow_to_compile
 def test_means_stand_for_draws_in_linear_densities_alone(backend: str) -> None:
-    options = {"data": {"c": LABELS, "y": POINTS}, "estimator": "expected", "backend": backend, "steps": 1}
-    bent = Program("normalised", normalised, of_globals, portable=True, arguments=("c", "y"))
+    options: dict[str, Any] = {"estimator": "expected", "backend": backend, "steps": 1}
+    options["data"] = {"c": LABELS, "y": POINTS}
+    bent = Program(
+        "normalised",
+        normalised,
+        of_globals,
+        portable=True,
+        arguments=("c", "y"),
+        example=lambda rng: {"c": LABELS, "y": POINTS},  # keeps the labels integers
+    )
     with pytest.raises(LegalityError, match=r"'pi' under estimator 'expected': log_p of site 'c' is not linear"):
         fit(bent, **options, **CLOSED)
     with pytest.raises(LegalityError, match="set kl = 'where_known'"):
@@ -282,7 +294,7 @@ def message_passing(ppl: Ppl, x: Array, seen: Callable[[Array], Array] = lambda 
         ppl.sample("z", ppl.structured.Gaussian(of(ppl, c, q.form)))
 
 
-@on_both
+@slow_to_compile
 def test_johnson_s_step_is_that_of_stopped_statistics(backend: str) -> None:
     """`eta0 + N / B sum E t - eta` by hand; the exact one has another term."""
     t, y = torch.tensor, POINTS[:6]
@@ -295,8 +307,8 @@ def test_johnson_s_step_is_that_of_stopped_statistics(backend: str) -> None:
     for correction, guide in ((False, as_johnson), (True, message_passing)):
         program = Program("mixture", unlabelled, guide, portable=True, arguments=("x",))
         estimator = {"pi": "expected", "theta": "expected", "c": "enumerate", "z": "pathwise"}
-        options = {"data": y, "steps": 1, "optimizer": NATURAL, "estimator": estimator, "backend": backend}
-        steps[correction] = dict(fit(program, **options, **CLOSED).params)
+        options: dict[str, Any] = {"optimizer": NATURAL, "estimator": estimator, "backend": backend}
+        steps[correction] = dict(fit(program, data=y, steps=1, **options, **CLOSED).params)
     stopped = steps[False]
     np.testing.assert_allclose(stopped["a"], 0.5 + labels.sum(0), atol=1e-10)
     np.testing.assert_allclose(stopped["form"], prior + moments.sum(0), atol=1e-10)
