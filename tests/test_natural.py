@@ -11,7 +11,8 @@ import torch
 from scipy.special import polygamma
 from toys import Array, Ppl
 
-from ppl_lvm import fit, recipe
+from ppl_lvm import fit, program, recipe
+from ppl_lvm.datasets import load
 from ppl_lvm.errors import LegalityError, RecipeError
 from ppl_lvm.program import Program
 from ppl_lvm.structured.mixture import Dirichlet, NormalInverseWishart, mixture_posterior, niw_form
@@ -305,12 +306,27 @@ def test_johnson_s_step_is_that_of_stopped_statistics(backend: str) -> None:
     prior = niw_form(t(np.zeros((K, D))), t(np.full(K, 0.5)), t(np.stack([np.eye(D)] * K)))
     steps: dict[bool, dict[str, np.ndarray]] = {}
     for correction, guide in ((False, as_johnson), (True, message_passing)):
-        program = Program("mixture", unlabelled, guide, portable=True, arguments=("x",))
+        mixture = Program("mixture", unlabelled, guide, portable=True, arguments=("x",))
         estimator = {"pi": "expected", "theta": "expected", "c": "enumerate", "z": "pathwise"}
         options: dict[str, Any] = {"optimizer": NATURAL, "estimator": estimator, "backend": backend}
-        steps[correction] = dict(fit(program, data=y, steps=1, **options, **CLOSED).params)
+        steps[correction] = dict(fit(mixture, data=y, steps=1, **options, **CLOSED).params)
     stopped = steps[False]
     np.testing.assert_allclose(stopped["a"], 0.5 + labels.sum(0), atol=1e-10)
     np.testing.assert_allclose(stopped["form"], prior + moments.sum(0), atol=1e-10)
     np.testing.assert_allclose(stopped["df"], 4.0 + labels.sum(0), atol=1e-10)
     assert np.abs(steps[True]["form"] - stopped["form"]).max() > 0.1
+
+
+@pytest.mark.slow
+@on_both
+def test_a_mixture_in_the_code_finds_the_arms_of_a_pinwheel(backend: str) -> None:
+    """Of 15 components five are used, one an arm; on rows that were held out."""
+    data = load("pinwheel")
+    chosen = program("svae_gmm", components=15)
+    run = fit(chosen, data=data.train, recipe="svae", steps=1000, backend=backend, progress_bar=False)
+    drawn = run.posterior(100, data.test).values["c"].astype(int)
+    clusters = np.stack([(drawn == k).sum(0) for k in range(15)]).argmax(0)
+    arms = np.asarray(data.test_labels)
+    purity = sum(np.bincount(arms[clusters == k]).max() for k in np.unique(clusters)) / len(arms)
+    assert purity >= 0.9
+    assert (np.bincount(clusters) >= 0.01 * len(arms)).sum() <= 8
