@@ -17,6 +17,9 @@ from ppl_lvm.backends.natural import Factor, Slopes, factors, scaled, solved
 Array = jax.Array
 Params = Mapping[str, Any]
 
+_ONCE = {"xla_backend_optimization_level": 0}
+"""Of what is called once or twice: compiling it well would take longer than running it."""
+
 
 def _total(bound: Any, batch: Any, sites: Sequence[str], params: Params, moved: Params) -> dict[str, Array]:
     """`KL(q_params || q_moved)` of sites, elements apart."""
@@ -37,7 +40,7 @@ class _Divergences:
 
             return {site: jax.grad(weighed)(near, site) for site in weights}
 
-        self._slopes = jax.jit(slopes)
+        self._slopes = jax.jit(slopes, compiler_options=_ONCE)
 
     def shapes(self, sites: Sequence[str]) -> Mapping[str, tuple[int, ...]]:
         found = {}
@@ -53,8 +56,10 @@ class _Divergences:
         return jax.tree.map(np.asarray, self._slopes(self._near, dict(weights)))
 
     def fishers(self, factors: Sequence[Factor]) -> Sequence[np.ndarray]:
-        found = jax.jit(lambda u: [_fisher(self._bound, self._batch, f, u) for f in factors])(self._u)
-        return [np.asarray(F) for F in found]
+        def every(u: Params) -> list[Array]:
+            return [_fisher(self._bound, self._batch, f, u) for f in factors]
+
+        return [np.asarray(F) for F in jax.jit(every, compiler_options=_ONCE)(self._u)]
 
 
 def found(bound: Any, batch: Any, units: Mapping[str, Unit]) -> dict[str, tuple[Factor, ...]]:

@@ -90,7 +90,8 @@ def digamma(x: Array) -> Array:
 
 
 def one_hot(index: Array, classes: int) -> Array:
-    return jax.nn.one_hot(index, classes, dtype=xp.zeros(()).dtype)
+    # Labels among data may come as floats.
+    return jax.nn.one_hot(xp.asarray(index, int), classes, dtype=xp.zeros(()).dtype)
 
 
 def zeros(shape: tuple[int, ...], like: Array) -> Array:
