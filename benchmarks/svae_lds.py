@@ -73,7 +73,7 @@ def tightness(posterior: str, rows: int, steps: int, backend: str, seed: int, le
         recipe="elbo",
         steps=steps,
         batch_size=10,
-        learning_rate={"schedule": "exponential", "start": 1e-2, "end": 1e-3, "steps": steps},
+        learning_rate={"schedule": "exponential", "start": 3e-2, "end": 1e-3, "steps": steps},
         backend=backend,
         dtype="float64",
         seed=seed,

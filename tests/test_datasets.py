@@ -129,7 +129,7 @@ def test_a_pendulum_keeps_its_energy_and_its_bob_is_where_the_angle_says() -> No
     data = load("pendulum")
     assert data.test_factors is not None
     noise = data.test - draw_pendulum(data.test_factors["angle"]).reshape(data.test.shape)
-    assert noise.std() == pytest.approx(0.3, abs=0.005)
+    assert noise.std() == pytest.approx(0.1, abs=0.002)
 
 
 def test_steps_are_left_out_where_missing_entries_are_asked_for() -> None:

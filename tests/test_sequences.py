@@ -306,7 +306,7 @@ def test_densities_of_the_rivals(name: str, backend: Backend) -> None:
     "options",
     [
         {},
-        pytest.param({"potential": "mean", "likelihood": "bernoulli"}, marks=pytest.mark.slow),
+        pytest.param({"potential": "natural", "likelihood": "bernoulli"}, marks=pytest.mark.slow),
         pytest.param({"posterior": "mean_field"}, marks=pytest.mark.slow),
     ],
     ids=str,

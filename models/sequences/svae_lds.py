@@ -21,7 +21,8 @@ Args:
     latent: dimension of the state.
     hidden: widths of the hidden layers of decoder and recognition network; that of the mean field guide's units.
     likelihood: "gaussian" or "bernoulli".
-    potential: what the recognition network gives of psi_t: "mean" (and covariance), or "natural" (shift and precision).
+    potential: what the recognition network gives of psi_t: "mean" (and covariance), which trains better as a rule, or
+        "natural" (shift and precision).
     posterior: "structured" or "mean_field".
 """
 
@@ -54,7 +55,7 @@ def guide(
     *,
     latent=2,
     hidden: tuple[int, ...] = (32,),
-    potential: Potential = "natural",
+    potential: Potential = "mean",
     posterior: Posterior = "structured",
 ):
     entries, known = inputs(ppl, x, x_mask)

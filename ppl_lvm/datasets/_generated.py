@@ -177,7 +177,7 @@ def pendulum(seed: int) -> Dataset:
     """300 films of a swinging pendulum, 40 frames of 16 x 16 noisy pixels, whose angles are known."""
     rng, n, steps = np.random.default_rng(seed), 300, 40
     angle = swung(rng.uniform(-2.5, 2.5, n), rng.normal(0.0, 0.5, n), steps)
-    rows = draw_pendulum(angle).reshape(n, steps, -1) + 0.3 * rng.normal(size=(n, steps, 256))
+    rows = draw_pendulum(angle).reshape(n, steps, -1) + 0.1 * rng.normal(size=(n, steps, 256))
     return split(
         "pendulum",
         rows,
@@ -186,7 +186,7 @@ def pendulum(seed: int) -> Dataset:
         factors={"angle": angle},
         description="A frictionless pendulum, angle'' = -sin(angle), let go at uniform angles from -2.5 to 2.5 radians "
         "(0 hangs down) with normal speeds of sd 0.5, a frame every 0.4 units of time; pixels are those of "
-        "`draw_pendulum` plus normal noise of sd 0.3.",
+        "`draw_pendulum` plus normal noise of sd 0.1.",
         licence=GENERATED,
     )
 
