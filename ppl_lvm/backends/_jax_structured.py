@@ -12,6 +12,7 @@ from numpyro.distributions import constraints
 
 from ppl_lvm.structured import gaussian_chain as gaussian
 from ppl_lvm.structured import markov_chain as markov
+from ppl_lvm.structured.matern import matern
 from ppl_lvm.structured.scan import Method
 
 Array = jax.Array
@@ -144,4 +145,5 @@ def kl(q: Any, p: Any) -> Array:
 
 def namespace() -> Any:
     """What portable programs find as `ppl.structured`."""
-    return SimpleNamespace(GaussianChain=GaussianChain, MarkovChain=MarkovChain, observed=gaussian.observed)
+    chains = {"GaussianChain": GaussianChain, "MarkovChain": MarkovChain}
+    return SimpleNamespace(**chains, matern=matern, observed=gaussian.observed)

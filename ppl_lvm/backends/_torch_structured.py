@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ppl_lvm.structured import gaussian_chain as gaussian
 from ppl_lvm.structured import markov_chain as markov
+from ppl_lvm.structured.matern import matern
 from ppl_lvm.structured.scan import Method
 
 
@@ -121,4 +122,5 @@ def _kl(q: Any, p: Any) -> Tensor:
 
 def namespace() -> Any:
     """What portable programs find as `ppl.structured`."""
-    return SimpleNamespace(GaussianChain=GaussianChain, MarkovChain=MarkovChain, observed=gaussian.observed)
+    chains = {"GaussianChain": GaussianChain, "MarkovChain": MarkovChain}
+    return SimpleNamespace(**chains, matern=matern, observed=gaussian.observed)
