@@ -47,7 +47,7 @@ def assert_same_bits(a: Fit, b: Fit) -> None:
         np.testing.assert_array_equal(value, b.state.arrays[name], err_msg=name)
 
 
-LONG = {"hmm", "joint_vae", "lds", "poglm"}
+LONG = {"gp_factor_analysis", "hmm", "joint_vae", "lds", "poglm"}
 """Programs that take a compiler the better part of a minute."""
 
 

@@ -10,8 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from harness import BACKENDS, Engine, assert_equal
+from toys import Backend
 
 from ppl_lvm.errors import DataError
+from ppl_lvm.estimators.pathwise import pathwise
+from ppl_lvm.objectives.elbo import elbo
+from ppl_lvm.program import program
 from ppl_lvm.structured.gaussian_chain import GaussianChain, observed
 from ppl_lvm.structured.matern import matern
 
@@ -155,3 +160,28 @@ def test_bad_arguments() -> None:
         matern(torch.tensor([0.0, 1.0]), one, one, 2)
     with pytest.raises(DataError, match=r"at step 1 they go from 2 to 2\. Sort them, and merge equal ones"):
         matern(torch.tensor([0.0, 2.0, 2.0]), one, one)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_elbo_of_factor_analysis_is_the_evidence_of_the_dense_process(backend: Backend) -> None:
+    """With its gradient; rows have times of their own and miss coordinates, one of them all at a time."""
+    shipped, rng = program("gp_factor_analysis"), np.random.default_rng(6)
+    assert shipped.guide is not None
+    x, t = rng.normal(size=(2, 4, 3)), np.cumsum(rng.exponential(size=(2, 4)), axis=1)
+    known = rng.uniform(size=x.shape) < 0.7
+    known[1, 2] = False
+    data = {"x": np.where(known, x, 0.0), "t": t, "x_mask": known.astype(float)}
+    engine = Engine(backend, shipped.model, shipped.guide, data, portable=True)
+    p = {n: torch.tensor(np.asarray(v), requires_grad=True) for n, v in engine.bound.initial.items()}
+    loss = torch.zeros((), dtype=torch.float64)
+    for row in range(2):
+        apart = torch.tensor(np.abs(t[row][:, None] - t[row]))
+        cov = torch.kron(p["r"].exp().diag(), torch.eye(4, dtype=torch.float64))
+        for c, lengthscale in zip(p["C"].T, p["lengthscale"].exp(), strict=True):
+            cov = cov + torch.kron(torch.outer(c, c), kernel(apart / lengthscale, 1.5))
+        seen = torch.tensor(known[row].T.ravel())
+        error = (torch.tensor(x[row]) - p["d"]).T.ravel()[seen]
+        normal = torch.distributions.MultivariateNormal(torch.zeros_like(error), cov[seen][:, seen])
+        loss = loss - normal.log_prob(error)
+    gradient = dict(zip(p, (g.numpy() for g in torch.autograd.grad(loss, list(p.values()))), strict=True))
+    assert_equal(engine.loss(elbo(draws=2), {"z": pathwise()}), float(loss.detach()), gradient, 1e-10)

@@ -31,6 +31,7 @@ SHAPES: dict[str, dict[str, tuple[int, ...]]] = {
     "factor_analysis": {"z": (2, 3, 6, 2), "x": (2, 3, 6, 5)},
     "linear_gaussian_chain": {"z": (2, 3, 6, 4), "x": (2, 3, 6, 4)},
     "hmm": {"z": (2, 3, 6, 4), "x": (2, 3, 6, 4, 2)},
+    "gp_factor_analysis": {"z": (2, 3, 6, 4, 4), "x": (2, 3, 6, 4, 3)},
     "lds": {"z": (2, 3, 6, 4, 2), "x": (2, 3, 6, 4, 3)},
     "poglm": {"h": (2, 3, 6, 8, 2), "x": (2, 3, 6, 8, 3)},
     "bimodal_posterior": {"z": (2, 3, 6), "x": (2, 3, 6)},

@@ -111,9 +111,10 @@ def _lower_gammas(x: Array, most: int) -> list[Array]:
     xp = ops.xp(x)
     small, decay = x < 2.0, xp.exp(-x)
     near, far = xp.where(small, x, 0.0 * x + 1.0), xp.where(small, 0.0 * x + 2.0, x)
-    tail = 0.0 * x + 1.0
-    for j in range(20, 0, -1):  # beyond these, terms are below the rounding of float64
-        tail = 1.0 + near * tail / (most + j)
+    j = xp.cumulative_sum(ops.zeros((20,), x) + 1.0, axis=0)  # beyond these, terms are below the rounding of float64
+    # x^j most! / (most + j)!, as one array: term after term they would be most of the program that is compiled.
+    terms = xp.exp(j * xp.log(near)[..., None] - xp.cumulative_sum(xp.log(j + most), axis=0))
+    tail = 1.0 + xp.sum(terms, axis=-1)
     series = xp.exp(-near) * near**most / math.factorial(most) * tail
     direct = 1.0 - xp.exp(-far) * sum(far**j / math.factorial(j) for j in range(most))
     found = [xp.where(small, series, direct)]
