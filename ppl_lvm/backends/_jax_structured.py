@@ -17,6 +17,7 @@ from ppl_lvm.structured import gaussian_chain as gaussian
 from ppl_lvm.structured import markov_chain as markov
 from ppl_lvm.structured import slds
 from ppl_lvm.structured import tree as trees
+from ppl_lvm.structured.matern import matern
 from ppl_lvm.structured.scan import Method
 
 Array = jax.Array
@@ -311,6 +312,7 @@ def namespace() -> Any:
         SwitchingChain=SwitchingChain,
         Tree=Tree,
         VirtualEvidence=VirtualEvidence,
+        matern=matern,
         observed=gaussian.observed,
         **_jax_mixtures.namespace(),
     )

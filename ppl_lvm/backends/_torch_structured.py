@@ -16,6 +16,7 @@ from ppl_lvm.structured import gaussian_chain as gaussian
 from ppl_lvm.structured import markov_chain as markov
 from ppl_lvm.structured import slds
 from ppl_lvm.structured import tree as trees
+from ppl_lvm.structured.matern import matern
 from ppl_lvm.structured.scan import Method
 
 
@@ -269,6 +270,7 @@ def namespace() -> Any:
         SwitchingChain=SwitchingChain,
         Tree=Tree,
         VirtualEvidence=VirtualEvidence,
+        matern=matern,
         observed=gaussian.observed,
         **_torch_mixtures.namespace(),
     )

@@ -54,19 +54,19 @@ class _Forward(NamedTuple):
 
     mean: Array
     cov: Array
-    root: Array | None
-    """Lower Cholesky factors of `cov`, where they are at hand."""
+    root: Array
+    """`root root' = cov`; no more is said of it."""
 
 
 class _Backward(NamedTuple):
-    """`z_t | z_{t+1} = E z_{t+1} + g + W' noise` of all steps but the last, `z_T = g + W' noise`; `cov = W'W`."""
+    """`z_t | z_{t+1} = E z_{t+1} + g + L noise` of all steps but the last; L is lower, and `cov = LL'`."""
 
     E: Array
     g: Array
-    W: Array
+    L: Array
     cov: Array
     last_g: Array
-    last_W: Array
+    last_L: Array
     last_cov: Array
 
 
@@ -249,7 +249,7 @@ class GaussianChain:
         (_, _, total), (means, Ws) = in_turn(step, (mean[0], W[0], log_z[0]), rest, self.steps - 1)
         xp = ops.xp(mean)
         mean, W = xp.concat([mean, means], axis=0), xp.concat([W, Ws], axis=0)
-        return _Forward(mean[..., 0], W.mT @ W, None), total[..., 0, 0]
+        return _Forward(mean[..., 0], W.mT @ W, W.mT), total[..., 0, 0]
 
     def times(self, precision: Array, shift: Array) -> GaussianChain:
         """q times more potentials of the same form."""
@@ -304,22 +304,18 @@ class GaussianChain:
         Batch axes of the noise in front of the chain's are draws.
         """
         draws, b = noise.ndim - 2, self._backward
-        E, g, W = behind_steps(b.E, 2, draws), behind_steps(b.g, 1, draws), behind_steps(b.W, 2, draws)
-        last_g, last_W = behind_steps(b.last_g, 1, draws), behind_steps(b.last_W, 2, draws)
-        last = _times(last_W.mT, noise[-1:]) + last_g
-        rest = _times(W.mT, noise[:-1]) + g
+        E, g, L = behind_steps(b.E, 2, draws), behind_steps(b.g, 1, draws), behind_steps(b.L, 2, draws)
+        last_g, last_L = behind_steps(b.last_g, 1, draws), behind_steps(b.last_L, 2, draws)
+        last, rest = _times(last_L, noise[-1:]) + last_g, _times(L, noise[:-1]) + g
         return self._from_the_last(_then, (last[..., None],), (E, rest[..., None]))[0][..., 0]
 
     def noise_of(self, z: Array) -> Array:
         """The noise `[T, ..., D]` that `sample` makes z from."""
         b, xp, draws = self._backward, ops.xp(z), z.ndim - 2
-        E, g, W = behind_steps(b.E, 2, draws), behind_steps(b.g, 1, draws), behind_steps(b.W, 2, draws)
-        last_g, last_W = behind_steps(b.last_g, 1, draws), behind_steps(b.last_W, 2, draws)
-        parts = [(W, z[:-1] - _times(E, z[1:]) - g), (last_W, z[-1:] - last_g)]
-        return xp.concat(
-            [xp.linalg.solve(xp.broadcast_to(w.mT, (*r.shape, self.dim)), r[..., None])[..., 0] for w, r in parts],
-            axis=0,
-        )
+        E, g, L = behind_steps(b.E, 2, draws), behind_steps(b.g, 1, draws), behind_steps(b.L, 2, draws)
+        last_g, last_L = behind_steps(b.last_g, 1, draws), behind_steps(b.last_L, 2, draws)
+        parts = [(L, z[:-1] - _times(E, z[1:]) - g), (last_L, z[-1:] - last_g)]
+        return xp.concat([ops.solve_triangular(lower, r[..., None])[..., 0] for lower, r in parts], axis=0)
 
     def log_prob(self, z: Array) -> Array:
         """`log q(z)`, `[T, ..., D] -> [...]`, in nats."""
@@ -384,14 +380,16 @@ class GaussianChain:
 
     def _conditionals(self) -> _Backward:
         f, c = self._forward, self._aligned()
-        root = ops.cholesky(f.cov) if f.root is None else f.root
-        lower = ops.cholesky(c.noise)
-        whitened = ops.solve_triangular(lower, c.transition)
-        W, _ = _conditioned(root[:-1], whitened.mT @ whitened)
-        cov = W.mT @ W
-        E = cov @ ops.solve_triangular(lower, whitened, transposed=True).mT
-        g = f.mean[:-1] - _times(E, _times(c.transition, f.mean[:-1]) + c.bias)
-        return _Backward(E, g, W, cov, f.mean[-1:], root[-1:].mT, f.cov[-1:])
+        before, F, root = f.mean[:-1], c.transition, f.root[:-1]
+        V = F @ root
+        lower = ops.cholesky(V @ V.mT + c.noise)
+        E = ops.solve_triangular(lower, ops.solve_triangular(lower, V @ root.mT), transposed=True).mT
+        # Neither a difference of covariances nor an inverse of `noise`, which may be tiny.
+        rest, own = root - E @ V, E @ ops.cholesky(c.noise)
+        cov = rest @ rest.mT + own @ own.mT
+        g = before - _times(E, _times(F, before) + c.bias)
+        last = f.cov[-1:]
+        return _Backward(E, g, ops.cholesky(cov), cov, f.mean[-1:], ops.cholesky(last), last)
 
 
 def steps_in_front(
@@ -533,8 +531,13 @@ def _check_positive(name: str, x: Array, of: str = "GaussianChain") -> None:
     found = ops.concrete(x)
     if found is None or not found.size:
         return
-    smallest = np.linalg.eigvalsh(found.astype(float))[..., 0]
-    if not (smallest > 0).all():
+    found = found.astype(float)
+    # By correlations: where units of coordinates are far apart, the smallest eigenvalue is below rounding.
+    size = np.sqrt(np.maximum(np.linalg.diagonal(found), 0.0))
+    unit = np.where(size > 0, size, 1.0)
+    correlations = found / unit[..., :, None] / unit[..., None, :]
+    if not ((size > 0).all() and (np.linalg.eigvalsh(correlations) > 0).all()):
+        smallest = np.linalg.eigvalsh(found)[..., 0]
         raise DataError(
             f"{name} of a {of} is not positive definite: its smallest eigenvalue is {smallest.min():.3g}. Add "
             f"a small multiple of the identity, or take the coordinates without noise out of the state."
