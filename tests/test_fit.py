@@ -24,15 +24,19 @@ def counts(rows: int = 48, features: int = 5) -> np.ndarray:
     return np.random.default_rng(0).integers(0, 17, size=(rows, features)).astype(float)
 
 
+FEW: dict[str, dict[str, Any]] = {"svae_slds": {"sweeps": 1}}
+"""Options that spare a compiler what it would meet again."""
+
+
 def short(name: str, backend: str, **options: Any) -> Fit:
     settings: dict[str, Any] = {"steps": 4, "batch_size": 16, "dtype": "float64", "seed": 3, "compile": "eager"}
-    chosen = program(name)
+    chosen = program(name, **FEW.get(name, {}))
     assert chosen.example is not None
     made = chosen.example(np.random.default_rng(0))
     if isinstance(made, dict):  # programs of several arguments bring their own data
         data: Any = made
     else:
-        data = counts() if made.ndim == 2 else np.resize(made, (48, *made.shape[1:]))
+        data = counts() if made.ndim == 2 and made.dtype.kind == "f" else np.resize(made, (48, *made.shape[1:]))
     return fit(chosen, data=data, backend=backend, **(settings | options))
 
 
