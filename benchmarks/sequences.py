@@ -3,10 +3,10 @@
     python benchmarks/sequences.py --jobs 8 --out sequences.jsonl
 
 Data sets `lds_medium` (its first 40 steps) and `pendulum` (16 x 16 pixels), a fifth of whose frames are missing in
-training and test. Every model has the same decoder, the same steps, batches, learning rates and weights of the KL, which grow
-to one in the first third of the steps (without, most fits of the pendulum end with states that say nothing), and takes
-the rate that is best on its validation rows (20 importance draws). Seeds share data, so differences are paired. On test
-rows:
+training and test. Every model has the same decoder, the same steps, batches, learning rates and weights of the KL,
+which grow to one in the first third of the steps (without, most fits of the pendulum end with states that say nothing),
+and takes the rate that is best on its validation rows (20 importance draws). Seeds share data, so differences are
+paired. On test rows:
 
     log p(seen)          of the frames that are seen, nats a frame
     log p(missing)       of the missing frames given the seen ones, nats a frame

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from benchmarks import polynomial, vis_mixture
+from benchmarks import polynomial, svae_lds, vis_mixture
 
 
 @pytest.mark.slow
@@ -33,3 +33,15 @@ def test_reinmax_minimises_a_polynomial_that_the_others_do_not() -> None:
     assert found["reinmax"] <= 0.2025 + 0.004
     for method in ("straight_through", "gapped_st", "gumbel_softmax, hard", "gumbel_rao"):
         assert found[method] >= 0.2025 + 0.025, method
+
+
+@pytest.mark.slow
+def test_a_structured_guide_is_tighter_than_a_mean_field_one_and_finds_the_better_system() -> None:
+    """Zhao and Linderman (2023), section 5.1, on the first 40 steps and with a quarter of the training, nats a number.
+
+    Measured: gaps of 0.012 and 0.041, and learned systems 0.012 and 0.038 below the truth.
+    """
+    structured, mean_field = (svae_lds.tightness(g, 100, 1000, "numpyro", 0, length=40) for g in svae_lds.GUIDES)
+    assert 0.0 < structured.gap < 0.02 and mean_field.gap - structured.gap > 0.015
+    assert structured.exact - mean_field.exact > 0.012
+    assert abs(structured.exact - structured.truth) < 0.02
