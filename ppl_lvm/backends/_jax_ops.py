@@ -112,8 +112,26 @@ def solve_triangular(lower: Array, b: Array, transposed: bool) -> Array:
     return jax.scipy.linalg.solve_triangular(lower, b, lower=True, trans=int(transposed))
 
 
+FEW_STEPS = 200
+
+
 def scan(step: Callable[[Any, Any], tuple[Any, Any]], init: Any, xs: tuple[Array, ...]) -> tuple[Any, Any]:
-    return jax.lax.scan(step, init, xs)
+    """Where values are at hand, as when a program is looked at, a loop of as many calls: JAX would compile the scan anew
+    at every look."""
+    steps = xs[0].shape[0]
+    if not 0 < steps <= FEW_STEPS or _traced((init, xs)):
+        return jax.lax.scan(step, init, xs)
+    carry, ys = init, []
+    for t in range(steps):
+        carry, y = step(carry, jax.tree.map(lambda x, t=t: x[t], xs))
+        if t == 0 and _traced((carry, y)):  # through what the step closes over
+            return jax.lax.scan(step, init, xs)
+        ys.append(y)
+    return carry, jax.tree.map(lambda *parts: xp.stack(parts), *ys)
+
+
+def _traced(tree: Any) -> bool:
+    return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(tree))
 
 
 def steps_are_dear(like: Array) -> bool:
