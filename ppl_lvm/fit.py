@@ -622,5 +622,6 @@ def _stop(
     ]
     raise PplLvmError(
         f"The loss at step {run.diverged} is {loss}. Densities that are not finite at the parameters it left behind: "
-        f"{guilty or 'none'}. Lower the learning rate, or bound the scales of these sites."
+        f"{guilty or 'none'}. Lower the learning rate, or bound the scales of these sites; a covariance that is "
+        f"singular gives NaN, a small multiple of the identity added to it does not."
     )

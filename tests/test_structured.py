@@ -15,13 +15,14 @@ from jax.scipy.stats import multivariate_normal
 from toys import Array, Backend, Ppl
 
 from ppl_lvm.algorithm import Objective
-from ppl_lvm.errors import DataError
+from ppl_lvm.errors import DataError, PplLvmError
 from ppl_lvm.estimators.pathwise import pathwise
 from ppl_lvm.estimators.rloo import rloo
 from ppl_lvm.estimators.score import score
+from ppl_lvm.fit import fit
 from ppl_lvm.objectives.elbo import elbo
 from ppl_lvm.objectives.iwae import iwae
-from ppl_lvm.program import program
+from ppl_lvm.program import Program, program
 from ppl_lvm.structured.gaussian_chain import GaussianChain, observed
 from ppl_lvm.structured.markov_chain import MarkovChain
 
@@ -155,3 +156,30 @@ def test_bad_shapes_are_named(backend: Backend) -> None:
 
     with pytest.raises(DataError, match=r"precision has shape \(3, 2, 2\).*it is \(2, '...', 2, 2\), or"):
         Engine(backend, model, model, {"x": X}, portable=True)
+
+
+@pytest.mark.parametrize("backend", ["pyro", pytest.param("numpyro", marks=pytest.mark.slow)])
+def test_a_fit_with_a_singular_noise_stops_and_says_so(backend: Backend) -> None:
+    """Where it is traced no value is looked at; what comes of it is no error of a library's Cholesky factor but NaN."""
+
+    def chain(ppl: Ppl, **potentials: Array) -> Any:
+        q = ppl.param("q", lambda: np.array([0.5, 0.0]))
+        eye, zero = ppl.ops.eye(2, q), 0.0 * q
+        steps = (eye[None], ppl.xp.stack([zero] * 4), (q * eye)[None])
+        return ppl.structured.GaussianChain(zero, eye, *steps, **potentials)
+
+    def model(ppl: Ppl, x: Array) -> None:
+        with ppl.plate("data", len(x)):
+            z = ppl.sample("z", chain(ppl))
+            ppl.sample("x", ppl.dist.Normal(z, 1.0).to_event(2), obs=x)
+
+    def guide(ppl: Ppl, x: Array) -> None:
+        eye = ppl.ops.eye(2, x)
+        precision, shift, _ = ppl.structured.observed(x, eye, 0.0 * eye[0], 1.0 + 0.0 * eye[0])
+        with ppl.plate("data", len(x)):
+            ppl.sample("z", chain(ppl, precision=precision, shift=shift))
+
+    singular = Program("singular", model, guide, portable=True, arguments=("x",))
+    said = r"step 0 is nan.*'z \(log_p\)', 'z \(log_q\)'.*covariance that is singular.*multiple of the identity"
+    with pytest.raises(PplLvmError, match=said):
+        fit(singular, data=X[..., :2].astype(np.float32), recipe="elbo", backend=backend, steps=3, batch_size=None)

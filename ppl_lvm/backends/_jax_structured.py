@@ -38,6 +38,13 @@ jax.tree_util.register_dataclass(
 )
 
 
+# Outside of a compiled function JAX would compile every operation of a chain by itself.
+_sample = jax.jit(lambda chain, noise: chain.sample(noise))
+_log_prob = jax.jit(lambda chain, value: chain.log_prob(value))
+_moments = jax.jit(lambda chain: chain.moments())
+_kl = jax.jit(lambda q, p: q.kl(p))
+
+
 class GaussianChain(dist.Distribution):
     """See `ppl_lvm.structured.gaussian_chain`; steps are the first axis of events `[T, D]`, behind the batch."""
 
@@ -83,23 +90,23 @@ class GaussianChain(dist.Distribution):
         return self.rsample(key, sample_shape)
 
     def log_prob(self, value: Array) -> Array:
-        found = self.chain.log_prob(jnp.moveaxis(value, -2, 0))
+        found = _log_prob(self.chain, jnp.moveaxis(value, -2, 0))
         return jnp.broadcast_to(found, jnp.broadcast_shapes(found.shape, self.batch_shape))
 
     def noise_of(self, value: Array) -> Array:
         return self.chain.noise_of(jnp.moveaxis(value, -2, 0))
 
     def from_noise(self, noise: Array) -> Array:
-        return jnp.moveaxis(self.chain.sample(noise), 0, -2)
+        return jnp.moveaxis(_sample(self.chain, noise), 0, -2)
 
     @property
     def mean(self) -> Array:
-        moved = jnp.moveaxis(self.chain.moments().mean, 0, -2)
+        moved = jnp.moveaxis(_moments(self.chain).mean, 0, -2)
         return jnp.broadcast_to(moved, (*self.batch_shape, *self.event_shape))
 
     @property
     def variance(self) -> Array:
-        moved = jnp.moveaxis(jnp.diagonal(self.chain.moments().cov, axis1=-2, axis2=-1), 0, -2)
+        moved = jnp.moveaxis(jnp.diagonal(_moments(self.chain).cov, axis1=-2, axis2=-1), 0, -2)
         return jnp.broadcast_to(moved, (*self.batch_shape, *self.event_shape))
 
 
@@ -139,10 +146,10 @@ class MarkovChain(dist.Distribution):
     def sample(self, key: Array, sample_shape: tuple[int, ...] = ()) -> Array:
         shape = (self.chain.steps, *sample_shape, *self.batch_shape)
         uniform = jax.random.uniform(key, shape, dtype=self.chain.initial.dtype)
-        return jnp.moveaxis(self.chain.sample(uniform), 0, -1)
+        return jnp.moveaxis(_sample(self.chain, uniform), 0, -1)
 
     def log_prob(self, value: Array) -> Array:
-        found = self.chain.log_prob(jnp.moveaxis(value, -1, 0))
+        found = _log_prob(self.chain, jnp.moveaxis(value, -1, 0))
         return jnp.broadcast_to(found, jnp.broadcast_shapes(found.shape, self.batch_shape))
 
 
@@ -300,7 +307,7 @@ CLOSED = (*CHAINS, *_jax_mixtures.CONJUGATE)
 
 def kl(q: Any, p: Any) -> Array:
     """`KL(q || p)` of two of one kind of `CLOSED`."""
-    found = q.chain.kl(p.chain) if isinstance(q, CHAINS) else q.of.kl(p.of)
+    found = _kl(q.chain, p.chain) if isinstance(q, CHAINS) else q.of.kl(p.of)
     return jnp.broadcast_to(found, jnp.broadcast_shapes(q.batch_shape, p.batch_shape))
 
 
