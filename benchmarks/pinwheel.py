@@ -56,7 +56,8 @@ def purity(clusters: np.ndarray, labels: np.ndarray) -> float:
 def run(method: str, seed: int, steps: int, backend: str) -> dict[str, float]:
     """Scores of one fit, and its seconds."""
     data = load("pinwheel")
-    options: dict[str, Any] = {"data": data.train, "steps": steps, "backend": backend, "seed": seed, "progress_bar": False}
+    options: dict[str, Any] = {"steps": steps, "backend": backend, "seed": seed, "progress_bar": False}
+    options["data"] = data.train
     if method == "vae":
         adam = {"name": "adam", "learning_rate": 1e-3}
         fitted = fit(VAE, recipe="elbo", kl="closed_form", batch_size=100, optimizer=adam, **options)

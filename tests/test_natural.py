@@ -166,7 +166,7 @@ def by_shape_rate_mean(ppl: Ppl, x: Array) -> None:
 DRAWN = Program("gammas", gammas, by_shape_rate_mean, portable=True, arguments=("x",))
 
 
-@on_both
+@slow_to_compile
 def test_steps_are_the_inverse_fisher_matrix_times_the_gradient(backend: str) -> None:
     """The gradient is that of a plain step with the same noise. Elements that would leave their domain go around."""
     x = np.array([0.5, 1.0, 2.0])

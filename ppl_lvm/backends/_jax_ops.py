@@ -116,8 +116,7 @@ FEW_STEPS = 200
 
 
 def scan(step: Callable[[Any, Any], tuple[Any, Any]], init: Any, xs: tuple[Array, ...]) -> tuple[Any, Any]:
-    """Where values are at hand, as when a program is looked at, a loop of as many calls: JAX would compile the scan anew
-    at every look."""
+    # Where values are at hand, as when a program is looked at, JAX would compile the scan anew at every look.
     steps = xs[0].shape[0]
     if not 0 < steps <= FEW_STEPS or _traced((init, xs)):
         return jax.lax.scan(step, init, xs)

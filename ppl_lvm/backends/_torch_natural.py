@@ -19,7 +19,7 @@ Params = Mapping[str, Tensor]
 
 def _total(bound: Any, batch: Any, sites: Sequence[str], params: Params, moved: Params) -> dict[str, Tensor]:
     """`KL(q_params || q_moved)` of sites, elements apart."""
-    one, other = bound.guide_distributions(params, batch), bound.guide_distributions(moved, batch)
+    one, other = bound.guide_distributions(params, batch, sites), bound.guide_distributions(moved, batch, sites)
     return {s: _torch_dists.kl(one[s], other[s]) for s in sites}
 
 

@@ -61,6 +61,10 @@ class Factor:
         return mask.reshape((*self.elements, *(1,) * (like.ndim - len(self.elements))))
 
 
+class Enough(BaseException):
+    """Ends a run of the guide that has met all sites it was for; no program catches it by an `except Exception`."""
+
+
 Slopes = Mapping[str, Mapping[str, np.ndarray]]
 
 

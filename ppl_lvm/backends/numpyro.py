@@ -92,6 +92,7 @@ from ppl_lvm.backends.base import (
     written,
 )
 from ppl_lvm.backends.forward import Anatomy, Forward
+from ppl_lvm.backends.natural import Enough
 from ppl_lvm.draws import Draws, Particles, Plate, Site
 from ppl_lvm.errors import BackendError, DataError, ProgramError
 from ppl_lvm.latents import Latent, PlateOf
@@ -551,13 +552,19 @@ class NumPyroBound:
             }
 
     def guide_distributions(self, params: Params, batch: Call, sites: Sequence[str]) -> dict[str, Any]:
-        """The distributions that sites of the guide are drawn from."""
-        key = jax.random.key(0)
-        handler = Handler(
-            {**self.constrain(params), **self.states}, key, lambda m: draw(m["fn"], message_key(key, m), True)
-        )
-        trace = self._trace(self._guide, handler, batch)
-        return {name: trace[name]["fn"] for name in sites}
+        """The distributions that sites of the guide are drawn from; the guide is run until it has met them."""
+        key, found = jax.random.key(0), dict[str, Any]()
+
+        def drawn(msg: Message) -> Array:
+            if msg["name"] in sites:
+                found[msg["name"]] = msg["fn"]
+                if len(found) == len(sites):
+                    raise Enough
+            return draw(msg["fn"], message_key(key, msg), self.program.portable)
+
+        with contextlib.suppress(Enough):
+            self._trace(self._guide, Handler({**self.constrain(params), **self.states}, key, drawn), batch)
+        return found
 
     def chart(self, name: str) -> tuple[Any, Any]:
         """A parameter's transform from unconstrained values, and the constraint of what it gives."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -99,6 +99,7 @@ from ppl_lvm.backends.base import (
     written,
 )
 from ppl_lvm.backends.forward import Anatomy, Forward
+from ppl_lvm.backends.natural import Enough
 from ppl_lvm.draws import Draws, Particles, Plate, Site
 from ppl_lvm.errors import BackendError, ProgramError
 from ppl_lvm.latents import Latent, PlateOf
@@ -467,14 +468,20 @@ class PyroBound:
         """Constrained values of unconstrained parameters."""
         return {n: self._transforms[n](v) for n, v in params.items()}
 
-    def guide_distributions(self, params: Params, batch: Call) -> dict[str, Message]:
-        """The guide's sites, drawn, with the distributions that they are drawn from."""
+    def guide_distributions(self, params: Params, batch: Call, sites: Sequence[str]) -> dict[str, Message]:
+        """Sites of the guide with the distributions they are drawn from; the guide is run until it has met them."""
+        found: dict[str, Message] = {}
 
         def drawn(msg: Message) -> None:
+            if msg["name"] in sites:
+                found[msg["name"]] = {"fn": msg["fn"], "mask": msg["mask"]}
+                if len(found) == len(sites):
+                    raise Enough
             msg["value"] = draw(msg["fn"]).detach()
 
-        handler = Handler(self.constrain(params), drawn)
-        return self._trace(self._guide, handler, batch, params)
+        with contextlib.suppress(Enough):
+            self._trace(self._guide, Handler(self.constrain(params), drawn), batch, params)
+        return found
 
     def chart(self, name: str) -> tuple[Any, Any]:
         """A parameter's transform from unconstrained values, and the constraint of what it gives."""
