@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -12,6 +11,15 @@ import numpy as np
 from ppl_lvm import ops
 from ppl_lvm.errors import DataError
 from ppl_lvm.ops import Array
+from ppl_lvm.structured.matrices import (
+    LOG_2PI,
+    check_positive,
+    diagonal,
+    expected_log_normal,
+    log_normal,
+    sandwich,
+    times,
+)
 from ppl_lvm.structured.scan import (
     Arrays,
     Combine,
@@ -23,8 +31,6 @@ from ppl_lvm.structured.scan import (
     state_after_all,
     states,
 )
-
-LOG_2PI = math.log(2.0 * math.pi)
 
 
 class Filtered(NamedTuple):
@@ -137,7 +143,7 @@ class GaussianChain:
                 )
         if self.validate:
             for name in ("cov", "noise"):
-                _check_positive(name, getattr(self, name))
+                check_positive(name, getattr(self, name), "GaussianChain")
 
     @property
     def steps(self) -> int:
@@ -205,7 +211,7 @@ class GaussianChain:
         n = len(batch)
         if c.precision is None or c.shift is None:
             zero = ops.zeros((1,) * (n + 1) + (D,), self.mean)
-            c = replace(c, precision=_diagonal(zero), shift=zero)
+            c = replace(c, precision=diagonal(zero), shift=zero)
         assert c.precision is not None and c.shift is not None
         xp, e = ops.xp(c.mean), -c.shift[..., None]
         mean, root = behind_steps(c.mean[None], 1, n)[..., None], ops.cholesky(behind_steps(c.cov[None], 2, n))
@@ -306,7 +312,7 @@ class GaussianChain:
         draws, b = noise.ndim - 2, self._backward
         E, g, L = behind_steps(b.E, 2, draws), behind_steps(b.g, 1, draws), behind_steps(b.L, 2, draws)
         last_g, last_L = behind_steps(b.last_g, 1, draws), behind_steps(b.last_L, 2, draws)
-        last, rest = _times(last_L, noise[-1:]) + last_g, _times(L, noise[:-1]) + g
+        last, rest = times(last_L, noise[-1:]) + last_g, times(L, noise[:-1]) + g
         return self._from_the_last(_then, (last[..., None],), (E, rest[..., None]))[0][..., 0]
 
     def noise_of(self, z: Array) -> Array:
@@ -314,7 +320,7 @@ class GaussianChain:
         b, xp, draws = self._backward, ops.xp(z), z.ndim - 2
         E, g, L = behind_steps(b.E, 2, draws), behind_steps(b.g, 1, draws), behind_steps(b.L, 2, draws)
         last_g, last_L = behind_steps(b.last_g, 1, draws), behind_steps(b.last_L, 2, draws)
-        parts = [(L, z[:-1] - _times(E, z[1:]) - g), (last_L, z[-1:] - last_g)]
+        parts = [(L, z[:-1] - times(E, z[1:]) - g), (last_L, z[-1:] - last_g)]
         return xp.concat([ops.solve_triangular(lower, r[..., None])[..., 0] for lower, r in parts], axis=0)
 
     def log_prob(self, z: Array) -> Array:
@@ -327,11 +333,11 @@ class GaussianChain:
         of = Moments(*(behind_steps(x, event, batch) for x, event in zip(of, (1, 2, 2), strict=True)))
         xp, D, c = ops.xp(of.mean), self.dim, self._aligned(batch)
         F = c.transition
-        error = of.mean[1:] - _times(F, of.mean[:-1]) - c.bias
+        error = of.mean[1:] - times(F, of.mean[:-1]) - c.bias
         both = F @ of.cross.mT
-        spread = of.cov[1:] - both - both.mT + _sandwich(F, of.cov[:-1])
-        total = _expected_log_normal(of.mean[0] - c.mean, of.cov[0], c.cov, D)
-        total = total + xp.sum(_expected_log_normal(error, spread, c.noise, D), axis=0)
+        spread = of.cov[1:] - both - both.mT + sandwich(F, of.cov[:-1])
+        total = expected_log_normal(of.mean[0] - c.mean, of.cov[0], c.cov, D)
+        total = total + xp.sum(expected_log_normal(error, spread, c.noise, D), axis=0)
         if c.precision is not None and c.shift is not None:
             square = of.cov + of.mean[..., :, None] * of.mean[..., None, :]
             psi = xp.sum(c.shift * of.mean, axis=-1) - 0.5 * xp.sum(c.precision * square, axis=(-2, -1))
@@ -353,10 +359,10 @@ class GaussianChain:
 
     def _log_joint(self, z: Array) -> Array:
         xp, D, c = ops.xp(z), self.dim, self._aligned(z.ndim - 2)
-        total = _log_normal(z[0] - c.mean, c.cov, D)
-        total = total + xp.sum(_log_normal(z[1:] - _times(c.transition, z[:-1]) - c.bias, c.noise, D), axis=0)
+        total = log_normal(z[0] - c.mean, c.cov, D)
+        total = total + xp.sum(log_normal(z[1:] - times(c.transition, z[:-1]) - c.bias, c.noise, D), axis=0)
         if c.precision is not None and c.shift is not None:
-            psi = xp.sum((c.shift - 0.5 * _times(c.precision, z)) * z, axis=-1)
+            psi = xp.sum((c.shift - 0.5 * times(c.precision, z)) * z, axis=-1)
             total = total + xp.sum(psi, axis=0)
         return total
 
@@ -387,7 +393,7 @@ class GaussianChain:
         # Neither a difference of covariances nor an inverse of `noise`, which may be tiny.
         rest, own = root - E @ V, E @ ops.cholesky(c.noise)
         cov = rest @ rest.mT + own @ own.mT
-        g = before - _times(E, _times(F, before) + c.bias)
+        g = before - times(E, times(F, before) + c.bias)
         last = f.cov[-1:]
         return _Backward(E, g, ops.cholesky(cov), cov, f.mean[-1:], ops.cholesky(last), last)
 
@@ -437,7 +443,7 @@ def observed(
         log_terms = xp.where(known, log_terms, zero)
     precision = matrix.mT @ (weight[..., :, None] * matrix)
     precision = xp.reshape(precision, (1,) * (error.ndim + 1 - precision.ndim) + tuple(precision.shape))
-    shift = _times(matrix.mT, weight * error)
+    shift = times(matrix.mT, weight * error)
     return precision, shift, -0.5 * xp.sum(log_terms + weight * error * error, axis=-1)
 
 
@@ -494,51 +500,3 @@ def _updated(mean: Array, root: Array, precision: Array, e: Array) -> Arrays:
     residual = precision @ mean + e
     half = W @ residual
     return mean - W.mT @ half, W, (half.mT @ half - mean.mT @ (e + residual)) / 2 - log_det
-
-
-def _log_normal(error: Array, cov: Array, D: int) -> Array:
-    xp = ops.xp(error)
-    L = ops.cholesky(cov)
-    white = ops.solve_triangular(L, error[..., None])[..., 0]
-    return -0.5 * xp.sum(white * white, axis=-1) - xp.sum(xp.log(xp.linalg.diagonal(L)), axis=-1) - 0.5 * D * LOG_2PI
-
-
-def _expected_log_normal(error: Array, spread: Array, cov: Array, D: int) -> Array:
-    """`E log N(x; 0, cov)` of an x with this mean and covariance."""
-    xp = ops.xp(error)
-    inverse = ops.solve_triangular(ops.cholesky(cov), ops.eye(D, cov))
-    inside = inverse @ spread @ inverse.mT
-    return _log_normal(error, cov, D) - 0.5 * xp.sum(xp.linalg.diagonal(inside), axis=-1)
-
-
-def _times(matrix: Array, vector: Array) -> Array:
-    return (matrix @ vector[..., None])[..., 0]
-
-
-def _dot(a: Array, b: Array) -> Array:
-    return ops.xp(a).sum(a * b, axis=-1)
-
-
-def _sandwich(matrix: Array, inner: Array) -> Array:
-    return matrix @ inner @ matrix.mT
-
-
-def _diagonal(x: Array) -> Array:
-    return x[..., :, None] * ops.eye(x.shape[-1], x)
-
-
-def _check_positive(name: str, x: Array, of: str = "GaussianChain") -> None:
-    found = ops.concrete(x)
-    if found is None or not found.size:
-        return
-    found = found.astype(float)
-    # By correlations: where units of coordinates are far apart, the smallest eigenvalue is below rounding.
-    size = np.sqrt(np.maximum(np.linalg.diagonal(found), 0.0))
-    unit = np.where(size > 0, size, 1.0)
-    correlations = found / unit[..., :, None] / unit[..., None, :]
-    if not ((size > 0).all() and (np.linalg.eigvalsh(correlations) > 0).all()):
-        smallest = np.linalg.eigvalsh(found)[..., 0]
-        raise DataError(
-            f"{name} of a {of} is not positive definite: its smallest eigenvalue is {smallest.min():.3g}. Add "
-            f"a small multiple of the identity, or take the coordinates without noise out of the state."
-        )

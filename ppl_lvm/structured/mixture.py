@@ -14,15 +14,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from ppl_lvm import ops
 from ppl_lvm.errors import DataError
 from ppl_lvm.ops import Array
-
-LOG_2PI = math.log(2.0 * math.pi)
+from ppl_lvm.structured.matrices import LOG_2PI, log_diagonal, times
 
 
 @dataclass(frozen=True)
@@ -145,12 +144,12 @@ class NormalInverseWishart:
     def standard(self) -> tuple[Array, Array, Array, Array]:
         """`loc, count, scale, df`."""
         root, loc, lower = self._roots
-        return loc, root**2, lower @ _t(lower), self.df
+        return loc, root**2, lower @ lower.mT, self.df
 
     @property
     def _roots(self) -> tuple[Array, Array, Array]:
         """`sqrt(count)`, loc, and the Cholesky factor of scale."""
-        L = ops.xp(self.form).linalg.cholesky(self.form)
+        L = ops.cholesky(self.form)
         return L[..., 0, 0], L[..., 1:, 0] / L[..., :1, 0], L[..., 1:, 1:]
 
     @property
@@ -165,7 +164,7 @@ class NormalInverseWishart:
         constant = D * LOG_2PI / 2.0 + D * (D - 1) / 4.0 * math.log(math.pi)
         gammas = xp.sum(ops.lgamma(self.halves), axis=-1)
         half = self.df / 2.0
-        return constant + gammas + half * (D * math.log(2.0)) - self.df * _log_diagonal(lower) - D * xp.log(root)
+        return constant + gammas + half * (D * math.log(2.0)) - self.df * log_diagonal(lower) - D * xp.log(root)
 
     def expected(self) -> Array:
         """`E A`, the mean form with its log determinant, `[..., D + 1, D + 1]`."""
@@ -179,20 +178,20 @@ class NormalInverseWishart:
         df = self.df[..., None, None]
         # scale^-1 = W' W
         W = ops.solve_triangular(lower, ops.eye(D, lower) + ops.zeros(tuple(lower.shape), lower))
-        P = df * (_t(W) @ W)
-        corner = D / root**2 + self.df * xp.sum(_times(W, loc) ** 2, axis=-1)
-        log_det = xp.sum(ops.digamma(self.halves), axis=-1) + D * math.log(2.0) - 2.0 * _log_diagonal(lower)
-        return _joined(corner, -_times(P, loc), P), log_det
+        P = df * (W.mT @ W)
+        corner = D / root**2 + self.df * xp.sum(times(W, loc) ** 2, axis=-1)
+        log_det = xp.sum(ops.digamma(self.halves), axis=-1) + D * math.log(2.0) - 2.0 * log_diagonal(lower)
+        return _joined(corner, -times(P, loc), P), log_det
 
     def log_prob(self, form: Array) -> Array:
         """Log density of the (mean, cov) with form A `[..., D + 1, D + 1]`, `[...]`; its corner is not looked at."""
         xp, D = ops.xp(form), self.dim
         P, h = form[..., 1:, 1:], -form[..., 1:, 0]
-        lower = xp.linalg.cholesky(P)
+        lower = ops.cholesky(P)
         square = xp.sum(ops.solve_triangular(lower, h[..., None])[..., 0] ** 2, axis=-1)
         count, sums, scatter = self.form[..., 0, 0], self.form[..., 1:, 0], self.form[..., 1:, 1:]
         trace = count * square - 2.0 * xp.sum(sums * h, axis=-1) + xp.sum(scatter * P, axis=(-2, -1))
-        return (self.df + D + 2.0) * _log_diagonal(lower) - trace / 2.0 - self.log_normalizer()
+        return (self.df + D + 2.0) * log_diagonal(lower) - trace / 2.0 - self.log_normalizer()
 
     def kl(self, other: NormalInverseWishart) -> Array:
         """`KL(self || other)`, `[...]`."""
@@ -215,9 +214,9 @@ class NormalInverseWishart:
         root, loc, lower = self._roots
         T = xp.tril(normal[..., :D, :], k=-1) + xp.sqrt(2.0 * gamma)[..., None] * ops.eye(D, normal)
         R = ops.solve_triangular(lower, T, transposed=True)
-        spread = _times(lower, ops.solve_triangular(T, normal[..., D, :, None], transposed=True)[..., 0])
-        P = R @ _t(R)
-        return _form(loc + spread / root[..., None], P, 2.0 * (_log_diagonal(T) - _log_diagonal(lower)))
+        spread = times(lower, ops.solve_triangular(T, normal[..., D, :, None], transposed=True)[..., 0])
+        P = R @ R.mT
+        return _form(loc + spread / root[..., None], P, 2.0 * (log_diagonal(T) - log_diagonal(lower)))
 
 
 def niw_form(loc: Array, count: Array, scale: Array) -> Array:
@@ -246,11 +245,10 @@ class Gaussian:
     @classmethod
     def of(cls, mean: Array, cov: Array) -> Gaussian:
         """The normal with this mean `[..., D]` and covariance `[..., D, D]`."""
-        xp = ops.xp(cov)
-        lower = xp.linalg.cholesky(cov)
+        lower = ops.cholesky(cov)
         D = cov.shape[-1]
         W = ops.solve_triangular(lower, ops.eye(D, lower) + ops.zeros(tuple(lower.shape), lower))
-        return cls(_form(mean, _t(W) @ W, -2.0 * _log_diagonal(lower)))
+        return cls(_form(mean, W.mT @ W, -2.0 * log_diagonal(lower)))
 
     @property
     def dim(self) -> int:
@@ -260,7 +258,7 @@ class Gaussian:
     @property
     def _solved(self) -> tuple[Array, Array, Array]:
         """Cholesky factor L of P, `L^-1 h`, and the mean."""
-        lower = ops.xp(self.form).linalg.cholesky(self.form[..., 1:, 1:])
+        lower = ops.cholesky(self.form[..., 1:, 1:])
         half = ops.solve_triangular(lower, -self.form[..., 1:, :1])
         return lower, half[..., 0], ops.solve_triangular(lower, half, transposed=True)[..., 0]
 
@@ -272,7 +270,7 @@ class Gaussian:
     def log_normalizer(self) -> Array:
         """`log of the integral of f`, `[...]`, in nats."""
         lower, half, _ = self._solved
-        return (ops.xp(half).sum(half**2, axis=-1) - self.form[..., 0, 0]) / 2.0 - _log_diagonal(lower)
+        return (ops.xp(half).sum(half**2, axis=-1) - self.form[..., 0, 0]) / 2.0 - log_diagonal(lower)
 
     def normalized(self) -> Gaussian:
         """f over its integral."""
@@ -282,7 +280,7 @@ class Gaussian:
         """Mean `[..., D]` and covariance `[..., D, D]`."""
         lower, _, mean = self._solved
         W = ops.solve_triangular(lower, ops.eye(self.dim, lower) + ops.zeros(tuple(lower.shape), lower))
-        return mean, _t(W) @ W
+        return mean, W.mT @ W
 
     def statistics(self) -> Array:
         """`E (1, z) (1, z)'`, `[..., D + 1, D + 1]`: what a `NormalInverseWishart` is updated by."""
@@ -293,7 +291,7 @@ class Gaussian:
     def log_prob(self, z: Array) -> Array:
         """`log f(z)`, `[..., D] -> [...]`, in nats; linear in the form."""
         xp, A = ops.xp(z), self.form
-        square = xp.sum(_times(A[..., 1:, 1:], z) * z, axis=-1) + 2.0 * xp.sum(A[..., 1:, 0] * z, axis=-1)
+        square = xp.sum(times(A[..., 1:, 1:], z) * z, axis=-1) + 2.0 * xp.sum(A[..., 1:, 0] * z, axis=-1)
         return -(square + A[..., 0, 0] + self.dim * LOG_2PI) / 2.0
 
     def sample(self, noise: Array) -> Array:
@@ -304,7 +302,7 @@ class Gaussian:
     def noise_of(self, z: Array) -> Array:
         """The noise that `sample` makes z from."""
         lower, _, mean = self._solved
-        return _times(_t(lower), z - mean)
+        return times(lower.mT, z - mean)
 
     def expected_log_prob(self, statistics: Array) -> Array:
         """`E log f(z)` over any z with these `statistics`, `[...]`, in nats."""
@@ -392,7 +390,7 @@ def mixture_mean_field(
 
 
 def _form(mean: Array, P: Array, log_det: Array) -> Array:
-    h = _times(P, mean)
+    h = times(P, mean)
     return _joined(ops.xp(h).sum(h * mean, axis=-1) - log_det, -h, P)
 
 
@@ -416,16 +414,3 @@ def _with_corner(form: Array, more: Array) -> Array:
 def _arange(n: int, like: Array) -> Array:
     xp = ops.xp(like)
     return xp.cumulative_sum(ops.zeros((n,), like) + 1.0, axis=0) - 1.0
-
-
-def _log_diagonal(lower: Array) -> Array:
-    xp = ops.xp(lower)
-    return xp.sum(xp.log(xp.linalg.diagonal(lower)), axis=-1)
-
-
-def _times(matrix: Array, vector: Array) -> Array:
-    return (matrix @ vector[..., None])[..., 0]
-
-
-def _t(matrix: Array) -> Any:
-    return ops.xp(matrix).matrix_transpose(matrix)

@@ -10,16 +10,9 @@ import numpy as np
 from ppl_lvm import ops
 from ppl_lvm.errors import DataError
 from ppl_lvm.ops import Array
-from ppl_lvm.structured.gaussian_chain import (
-    GaussianChain,
-    Moments,
-    _check_positive,
-    _expected_log_normal,
-    _log_normal,
-    _sandwich,
-    _times,
-)
+from ppl_lvm.structured.gaussian_chain import GaussianChain, Moments
 from ppl_lvm.structured.markov_chain import MarkovChain
+from ppl_lvm.structured.matrices import check_positive, expected_log_normal, log_diagonal, log_normal, sandwich, times
 from ppl_lvm.structured.scan import Method, behind_steps
 
 
@@ -100,7 +93,7 @@ class SwitchingChain:
                 )
         if self.validate:
             for name in ("cov", "noise"):
-                _check_positive(name, getattr(self, name), "SwitchingChain")
+                check_positive(name, getattr(self, name), "SwitchingChain")
 
     @property
     def steps(self) -> int:
@@ -136,9 +129,9 @@ class SwitchingChain:
     def states_given(self, z: Array) -> MarkovChain:
         """`p(s | z)` of `z [T, ..., D]`; its `log Z` is that of `p(z)` times what `states` sums to."""
         c, D = self._aligned(z.ndim - 2), self.dim
-        first = _log_normal(z[0][..., None, :] - c.mean, c.cov, D)
-        error = z[1:, ..., None, :] - _times(c.transition, z[:-1, ..., None, :]) - c.bias
-        return self._with(_joined(first, _log_normal(error, c.noise, D)))
+        first = log_normal(z[0][..., None, :] - c.mean, c.cov, D)
+        error = z[1:, ..., None, :] - times(c.transition, z[:-1, ..., None, :]) - c.bias
+        return self._with(_joined(first, log_normal(error, c.noise, D)))
 
     def log_prob(self, z: Array) -> Array:
         """`log p(z) = log sum_s p(s, z)`, `[T, ..., D] -> [...]`, in nats: the forward algorithm's sum, exact."""
@@ -177,11 +170,11 @@ class SwitchingChain:
         """`E log p(z_t | z_{t-1}, s_t)` over z with these moments, for every s_t, `[T, ..., V]`, in nats."""
         c, D = self._aligned(of.mean.ndim - 2), self.dim
         mean, cov, cross = of.mean[..., None, :], of.cov[..., None, :, :], of.cross[..., None, :, :]
-        error = mean[1:] - _times(c.transition, mean[:-1]) - c.bias
-        both = c.transition @ _transposed(cross)
-        spread = cov[1:] - both - _transposed(both) + _sandwich(c.transition, cov[:-1])
-        first = _expected_log_normal(mean[0] - c.mean, cov[0], c.cov, D)
-        return _joined(first, _expected_log_normal(error, spread, c.noise, D))
+        error = mean[1:] - times(c.transition, mean[:-1]) - c.bias
+        both = c.transition @ cross.mT
+        spread = cov[1:] - both - both.mT + sandwich(c.transition, cov[:-1])
+        first = expected_log_normal(mean[0] - c.mean, cov[0], c.cov, D)
+        return _joined(first, expected_log_normal(error, spread, c.noise, D))
 
     def bound(self, states: MarkovChain, chain: GaussianChain, precision: Array, shift: Array) -> Array:
         """`E log p(s, z) prod_t psi_t(z_t) - E log q(s) q(z)`, of any two factors, `[...]`, in nats."""
@@ -282,20 +275,17 @@ def _joined(first: Array, rest: Array) -> Array:
 def _averaged(weight: Array, M: Array, Q: Array) -> _Average:
     """Over the states with these weights `[..., V]`, of `M [..., V, D, R]` and `Q [..., V, D, D]`."""
     xp, D = ops.xp(weight), Q.shape[-1]
-    root = xp.linalg.cholesky(Q)
+    root = ops.cholesky(Q)
     white = ops.solve_triangular(root, ops.eye(D, Q))
     w = weight[..., None, None]
-    inverse = xp.sum(w * (_transposed(white) @ white), axis=-3)
-    whole = xp.linalg.cholesky(inverse)
+    inverse = xp.sum(w * (white.mT @ white), axis=-3)
+    whole = ops.cholesky(inverse)
     half = ops.solve_triangular(whole, ops.eye(D, Q))
-    mean_Q = _transposed(half) @ half
-    mean_M = mean_Q @ xp.sum(w * (_transposed(white) @ (white @ M)), axis=-3)
+    mean_Q = half.mT @ half
+    mean_M = mean_Q @ xp.sum(w * (white.mT @ (white @ M)), axis=-3)
     apart = white @ (M - mean_M[..., None, :, :])
-    rest = xp.sum(w * (_transposed(apart) @ apart), axis=-3)
-    log_det = xp.sum(xp.log(xp.linalg.diagonal(root)), axis=-1)
-    constant = -xp.sum(xp.log(xp.linalg.diagonal(whole)), axis=-1) - xp.sum(weight * log_det, axis=-1)
+    rest = xp.sum(w * (apart.mT @ apart), axis=-3)
+    log_det = log_diagonal(root)
+    constant = -log_diagonal(whole) - xp.sum(weight * log_det, axis=-1)
     return _Average(mean_M, mean_Q, rest, constant)
 
-
-def _transposed(matrix: Array) -> Array:
-    return ops.xp(matrix).matrix_transpose(matrix)
