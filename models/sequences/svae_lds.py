@@ -7,9 +7,9 @@
 
 Each potential psi_t is a network's reading of x_t alone: the system, whose parameters guide and model share, carries it
 to the other steps. With a linear decoder (`hidden = ()`) the guide's family holds the exact posterior. The precision of
-psi_t may be the network's as well, or one parameter that all steps of all sequences share: then a linear network has
-nothing to learn that the exact posterior of a linear decoder does not have, and without an `x_mask` covariances are
-computed once for all sequences. The mean field guide's network reads the whole sequence, in both directions.
+psi_t is the network's as well, or one parameter that all steps of all sequences share, as in that posterior: then the
+network has less to learn, and without an `x_mask` covariances are computed once for all sequences. The mean field
+guide's network reads the whole sequence, in both directions.
 
 Steps, or entries, of x that `x_mask` calls unknown are not looked at; a step without known entries has no potential. A
 step with some has a potential of the shared precision all the same, as if all of it were known: where entries within
@@ -26,7 +26,7 @@ Args:
     hidden: widths of the hidden layers of decoder and recognition network; that of the mean field guide's units.
     likelihood: "gaussian" or "bernoulli".
     potential: what the recognition network gives of psi_t: "mean" (and covariance), which trains better as a rule, or
-        "natural" (shift and precision).
+        "natural" (shift and precision), which does with a linear decoder and a shared precision.
     precision: whose precision psi_t has, "each" (its own, from x_t) or "shared" (a parameter of all steps).
     posterior: "structured" or "mean_field".
 """
