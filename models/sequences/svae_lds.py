@@ -12,8 +12,8 @@ network has less to learn, and without an `x_mask` covariances are computed once
 guide's network reads the whole sequence, in both directions.
 
 Steps, or entries, of x that `x_mask` calls unknown are not looked at; a step without known entries has no potential. A
-step with some has a potential of the shared precision all the same, as if all of it were known: where entries within
-steps are missing, the exact posterior is in the family with `precision = "each"` alone.
+step with some has all of a shared precision, as if every entry were known: where entries within steps are missing, the
+exact posterior is not in that family, and a network that gives the precision can say that less is known.
 
 Source: Johnson, Duvenaud, Wiltschko, Datta and Adams (2016), Composing Graphical Models with Neural Networks for
 Structured Representations and Fast Inference, arXiv:1603.06277; Zhao and Linderman (2023), Revisiting Structured
