@@ -114,7 +114,7 @@ def evidence(p: Mapping[str, np.ndarray], x: np.ndarray) -> np.ndarray:
     return np.array(rows)
 
 
-def exact(p: Mapping[str, np.ndarray], potential: str) -> Arrays:
+def exact(p: Mapping[str, np.ndarray], potential: str, precision: str) -> Arrays:
     """Parameters of a linear `svae_lds` whose potentials are `N(x_t; C z_t + d, diag(scale^2))` as functions of z_t."""
     D = len(p["m"])
     scaled = p["C"].T / p["scale"] ** 2
@@ -124,30 +124,37 @@ def exact(p: Mapping[str, np.ndarray], potential: str) -> Arrays:
         vector = matrix @ scaled
     L = np.linalg.cholesky(matrix)
     raw = L - np.diag(np.diag(L)) + np.diag(np.log(np.expm1(np.diag(L) - 1e-4)))
-    weight = np.zeros((D + D * D, 2 * p["C"].shape[0]))
+    of_network, own = (raw.ravel(), {}) if precision == "each" else (np.zeros(0), {"L": L})
+    weight = np.zeros((D + len(of_network), 2 * p["C"].shape[0]))
     weight[:D, : p["C"].shape[0]] = vector
     return {
         **{n: p[n] for n in ("A", "b", "q", "m", "scale")},
         **{"decoder.layers.0.weight": p["C"], "decoder.layers.0.bias": p["d"]},
         **{"recognition.layers.0.weight": weight},
-        "recognition.layers.0.bias": np.concatenate([-vector @ p["d"], raw.ravel()]),
+        "recognition.layers.0.bias": np.concatenate([-vector @ p["d"], of_network]),
+        **own,
     }
 
 
 @pytest.mark.parametrize(
-    ("backend", "potential", "x"),
+    ("backend", "potential", "precision", "x"),
     [
-        ("pyro", "natural", WITH_HOLES),
-        ("numpyro", "natural", WITH_HOLES),
-        ("pyro", "mean", X),
-        pytest.param("numpyro", "mean", X, marks=pytest.mark.slow),
+        ("pyro", "natural", "each", WITH_HOLES),
+        ("numpyro", "natural", "each", WITH_HOLES),
+        ("pyro", "mean", "each", X),
+        pytest.param("numpyro", "mean", "each", X, marks=pytest.mark.slow),
+        ("pyro", "mean", "shared", X),
+        ("numpyro", "mean", "shared", X),
+        ("pyro", "natural", "shared", WITH_HOLES),
+        pytest.param("numpyro", "natural", "shared", WITH_HOLES, marks=pytest.mark.slow),
     ],
 )
 def test_a_linear_svae_with_the_right_potentials_has_the_evidence(
-    backend: Backend, potential: str, x: np.ndarray
+    backend: Backend, potential: str, precision: str, x: np.ndarray
 ) -> None:
     """Program to objective; frames that are missing are as if they had been dropped."""
-    run = Run(backend, program("svae_lds", hidden=(), potential=potential), x).set(exact(system(), potential))
+    asked = program("svae_lds", hidden=(), potential=potential, precision=precision)
+    run = Run(backend, asked, x).set(exact(system(), potential, precision))
     table, expected = run.table(draws=2), evidence(system(), x)
     np.testing.assert_allclose(table["log_w"][0], np.broadcast_to(expected, (2, 3)), rtol=0, atol=1e-10)
     np.testing.assert_allclose(table["loss"], -expected.sum(), rtol=0, atol=1e-10)
@@ -228,7 +235,8 @@ def random_params(run: Run, seed: int = 4) -> dict[str, np.ndarray]:
     """Values for every parameter; positive ones positive."""
     rng = np.random.default_rng(seed)
     shapes = {n: v.shape for n, v in sorted(run.constrained().items())}
-    return {n: rng.uniform(0.3, 1.2, s) if n in ("scale", "q") else 0.5 * rng.normal(size=s) for n, s in shapes.items()}
+    p = {n: rng.uniform(0.3, 1.2, s) if n in ("scale", "q") else 0.5 * rng.normal(size=s) for n, s in shapes.items()}
+    return p | ({"L": np.tril(p["L"], -1) + np.diag(np.exp(np.diag(p["L"])))} if "L" in p else {})
 
 
 def mlp(p: Mapping[str, np.ndarray], name: str, x: np.ndarray, relu: bool = False) -> np.ndarray:
@@ -307,6 +315,7 @@ def test_densities_of_the_rivals(name: str, backend: Backend) -> None:
     [
         {},
         pytest.param({"potential": "natural", "likelihood": "bernoulli"}, marks=pytest.mark.slow),
+        {"precision": "shared"},
         pytest.param({"posterior": "mean_field"}, marks=pytest.mark.slow),
     ],
     ids=str,

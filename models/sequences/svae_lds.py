@@ -6,10 +6,14 @@
     q(z | x) = prod_t Normal(loc_t, scale_t)                                mean field
 
 Each potential psi_t is a network's reading of x_t alone: the system, whose parameters guide and model share, carries it
-to the other steps. With a linear decoder (`hidden = ()`) the guide's family holds the exact posterior. The mean field
+to the other steps. With a linear decoder (`hidden = ()`) the guide's family holds the exact posterior. The precision of
+psi_t is the network's as well, or one parameter that all steps of all sequences share, as in that posterior: then the
+network has less to learn, and without an `x_mask` covariances are computed once for all sequences. The mean field
 guide's network reads the whole sequence, in both directions.
 
-Steps, or entries, of x that `x_mask` calls unknown are not looked at; a step without known entries has no potential.
+Steps, or entries, of x that `x_mask` calls unknown are not looked at; a step without known entries has no potential. A
+step with some has all of a shared precision, as if every entry were known: where entries within steps are missing, the
+exact posterior is not in that family, and a network that gives the precision can say that less is known.
 
 Source: Johnson, Duvenaud, Wiltschko, Datta and Adams (2016), Composing Graphical Models with Neural Networks for
 Structured Representations and Fast Inference, arXiv:1603.06277; Zhao and Linderman (2023), Revisiting Structured
@@ -22,7 +26,8 @@ Args:
     hidden: widths of the hidden layers of decoder and recognition network; that of the mean field guide's units.
     likelihood: "gaussian" or "bernoulli".
     potential: what the recognition network gives of psi_t: "mean" (and covariance), which trains better as a rule, or
-        "natural" (shift and precision).
+        "natural" (shift and precision), which does with a linear decoder and a shared precision.
+    precision: whose precision psi_t has, "each" (its own, from x_t) or "shared" (a parameter of all steps).
     posterior: "structured" or "mean_field".
 """
 
@@ -32,6 +37,7 @@ import numpy as np
 
 Likelihood = Literal["gaussian", "bernoulli"]
 Potential = Literal["mean", "natural"]
+Precision = Literal["each", "shared"]
 Posterior = Literal["structured", "mean_field"]
 
 recipe = "elbo"
@@ -56,15 +62,17 @@ def guide(
     latent=2,
     hidden: tuple[int, ...] = (32,),
     potential: Potential = "mean",
+    precision: Precision = "each",
     posterior: Posterior = "structured",
 ):
     entries, known = inputs(ppl, x, x_mask)
     if posterior == "mean_field":
         q = mean_field(ppl, entries, latent, hidden)
     else:
-        precision, shift = recognised(ppl, entries, latent, hidden, potential)
-        chain = prior(ppl, x.shape[-2], latent)
-        q = ppl.structured.GaussianChain(**chain, precision=known[..., None] * precision, shift=known * shift)
+        J, h = recognised(ppl, entries, latent, hidden, potential, precision)
+        if x_mask is not None:
+            J, h = known[..., None] * J, known * h
+        q = ppl.structured.GaussianChain(**prior(ppl, x.shape[-2], latent), precision=J, shift=h)
     with ppl.plate("data", len(x)):
         ppl.sample("z", q)
 
@@ -93,18 +101,24 @@ def inputs(ppl, x, x_mask):
     return ppl.xp.concat([known * x, known], axis=-1), ppl.xp.max(known, axis=-1, keepdims=True)
 
 
-def recognised(ppl, entries, latent, hidden, potential):
-    """Precision [rows, T, latent, latent] and shift [rows, T, latent] of psi_t, one of them through L L'."""
-    size = entries.shape[-1]
-    code = ppl.module("recognition", ppl.nets.MLP(size, latent + latent**2, hidden=hidden))(entries)
-    raw = ppl.xp.reshape(code[..., latent:], (*code.shape[:-1], latent, latent))
-    eye = ppl.ops.eye(latent, raw)
-    L = ppl.xp.tril(raw, k=-1) + positive(ppl, raw) * eye
+def recognised(ppl, entries, latent, hidden, potential, precision):
+    """Precision [rows, T, latent, latent], [1, latent, latent] if shared, and shift [rows, T, latent] of psi_t.
+
+    The network gives shift or mean. L L' is the precision or the covariance.
+    """
+    wanted = latent if precision == "shared" else latent + latent**2
+    code = ppl.module("recognition", ppl.nets.MLP(entries.shape[-1], wanted, hidden=hidden))(entries)
+    eye = ppl.ops.eye(latent, code)
+    if precision == "shared":
+        L = ppl.param("L", lambda: np.eye(latent), constraint=ppl.dist.constraints.lower_cholesky)[None]
+    else:
+        raw = ppl.xp.reshape(code[..., latent:], (*code.shape[:-1], latent, latent))
+        L = ppl.xp.tril(raw, k=-1) + positive(ppl, raw) * eye
     if potential == "natural":
         return L @ ppl.xp.matrix_transpose(L), code[..., :latent]
     inverse = ppl.ops.solve_triangular(L, eye)
-    precision = ppl.xp.matrix_transpose(inverse) @ inverse
-    return precision, (precision @ code[..., :latent, None])[..., 0]
+    J = ppl.xp.matrix_transpose(inverse) @ inverse
+    return J, (J @ code[..., :latent, None])[..., 0]
 
 
 def mean_field(ppl, entries, latent, hidden):
