@@ -71,18 +71,25 @@ def guide(
     lengthscale=0.3,
 ):
     lower, size = ppl.dist.constraints.lower_cholesky, rank ** len(coordinates)
-    # At zero, where the prior is, the product has no gradient: factors and core start from different random places.
+    # At zero, where the prior is, the product has no gradient, and with wide factors the noise explains everything:
+    # factors and core start from smooth functions and weights at random, and narrow.
     loc = ppl.param("core_loc", lambda: np.random.default_rng(0).normal(size=size))
     root = ppl.param("core_root", lambda: 0.1 * np.eye(size), constraint=lower)
     ppl.sample("W", ppl.dist.MultivariateNormal(loc, scale_tril=root))
     for k, at in enumerate(coordinates, 1):
-        mode, T = process(ppl, y, k, at, rank, order, lengthscale), len(at)
-        seen = ppl.param(f"seen{k}", lambda k=k, T=T: np.random.default_rng(k).normal(size=(T, rank)))
-        root = ppl.param(f"root{k}", lambda T=T: np.stack([np.eye(rank)] * T), constraint=lower)
+        mode = process(ppl, y, k, at, rank, order, lengthscale)
+        seen = ppl.param(f"seen{k}", lambda k=k, at=at: waves(np.array(at), rank, k))
+        root = ppl.param(f"root{k}", lambda at=at: np.stack([5.0 * np.eye(rank)] * len(at)), constraint=lower)
         precision = root @ root.mT
         shift = (precision @ seen[..., None])[..., 0]
         potentials = {"precision": mode.read.mT @ precision @ mode.read, "shift": shift @ mode.read}
         ppl.sample(f"z{k}", ppl.structured.GaussianChain(**mode.chain, **potentials))
+
+
+def waves(at, functions, seed):
+    """Of the first one half a turn along the coordinates, of the next one two halves, and so on; random phases."""
+    halves, phase = np.arange(1, functions + 1), np.random.default_rng(seed).uniform(0.0, 2.0 * np.pi, functions)
+    return np.sqrt(2.0) * np.sin(np.pi * halves * ((at - at[0]) / ((at[-1] - at[0]) or 1.0))[:, None] + phase)
 
 
 def example(rng: np.random.Generator) -> dict[str, np.ndarray]:
