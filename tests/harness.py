@@ -56,8 +56,9 @@ class Engine:
         *,
         portable: bool,
         data_plate: str | None = None,
+        example: Callable[..., Any] | None = None,
     ) -> None:
-        program = Program("toy", model, guide, portable=portable, arguments=tuple(data))
+        program = Program("toy", model, guide, portable=portable, arguments=tuple(data), example=example)
         self.backend = backend
         kind = PyroBound if backend == "pyro" else NumPyroBound
         with self._precision():

@@ -65,7 +65,9 @@ def test_linear_gaussian_has_three_factors() -> None:
     assert spectrum[2] > 1.0
 
 
-@pytest.mark.parametrize("name", ["pinwheel", "spirals", "sprites", "lds", "lds_medium", "pendulum"])
+@pytest.mark.parametrize(
+    "name", ["pinwheel", "spirals", "sprites", "lds", "lds_medium", "pendulum", "functional_tensor"]
+)
 def test_generated_data_are_a_function_of_the_seed(name: str) -> None:
     first, again, other = load(name), load(name), load(name, seed=1)
     np.testing.assert_array_equal(first.train, again.train)

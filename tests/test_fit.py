@@ -54,7 +54,7 @@ def assert_same_bits(a: Fit, b: Fit) -> None:
 
 LONG = {
     *("ar_hmm_partial", "deep_kalman_filter", "gp_factor_analysis", "hmm", "joint_vae", "latent_tree", "lds", "poglm"),
-    *("svae_gmm", "svae_lds", "svae_slds", "vrnn"),
+    *("functional_tucker", "svae_gmm", "svae_lds", "svae_slds", "vrnn"),
 }
 """Programs that take a compiler the better part of a minute."""
 

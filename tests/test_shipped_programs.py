@@ -35,6 +35,7 @@ SHAPES: dict[str, dict[str, tuple[int, ...]]] = {
     "svae_slds": {"z": (2, 3, 6, 4, 2), "x": (2, 3, 6, 4, 3)},
     "latent_tree": {"z": (2, 3, 6, 6), "x": (2, 3, 6, 5)},
     "gp_factor_analysis": {"z": (2, 3, 6, 4, 4), "x": (2, 3, 6, 4, 3)},
+    "functional_tucker": {"W": (2, 4), "z1": (2, 3, 4), "z2": (2, 4, 4), "y": (2, 3, 6)},
     "lds": {"z": (2, 3, 6, 4, 2), "x": (2, 3, 6, 4, 3)},
     "svae_lds": {"z": (2, 3, 6, 4, 2), "x": (2, 3, 6, 4, 3)},
     "deep_kalman_filter": {"z": (2, 3, 6, 4, 2), "x": (2, 3, 6, 4, 3)},
@@ -49,7 +50,7 @@ SHAPES: dict[str, dict[str, tuple[int, ...]]] = {
 """Of every site's table, at two outer draws of three draws."""
 SCORED = ("ar_hmm_partial", "discrete_vae", "hmm", "joint_vae", "latent_tree", "poglm", "svae_gmm")
 ESTIMATORS = dict.fromkeys(SCORED, "score")
-LONG = {"svae_gmm", "svae_slds"}
+LONG = {"functional_tucker", "svae_gmm", "svae_slds"}
 """Programs whose gradients take XLA the better part of a minute."""
 
 

@@ -15,7 +15,7 @@ from ppl_lvm import ops
 from ppl_lvm.backends import _jax_mixtures
 from ppl_lvm.structured import gaussian_chain as gaussian
 from ppl_lvm.structured import markov_chain as markov
-from ppl_lvm.structured import slds
+from ppl_lvm.structured import slds, tucker
 from ppl_lvm.structured import tree as trees
 from ppl_lvm.structured.matern import matern
 from ppl_lvm.structured.scan import Method
@@ -319,6 +319,7 @@ def namespace() -> Any:
         SwitchingChain=SwitchingChain,
         Tree=Tree,
         VirtualEvidence=VirtualEvidence,
+        at=tucker.at,
         matern=matern,
         observed=gaussian.observed,
         **_jax_mixtures.namespace(),

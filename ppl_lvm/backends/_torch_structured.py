@@ -14,7 +14,7 @@ from ppl_lvm import ops
 from ppl_lvm.backends import _torch_mixtures
 from ppl_lvm.structured import gaussian_chain as gaussian
 from ppl_lvm.structured import markov_chain as markov
-from ppl_lvm.structured import slds
+from ppl_lvm.structured import slds, tucker
 from ppl_lvm.structured import tree as trees
 from ppl_lvm.structured.matern import matern
 from ppl_lvm.structured.scan import Method
@@ -270,6 +270,7 @@ def namespace() -> Any:
         SwitchingChain=SwitchingChain,
         Tree=Tree,
         VirtualEvidence=VirtualEvidence,
+        at=tucker.at,
         matern=matern,
         observed=gaussian.observed,
         **_torch_mixtures.namespace(),

@@ -211,6 +211,38 @@ def draw_pendulum(angle: np.ndarray, size: int = 16) -> np.ndarray:
     return np.exp(-(across**2 + up**2) / (2.0 * 0.15**2))
 
 
+def functional_tensor(seed: int) -> Dataset:
+    """1,500 noisy entries of a tensor with three continuous modes, of 20, 25 and 30 coordinates from 0 to 1."""
+    rng, n, rank, sizes = np.random.default_rng(seed), 1500, 2, (20, 25, 30)
+    coordinates = [np.sort(rng.random(size)) for size in sizes]
+    factors = [_smooth(rng, at, rank) for at in coordinates]
+    core = rng.normal(size=(rank,) * 3)
+    whole = np.einsum("abc,ia,jb,kc->ijk", core, *factors)
+    size = whole.std()
+    places = rng.choice(whole.size, size=n, replace=False)
+    index = np.stack(np.unravel_index(places, sizes), axis=1)
+    clean = whole.ravel()[places] / size
+    return split(
+        "functional_tensor",
+        clean + 0.1 * rng.normal(size=n),
+        None,
+        seed,
+        factors={"at": np.stack([at[i] for at, i in zip(coordinates, index.T, strict=True)], axis=1), "clean": clean},
+        parameters={"core": core / size, **{f"u{k}": u for k, u in enumerate(factors, 1)}},
+        description="Entries W' (u_1(s_1) kron u_2(s_2) kron u_3(s_3)) + 0.1 e at random places, none twice, of "
+        "a grid of uniform coordinates s. The two functions u of each mode are waves of random phase and frequency (a "
+        "half to two turns). W and e are standard normal; without e, the tensor is divided by its standard deviation. "
+        "Factor `at` holds the coordinates [rows, 3], `clean` the entries without e; `parameters` core and functions.",
+        licence=GENERATED,
+    )
+
+
+def _smooth(rng: np.random.Generator, at: np.ndarray, functions: int) -> np.ndarray:
+    """Values `[T, functions]` of random waves."""
+    turns, phase = rng.uniform(0.5, 2.0, functions), rng.uniform(0.0, 2.0 * np.pi, functions)
+    return np.sqrt(2.0) * np.sin(2.0 * np.pi * turns * at[:, None] + phase)
+
+
 def with_gaps(data: Dataset, seed: int, fraction: float = 0.2) -> Dataset:
     """Sequences of which each step is unknown (NaN) with probability `fraction`; factor `x` has all of them."""
     rng = np.random.default_rng([seed, 1])

@@ -14,7 +14,7 @@ from ppl_lvm.errors import DataError
 _LOADERS: dict[str, Callable[[int], Dataset]] = {
     **{f.__name__: f for f in (_public.digits, _generated.linear_gaussian, _generated.pinwheel, _generated.spirals)},
     **{f.__name__: f for f in (_generated.sprites, _generated.lds, _public.mnist10k, _public.mnist10k_binary)},
-    **{f.__name__: f for f in (_generated.lds_medium, _generated.pendulum)},
+    **{f.__name__: f for f in (_generated.lds_medium, _generated.pendulum, _generated.functional_tensor)},
     **{f.__name__: f for f in (_public.omniglot, _public.omniglot_binary, _public.omniglot_105, _public.jsb_chorales)},
 }
 _WITH_GAPS = ("lds", "lds_medium", "pendulum")
