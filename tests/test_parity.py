@@ -141,6 +141,8 @@ class Pair:
         for n, s in draws.sites.items():
             if s.role == "observed" or n in of_noise_alone or (s.estimator is not None and s.estimator.exhaustive):
                 continue
+            if structure.sites[n].point:
+                continue  # a value that differs from its own place in rounding would have no density
             value, (count, stride) = s.value.detach().numpy(), layout[s.local].get(n, (1, 1))
             entry = np.arange(value.shape[1 if s.local else 0])
             found[n] = np.take(value, entry - entry // stride % count * stride, axis=1 if s.local else 0)
