@@ -109,7 +109,8 @@ class Pair:
     def __init__(self, name: str) -> None:
         chosen = program(name, **SMALL.get(name, {}))
         assert chosen.example is not None
-        call = Call.of(chosen.example(np.random.default_rng(0))).map(lambda a: np.asarray(a, dtype=np.float64))
+        made = Call.of(chosen.example(np.random.default_rng(0)))
+        call = made.map(lambda a: np.asarray(a, dtype=np.float64) if np.asarray(a).dtype.kind == "f" else a)
         self.pyro = PyroBound(chosen, call, seed=0, dtype="float64")
         self.numpyro = NumPyroBound(chosen, call, seed=0, dtype="float64")
         self.tensors, self.arrays = self.pyro.batch(call), self.numpyro.batch(call)

@@ -56,6 +56,6 @@ def guide(ppl, x, t, x_mask, *, latent=2, order=1.5, lengthscale=1.0):
 
 
 def example(rng: np.random.Generator) -> dict[str, np.ndarray]:
-    times = np.cumsum(rng.exponential(size=(6, 4)), axis=1)
+    times = np.cumsum(0.5 + rng.exponential(size=(6, 4)), axis=1)
     known = np.ones((6, 4, 3), dtype=bool)
     return {"x": rng.normal(size=(6, 4, 3)).astype(np.float32), "t": times.astype(np.float32), "x_mask": known}
