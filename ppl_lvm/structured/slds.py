@@ -191,8 +191,8 @@ class SwitchingChain:
 
         In a sweep q(z) is made the best for q(s), then q(s) the best for q(z), so that the bound
         `E log p(s, z) psi(z) - E log q(s) q(z) <= log sum_s p(s) Z(s)` never falls. `precision [T, ..., D, D]` and
-        `shift [T, ..., D]` are zero at steps without data. `start [T, ..., V]` are the marginals of the first q(s);
-        None: those of p(s).
+        `shift [T, ..., D]` are zero at steps without data, and have one step in front where all share it.
+        `start [T, ..., V]` are the marginals of the first q(s); None: those of p(s).
 
         The number of sweeps is fixed, so that a compiled step has one shape, and derivatives go through all of them:
         they are those of the factors as they are, whether the sweeps are enough or not. Where these are, the bound's
@@ -206,8 +206,11 @@ class SwitchingChain:
         T, D, V = self.steps, self.dim, self.states.values
         batches = [self.batch_shape, precision.shape[1:-2], shift.shape[1:-1]]
         for name, x, event in (("precision", precision, (D, D)), ("shift", shift, (D,))):
-            if x.shape[:1] != (T,) or tuple(x.shape[-len(event) :]) != event or x.ndim <= len(event):
-                raise DataError(f"{name} has shape {tuple(x.shape)}; the chain says it is {(T, '...', *event)}.")
+            if x.shape[:1] not in ((T,), (1,)) or tuple(x.shape[-len(event) :]) != event or x.ndim <= len(event):
+                raise DataError(
+                    f"{name} has shape {tuple(x.shape)}; the chain says it is {(T, '...', *event)}, with 1 in front "
+                    f"where all steps share it."
+                )
         if start is None:
             start = self.states.statistics().single
         batches.append(start.shape[1:-1])
