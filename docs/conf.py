@@ -48,7 +48,7 @@ os.environ["PYTHONWARNINGS"] = "ignore:IProgress not found"
 nb_execution_mode = "force"
 nb_execution_raise_on_error = True
 nb_execution_in_temp = True
-nb_execution_timeout = 180
+nb_execution_timeout = 400
 nb_execution_show_tb = True
 nb_merge_streams = True
 
