@@ -82,7 +82,7 @@ class NormalInverseWishart:
 
     With A the form of `N(mean, cov)` whose corner is without its log determinant, and P = cov^-1,
 
-        p(mean, cov) = exp( -tr(form A) / 2 + (df + D + 2) / 2 log |P| - log Z )
+        p(mean, cov) = exp( -tr(form A) / 2 + (df + D + 2) / 2 log det P - log Z )
         form = [[count, count loc'], [count loc, scale + count loc loc']]            `[..., D + 1, D + 1]`, `df [...]`
 
     so that data z with weights w add `sum w (1, z) (1, z)'` to `form` and `sum w` to `df` (`updated`). `form` is
@@ -344,7 +344,7 @@ def mixture_posterior(log_weight: Array, form: Array, precision: Array, shift: A
     The sum over labels is exact: `log Z = log sum_k exp(log_weight_k) integral f_k(z) psi(z) dz`. Weights `[..., K]`
     and components f_k, forms `[..., K, D + 1, D + 1]`, need not be normalised; precision is `[..., D, D]`, shift
     `[..., D]`. With log probabilities, forms of normals and a likelihood for potential, `log Z` is the log evidence;
-    with means of a `Dirichlet` and of `NormalInverseWishart`s q is the optimal local factor of variational Bayes.
+    with means of a `Dirichlet` and a `NormalInverseWishart`, q is the optimal local factor of variational Bayes.
 
     Source: Johnson, Duvenaud, Wiltschko, Datta, Adams (2016), arXiv:1603.06277, whose factor has labels and draws apart
     (`mixture_mean_field`).
