@@ -18,7 +18,7 @@ from ppl_lvm.backends.hiding import Hiding
 from ppl_lvm.data import Batches, Missing, check_missing, check_observed, is_batches, observe, read
 from ppl_lvm.errors import DataError, LegalityError, PplLvmError, ProgramError, RecipeError
 from ppl_lvm.monitor import EarlyStopping, Moment, Run, Watch, restart_seeds, run_seed, without_early_stopping
-from ppl_lvm.pace import FEWEST, MOST, Order, Pace
+from ppl_lvm.pace import FEWEST, Order, Pace, most_steps
 from ppl_lvm.parameters import descent, starting_values
 from ppl_lvm.posterior import Fit, State
 from ppl_lvm.program import Program, backend_of
@@ -211,10 +211,11 @@ def fit(
         params=lambda arrays: _constrained(library, bound, trainer.params_of(arrays)),
         state=lambda arrays, step, r: _state(name, seed, step, trainer, arrays, r, state),
     )
-    room = MOST if batches is None else FEWEST  # batches are held on the device
-    pace, orders = Pace(room), list[Order]()
+    orders = list[Order]()
     if batched and rows is not None and how.batch_size is not None:
         orders = [Order(rows, how.batch_size, s) for s in seeds]
+    room = FEWEST if batches is not None else most_steps(sum(o.size for o in orders))  # batches are held on the device
+    pace = Pace(room)
     with progress.bar(f"{chosen.name} · {how.name} · {name}", how.steps, step, progress_bar) as advance:
         while step < how.steps and not watch.over:
             n = min(pace.steps, how.steps - step, how.check_every - step % how.check_every)

@@ -8,6 +8,13 @@ import numpy as np
 
 FEWEST, MOST = 100, 1000
 SECONDS = 0.5
+ENTRIES = 4_000_000
+"""Numbers of rows that are handed to a compiled loop at once, beyond the fewest steps."""
+
+
+def most_steps(rows: int) -> int:
+    """Most steps between two looks where each has this many rows, of all restarts together."""
+    return min(MOST, max(FEWEST, ENTRIES // max(rows, 1)))
 
 
 class Order:

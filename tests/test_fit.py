@@ -14,7 +14,7 @@ import torch
 from ppl_lvm import Fit, State, fit, program, programs, recipe
 from ppl_lvm.backends import _numpyro_train, _pyro_train
 from ppl_lvm.errors import BackendError, DataError, LegalityError, PplLvmError, ProgramError
-from ppl_lvm.pace import Order, Pace
+from ppl_lvm.pace import Order, Pace, most_steps
 
 BACKENDS = ("pyro", "numpyro")
 on_both = pytest.mark.parametrize("backend", BACKENDS)
@@ -183,6 +183,8 @@ def test_short_steps_are_looked_at_less_often(monkeypatch: pytest.MonkeyPatch) -
         pace.took(pace.steps)
     assert taken == [100, 200, 400, 800, 1000, 1000, 1000, 500, 250, 125, 100]
     assert Pace(most=50).steps == 50
+    # What is handed over at once is bounded: 1,000 batches of 10^5 rows would be 800 MB.
+    assert [most_steps(rows) for rows in (0, 128, 8_000, 100_000)] == [1000, 1000, 500, 100]
 
 
 @on_both

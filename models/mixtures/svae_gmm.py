@@ -37,17 +37,7 @@ recipe = "svae"
 
 
 def model(
-    ppl,
-    x,
-    *,
-    latent=2,
-    components=10,
-    hidden=40,
-    concentration=1.0,
-    count=0.5,
-    spread=1.0,
-    df: float | None = None,
-    correction=True,
+    ppl, x, *, latent=2, components=10, hidden=40, concentration=1.0, count=0.5, spread=1.0, df: float | None = None
 ):
     like = ppl.ops.zeros((components,), x)
     pi = ppl.sample("pi", ppl.structured.LogDirichlet(like + concentration / components))
@@ -65,19 +55,7 @@ def model(
         ppl.sample("x", ppl.dist.Normal(decoder(z), noise).to_event(1), obs=x)
 
 
-def guide(
-    ppl,
-    x,
-    *,
-    latent=2,
-    components=10,
-    hidden=40,
-    concentration=1.0,
-    count=0.5,
-    spread=1.0,
-    df: float | None = None,
-    correction=True,
-):
+def guide(ppl, x, *, latent=2, components=10, hidden=40, correction=True):
     constraints = ppl.dist.constraints
     pi = ppl.structured.LogDirichlet(
         ppl.param("pi.concentration", lambda: np.full(components, 5.0), constraint=constraints.positive)

@@ -86,9 +86,9 @@ def prior(ppl, steps, latent):
     return {
         "mean": m,
         "cov": eye,
-        "transition": ppl.xp.broadcast_to(A, (steps - 1, latent, latent)),
+        "transition": A[None],
         "bias": ppl.xp.broadcast_to(b, (steps - 1, latent)),
-        "noise": ppl.xp.broadcast_to(q * eye, (steps - 1, latent, latent)),
+        "noise": (q * eye)[None],
     }
 
 

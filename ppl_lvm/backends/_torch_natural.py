@@ -51,13 +51,13 @@ class _Divergences:
                 if total.requires_grad:
                     slope = torch.autograd.grad(total, leaves, allow_unused=True, retain_graph=True)
                 found[site] = {
-                    n: np.zeros(v.shape) if g is None else g.numpy()
+                    n: np.zeros(v.shape) if g is None else g.cpu().numpy()
                     for (n, v), g in zip(near.items(), slope, strict=True)
                 }
         return found
 
     def fishers(self, factors: Sequence[Factor]) -> Sequence[np.ndarray]:
-        return [_fisher(self._bound, self._batch, f, self._u).numpy() for f in factors]
+        return [_fisher(self._bound, self._batch, f, self._u).cpu().numpy() for f in factors]
 
 
 def found(bound: Any, batch: Any, units: Mapping[str, Unit]) -> dict[str, tuple[Factor, ...]]:
