@@ -45,13 +45,58 @@ _moments = jax.jit(lambda chain: chain.moments())
 _kl = jax.jit(lambda q, p: q.kl(p))
 
 
-class GaussianChain(dist.Distribution):
-    """See `ppl_lvm.structured.gaussian_chain`; steps are the first axis of events `[T, D]`, behind the batch."""
+class _Structured(dist.Distribution):
+    """An algorithm of `ppl_lvm.structured` as a distribution: its steps (nodes) in front are behind the batch here."""
 
     arg_constraints: dict[str, Any] = {}
+    pytree_data_fields = ("chain",)
+    chain: Any
+
+    @classmethod
+    def of(cls, chain: Any, batch_shape: Any = None) -> Any:
+        """With this algorithm, and its batch unless another is given."""
+        self = cls.__new__(cls)
+        self._of(chain, batch_shape)
+        return self
+
+    def _of(self, chain: Any, batch_shape: Any = None) -> None:
+        self.chain = chain
+        shape = chain.batch_shape if batch_shape is None else batch_shape
+        super().__init__(tuple(shape), chain.event_shape, validate_args=False)
+
+    @property
+    def has_rsample(self) -> bool:
+        return False
+
+    def expand(self, batch_shape: Any) -> Any:
+        return type(self).of(self.chain, batch_shape)
+
+    def log_prob(self, value: Array) -> Array:
+        found = _log_prob(self.chain, jnp.moveaxis(value, -len(self.event_shape), 0))
+        return jnp.broadcast_to(found, jnp.broadcast_shapes(found.shape, self.batch_shape))
+
+
+class _States(_Structured):
+    """Events are integers, drawn from a uniform each."""
+
+    like: str
+    """The algorithm's argument whose dtype is that of the uniforms."""
+
+    @property
+    def support(self) -> Any:
+        return constraints.independent(constraints.integer_interval(0, self.chain.values - 1), 1)
+
+    def sample(self, key: Array, sample_shape: tuple[int, ...] = ()) -> Array:
+        shape = (*self.event_shape, *sample_shape, *self.batch_shape)
+        uniform = jax.random.uniform(key, shape, dtype=getattr(self.chain, self.like).dtype)
+        return jnp.moveaxis(_sample(self.chain, uniform), 0, -1)
+
+
+class GaussianChain(_Structured):
+    """See `ppl_lvm.structured.gaussian_chain`; steps are the first axis of events `[T, D]`, behind the batch."""
+
     support = constraints.independent(constraints.real, 2)
     reparametrized_params = ["mean", "cov", "transition", "bias", "noise"]
-    pytree_data_fields = ("chain",)
 
     def __init__(
         self,
@@ -67,20 +112,11 @@ class GaussianChain(dist.Distribution):
     ) -> None:
         front = gaussian.steps_in_front(mean, cov, transition, bias, noise, precision, shift)
         check = dist.Distribution._validate_args if validate_args is None else validate_args
-        self._of(gaussian.GaussianChain(**front, method=method, validate=bool(check)), None)
-
-    def _of(self, chain: gaussian.GaussianChain, batch_shape: tuple[int, ...] | None) -> GaussianChain:
-        self.chain = chain
-        shape = chain.batch_shape if batch_shape is None else batch_shape
-        super().__init__(shape, (chain.steps, chain.dim), validate_args=False)
-        return self
+        self._of(gaussian.GaussianChain(**front, method=method, validate=bool(check)))
 
     @property
     def has_rsample(self) -> bool:
         return True
-
-    def expand(self, batch_shape: Any) -> GaussianChain:
-        return type(self).__new__(type(self))._of(self.chain, tuple(batch_shape))
 
     def rsample(self, key: Array, sample_shape: tuple[int, ...] = ()) -> Array:
         shape = (self.chain.steps, *sample_shape, *self.batch_shape, self.chain.dim)
@@ -88,10 +124,6 @@ class GaussianChain(dist.Distribution):
 
     def sample(self, key: Array, sample_shape: tuple[int, ...] = ()) -> Array:
         return self.rsample(key, sample_shape)
-
-    def log_prob(self, value: Array) -> Array:
-        found = _log_prob(self.chain, jnp.moveaxis(value, -2, 0))
-        return jnp.broadcast_to(found, jnp.broadcast_shapes(found.shape, self.batch_shape))
 
     def noise_of(self, value: Array) -> Array:
         return self.chain.noise_of(jnp.moveaxis(value, -2, 0))
@@ -110,11 +142,10 @@ class GaussianChain(dist.Distribution):
         return jnp.broadcast_to(moved, (*self.batch_shape, *self.event_shape))
 
 
-class MarkovChain(dist.Distribution):
+class MarkovChain(_States):
     """See `ppl_lvm.structured.markov_chain`; events are sequences `[T]` of integers, behind the batch."""
 
-    arg_constraints: dict[str, Any] = {}
-    pytree_data_fields = ("chain",)
+    like = "initial"
 
     def __init__(
         self,
@@ -124,45 +155,17 @@ class MarkovChain(dist.Distribution):
         method: Method = "auto",
         validate_args: bool | None = None,
     ) -> None:
-        self._of(markov.MarkovChain(**markov.steps_in_front(initial, transition, node), method=method), None)
-
-    def _of(self, chain: markov.MarkovChain, batch_shape: tuple[int, ...] | None) -> MarkovChain:
-        self.chain = chain
-        shape = chain.batch_shape if batch_shape is None else batch_shape
-        super().__init__(shape, (chain.steps,), validate_args=False)
-        return self
-
-    @property
-    def support(self) -> Any:
-        return constraints.independent(constraints.integer_interval(0, self.chain.values - 1), 1)
-
-    @property
-    def has_rsample(self) -> bool:
-        return False
-
-    def expand(self, batch_shape: Any) -> MarkovChain:
-        return type(self).__new__(type(self))._of(self.chain, tuple(batch_shape))
-
-    def sample(self, key: Array, sample_shape: tuple[int, ...] = ()) -> Array:
-        shape = (self.chain.steps, *sample_shape, *self.batch_shape)
-        uniform = jax.random.uniform(key, shape, dtype=self.chain.initial.dtype)
-        return jnp.moveaxis(_sample(self.chain, uniform), 0, -1)
-
-    def log_prob(self, value: Array) -> Array:
-        found = _log_prob(self.chain, jnp.moveaxis(value, -1, 0))
-        return jnp.broadcast_to(found, jnp.broadcast_shapes(found.shape, self.batch_shape))
+        self._of(markov.MarkovChain(**markov.steps_in_front(initial, transition, node), method=method))
 
 
-class SwitchingChain(dist.Distribution):
+class SwitchingChain(_Structured):
     """See `ppl_lvm.structured.slds`; events are the numbers z `[T, D]`, the states summed out of their density.
 
     `initial [..., V]` and `move [..., T - 1, V, V]` are the states' logs. `states` is their distribution,
     `given(s)` that of z given them.
     """
 
-    arg_constraints: dict[str, Any] = {}
     support = constraints.independent(constraints.real, 2)
-    pytree_data_fields = ("chain",)
 
     def __init__(
         self,
@@ -178,20 +181,7 @@ class SwitchingChain(dist.Distribution):
     ) -> None:
         states, front = slds.steps_in_front(initial, move, mean, cov, transition, bias, noise, method)
         check = dist.Distribution._validate_args if validate_args is None else validate_args
-        self._of(slds.SwitchingChain(states, **front, method=method, validate=bool(check)), None)
-
-    def _of(self, chain: slds.SwitchingChain, batch_shape: tuple[int, ...] | None) -> SwitchingChain:
-        self.chain = chain
-        shape = chain.batch_shape if batch_shape is None else batch_shape
-        super().__init__(shape, (chain.steps, chain.dim), validate_args=False)
-        return self
-
-    @property
-    def has_rsample(self) -> bool:
-        return False
-
-    def expand(self, batch_shape: Any) -> SwitchingChain:
-        return type(self).__new__(type(self))._of(self.chain, tuple(batch_shape))
+        self._of(slds.SwitchingChain(states, **front, method=method, validate=bool(check)))
 
     def sample(self, key: Array, sample_shape: tuple[int, ...] = ()) -> Array:
         of_states, of_z = jax.random.split(key)
@@ -199,32 +189,27 @@ class SwitchingChain(dist.Distribution):
         noise = jax.random.normal(of_z, (*shape, self.chain.dim), dtype=dtype)
         return jnp.moveaxis(self.chain.sample(jax.random.uniform(of_states, shape, dtype=dtype), noise)[1], 0, -2)
 
-    def log_prob(self, value: Array) -> Array:
-        found = self.chain.log_prob(jnp.moveaxis(value, -2, 0))
-        return jnp.broadcast_to(found, jnp.broadcast_shapes(found.shape, self.batch_shape))
-
     @property
     def states(self) -> MarkovChain:
-        return MarkovChain.__new__(MarkovChain)._of(self.chain.states, None)
+        return MarkovChain.of(self.chain.states)
 
     def given(self, s: Array) -> GaussianChain:
-        return GaussianChain.__new__(GaussianChain)._of(self.chain.given(jnp.moveaxis(s, -1, 0)), None)
+        return GaussianChain.of(self.chain.given(jnp.moveaxis(s, -1, 0)))
 
     def mean_field(self, precision: Array, shift: Array, sweeps: int = 10) -> Any:
         """The distributions of the states and of z, and the bound after every sweep, `[..., sweeps]`."""
         q = self.chain.mean_field(jnp.moveaxis(precision, -3, 0), jnp.moveaxis(shift, -2, 0), sweeps)
         return SimpleNamespace(
-            states=MarkovChain.__new__(MarkovChain)._of(q.states, None),
-            chain=GaussianChain.__new__(GaussianChain)._of(q.chain, None),
+            states=MarkovChain.of(q.states),
+            chain=GaussianChain.of(q.chain),
             bounds=jnp.moveaxis(q.bounds, 0, -1),
         )
 
 
-class Tree(dist.Distribution):
+class Tree(_States):
     """See `ppl_lvm.structured.tree`; events are the integers `[N]` of all nodes, behind the batch."""
 
-    arg_constraints: dict[str, Any] = {}
-    pytree_data_fields = ("chain",)
+    like = "root"
 
     def __init__(
         self,
@@ -234,32 +219,7 @@ class Tree(dist.Distribution):
         node: Array | None = None,
         validate_args: bool | None = None,
     ) -> None:
-        self._of(trees.Tree(tuple(parents), **trees.nodes_in_front(root, edge, node)), None)
-
-    def _of(self, tree: trees.Tree, batch_shape: tuple[int, ...] | None) -> Tree:
-        self.chain = tree
-        shape = tree.batch_shape if batch_shape is None else batch_shape
-        super().__init__(shape, (tree.nodes,), validate_args=False)
-        return self
-
-    @property
-    def support(self) -> Any:
-        return constraints.independent(constraints.integer_interval(0, self.chain.values - 1), 1)
-
-    @property
-    def has_rsample(self) -> bool:
-        return False
-
-    def expand(self, batch_shape: Any) -> Tree:
-        return type(self).__new__(type(self))._of(self.chain, tuple(batch_shape))
-
-    def sample(self, key: Array, sample_shape: tuple[int, ...] = ()) -> Array:
-        shape = (self.chain.nodes, *sample_shape, *self.batch_shape)
-        return jnp.moveaxis(self.chain.sample(jax.random.uniform(key, shape, dtype=self.chain.root.dtype)), 0, -1)
-
-    def log_prob(self, value: Array) -> Array:
-        found = self.chain.log_prob(jnp.moveaxis(value, -1, 0))
-        return jnp.broadcast_to(found, jnp.broadcast_shapes(found.shape, self.batch_shape))
+        self._of(trees.Tree(tuple(parents), **trees.nodes_in_front(root, edge, node)))
 
 
 class _Weights(type(constraints.simplex)):  # type: ignore[misc]

@@ -20,10 +20,51 @@ from ppl_lvm.structured.matern import matern
 from ppl_lvm.structured.scan import Method
 
 
-class GaussianChain(TorchDistribution):
-    """See `ppl_lvm.structured.gaussian_chain`; steps are the first axis of events `[T, D]`, behind the batch."""
+class _Structured(TorchDistribution):
+    """An algorithm of `ppl_lvm.structured` as a distribution: its steps (nodes) in front are behind the batch here."""
 
     arg_constraints: dict[str, Any] = {}
+    chain: Any
+
+    @classmethod
+    def of(cls, chain: Any, batch_shape: Any = None) -> Any:
+        """With this algorithm, and its batch unless another is given."""
+        self = cls.__new__(cls)
+        self._of(chain, batch_shape)
+        return self
+
+    def _of(self, chain: Any, batch_shape: Any = None) -> None:
+        self.chain = chain
+        shape = chain.batch_shape if batch_shape is None else batch_shape
+        super().__init__(torch.Size(shape), torch.Size(chain.event_shape), validate_args=False)
+
+    def expand(self, batch_shape: Any, _instance: Any = None) -> Any:
+        return type(self).of(self.chain, batch_shape)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        found = self.chain.log_prob(value.movedim(-len(self.event_shape), 0))
+        return found.expand(torch.broadcast_shapes(found.shape, self.batch_shape))
+
+
+class _States(_Structured):
+    """Events are integers, drawn from a uniform each."""
+
+    like: str
+    """The algorithm's argument whose dtype and device are those of the uniforms."""
+
+    @property
+    def support(self) -> Any:
+        return constraints.independent(constraints.integer_interval(0, self.chain.values - 1), 1)
+
+    def sample(self, sample_shape: Any = torch.Size()) -> Tensor:  # noqa: B008 - torch's own signature
+        like, shape = getattr(self.chain, self.like), (*self.event_shape, *sample_shape, *self.batch_shape)
+        with torch.no_grad():
+            return self.chain.sample(torch.rand(shape, dtype=like.dtype, device=like.device)).movedim(0, -1)
+
+
+class GaussianChain(_Structured):
+    """See `ppl_lvm.structured.gaussian_chain`; steps are the first axis of events `[T, D]`, behind the batch."""
+
     support = constraints.independent(constraints.real, 2)
     has_rsample = True
 
@@ -41,26 +82,13 @@ class GaussianChain(TorchDistribution):
     ) -> None:
         front = gaussian.steps_in_front(mean, cov, transition, bias, noise, precision, shift)
         check = torch.distributions.Distribution._validate_args if validate_args is None else validate_args
-        self._of(gaussian.GaussianChain(**front, method=method, validate=bool(check)), None)
-
-    def _of(self, chain: gaussian.GaussianChain, batch_shape: torch.Size | None) -> GaussianChain:
-        self.chain = chain
-        shape = torch.Size(chain.batch_shape) if batch_shape is None else batch_shape
-        super().__init__(shape, torch.Size((chain.steps, chain.dim)), validate_args=False)
-        return self
-
-    def expand(self, batch_shape: Any, _instance: Any = None) -> GaussianChain:
-        return type(self).__new__(type(self))._of(self.chain, torch.Size(batch_shape))
+        self._of(gaussian.GaussianChain(**front, method=method, validate=bool(check)))
 
     def rsample(self, sample_shape: Any = torch.Size()) -> Tensor:  # noqa: B008 - torch's own signature
         shape = (self.chain.steps, *sample_shape, *self.batch_shape, self.chain.dim)
         like = self.chain.mean
         noise = torch.randn(shape, dtype=like.dtype, device=like.device)
         return self.chain.sample(noise).movedim(0, -2)
-
-    def log_prob(self, value: Tensor) -> Tensor:
-        found = self.chain.log_prob(value.movedim(-2, 0))
-        return found.expand(torch.broadcast_shapes(found.shape, self.batch_shape))
 
     def noise_of(self, value: Tensor) -> Tensor:
         return self.chain.noise_of(value.movedim(-2, 0))
@@ -79,10 +107,10 @@ class GaussianChain(TorchDistribution):
         return moved.expand(*self.batch_shape, *self.event_shape)
 
 
-class MarkovChain(TorchDistribution):
+class MarkovChain(_States):
     """See `ppl_lvm.structured.markov_chain`; events are sequences `[T]` of integers, behind the batch."""
 
-    arg_constraints: dict[str, Any] = {}
+    like = "initial"
 
     def __init__(
         self,
@@ -92,40 +120,16 @@ class MarkovChain(TorchDistribution):
         method: Method = "auto",
         validate_args: bool | None = None,
     ) -> None:
-        self._of(markov.MarkovChain(**markov.steps_in_front(initial, transition, node), method=method), None)
-
-    def _of(self, chain: markov.MarkovChain, batch_shape: torch.Size | None) -> MarkovChain:
-        self.chain = chain
-        shape = torch.Size(chain.batch_shape) if batch_shape is None else batch_shape
-        super().__init__(shape, torch.Size((chain.steps,)), validate_args=False)
-        return self
-
-    @property
-    def support(self) -> Any:
-        return constraints.independent(constraints.integer_interval(0, self.chain.values - 1), 1)
-
-    def expand(self, batch_shape: Any, _instance: Any = None) -> MarkovChain:
-        return type(self).__new__(type(self))._of(self.chain, torch.Size(batch_shape))
-
-    def sample(self, sample_shape: Any = torch.Size()) -> Tensor:  # noqa: B008 - torch's own signature
-        like = self.chain.initial
-        shape = (self.chain.steps, *sample_shape, *self.batch_shape)
-        with torch.no_grad():
-            return self.chain.sample(torch.rand(shape, dtype=like.dtype, device=like.device)).movedim(0, -1)
-
-    def log_prob(self, value: Tensor) -> Tensor:
-        found = self.chain.log_prob(value.movedim(-1, 0))
-        return found.expand(torch.broadcast_shapes(found.shape, self.batch_shape))
+        self._of(markov.MarkovChain(**markov.steps_in_front(initial, transition, node), method=method))
 
 
-class SwitchingChain(TorchDistribution):
+class SwitchingChain(_Structured):
     """See `ppl_lvm.structured.slds`; events are the numbers z `[T, D]`, the states summed out of their density.
 
     `initial [..., V]` and `move [..., T - 1, V, V]` are the states' logs. `states` is their distribution,
     `given(s)` that of z given them.
     """
 
-    arg_constraints: dict[str, Any] = {}
     support = constraints.independent(constraints.real, 2)
 
     def __init__(
@@ -142,16 +146,7 @@ class SwitchingChain(TorchDistribution):
     ) -> None:
         states, front = slds.steps_in_front(initial, move, mean, cov, transition, bias, noise, method)
         check = torch.distributions.Distribution._validate_args if validate_args is None else validate_args
-        self._of(slds.SwitchingChain(states, **front, method=method, validate=bool(check)), None)
-
-    def _of(self, chain: slds.SwitchingChain, batch_shape: torch.Size | None) -> SwitchingChain:
-        self.chain = chain
-        shape = torch.Size(chain.batch_shape) if batch_shape is None else batch_shape
-        super().__init__(shape, torch.Size((chain.steps, chain.dim)), validate_args=False)
-        return self
-
-    def expand(self, batch_shape: Any, _instance: Any = None) -> SwitchingChain:
-        return type(self).__new__(type(self))._of(self.chain, torch.Size(batch_shape))
+        self._of(slds.SwitchingChain(states, **front, method=method, validate=bool(check)))
 
     def sample(self, sample_shape: Any = torch.Size()) -> Tensor:  # noqa: B008 - torch's own signature
         like, shape = self.chain.mean, (self.chain.steps, *sample_shape, *self.batch_shape)
@@ -160,31 +155,27 @@ class SwitchingChain(TorchDistribution):
         with torch.no_grad():
             return self.chain.sample(uniform, noise)[1].movedim(0, -2)
 
-    def log_prob(self, value: Tensor) -> Tensor:
-        found = self.chain.log_prob(value.movedim(-2, 0))
-        return found.expand(torch.broadcast_shapes(found.shape, self.batch_shape))
-
     @property
     def states(self) -> MarkovChain:
-        return MarkovChain.__new__(MarkovChain)._of(self.chain.states, None)
+        return MarkovChain.of(self.chain.states)
 
     def given(self, s: Tensor) -> GaussianChain:
-        return GaussianChain.__new__(GaussianChain)._of(self.chain.given(s.movedim(-1, 0)), None)
+        return GaussianChain.of(self.chain.given(s.movedim(-1, 0)))
 
     def mean_field(self, precision: Tensor, shift: Tensor, sweeps: int = 10) -> Any:
         """The distributions of the states and of z, and the bound after every sweep, `[..., sweeps]`."""
         q = self.chain.mean_field(precision.movedim(-3, 0), shift.movedim(-2, 0), sweeps)
         return SimpleNamespace(
-            states=MarkovChain.__new__(MarkovChain)._of(q.states, None),
-            chain=GaussianChain.__new__(GaussianChain)._of(q.chain, None),
+            states=MarkovChain.of(q.states),
+            chain=GaussianChain.of(q.chain),
             bounds=q.bounds.movedim(0, -1),
         )
 
 
-class Tree(TorchDistribution):
+class Tree(_States):
     """See `ppl_lvm.structured.tree`; events are the integers `[N]` of all nodes, behind the batch."""
 
-    arg_constraints: dict[str, Any] = {}
+    like = "root"
 
     def __init__(
         self,
@@ -194,30 +185,7 @@ class Tree(TorchDistribution):
         node: Tensor | None = None,
         validate_args: bool | None = None,
     ) -> None:
-        self._of(trees.Tree(tuple(parents), **trees.nodes_in_front(root, edge, node)), None)
-
-    def _of(self, tree: trees.Tree, batch_shape: torch.Size | None) -> Tree:
-        self.chain = tree
-        shape = torch.Size(tree.batch_shape) if batch_shape is None else batch_shape
-        super().__init__(shape, torch.Size((tree.nodes,)), validate_args=False)
-        return self
-
-    @property
-    def support(self) -> Any:
-        return constraints.independent(constraints.integer_interval(0, self.chain.values - 1), 1)
-
-    def expand(self, batch_shape: Any, _instance: Any = None) -> Tree:
-        return type(self).__new__(type(self))._of(self.chain, torch.Size(batch_shape))
-
-    def sample(self, sample_shape: Any = torch.Size()) -> Tensor:  # noqa: B008 - torch's own signature
-        like = self.chain.root
-        shape = (self.chain.nodes, *sample_shape, *self.batch_shape)
-        with torch.no_grad():
-            return self.chain.sample(torch.rand(shape, dtype=like.dtype, device=like.device)).movedim(0, -1)
-
-    def log_prob(self, value: Tensor) -> Tensor:
-        found = self.chain.log_prob(value.movedim(-1, 0))
-        return found.expand(torch.broadcast_shapes(found.shape, self.batch_shape))
+        self._of(trees.Tree(tuple(parents), **trees.nodes_in_front(root, edge, node)))
 
 
 class _Weights(constraints.Constraint):

@@ -156,6 +156,11 @@ class GaussianChain:
         return int(self.mean.shape[-1])
 
     @property
+    def event_shape(self) -> tuple[int, ...]:
+        """`(T, D)`."""
+        return (self.steps, self.dim)
+
+    @property
     def batch_shape(self) -> tuple[int, ...]:
         """What all arguments broadcast to between steps and state."""
         shapes = [self.mean.shape[:-1], self.cov.shape[:-2], self.transition.shape[1:-2], self.bias.shape[1:-1]]

@@ -86,6 +86,11 @@ class MarkovChain:
         return int(self.initial.shape[-1])
 
     @property
+    def event_shape(self) -> tuple[int, ...]:
+        """`(T,)`."""
+        return (self.steps,)
+
+    @property
     def batch_shape(self) -> tuple[int, ...]:
         """What all arguments broadcast to between steps and values."""
         shapes = [self.initial.shape[:-1], self.transition.shape[1:-2]]

@@ -106,6 +106,11 @@ class SwitchingChain:
         return int(self.mean.shape[-1])
 
     @property
+    def event_shape(self) -> tuple[int, ...]:
+        """`(T, D)`, of z."""
+        return (self.steps, self.dim)
+
+    @property
     def batch_shape(self) -> tuple[int, ...]:
         """What all arguments broadcast to between steps and state."""
         shapes = [self.states.batch_shape, self.mean.shape[:-2], self.cov.shape[:-3], self.transition.shape[1:-3]]

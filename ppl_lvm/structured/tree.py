@@ -97,6 +97,11 @@ class Tree:
         return int(self.root.shape[-1])
 
     @property
+    def event_shape(self) -> tuple[int, ...]:
+        """`(N,)`."""
+        return (self.nodes,)
+
+    @property
     def batch_shape(self) -> tuple[int, ...]:
         """What all arguments broadcast to between nodes and values."""
         shapes = [self.root.shape[:-1], self.edge.shape[1:-2]]
