@@ -65,15 +65,18 @@ class _Forward(NamedTuple):
 
 
 class _Backward(NamedTuple):
-    """`z_t | z_{t+1} = E z_{t+1} + g + L noise` of all steps but the last; L is lower, and `cov = LL'`."""
+    """`z_t | z_{t+1} = E z_{t+1} + g + L noise` of all steps but the last, with a lower L and `cov = LL'`."""
 
     E: Array
     g: Array
-    L: Array
     cov: Array
     last_g: Array
-    last_L: Array
     last_cov: Array
+
+
+WIDE = 16
+"""States from which on conditionals are found inside the scan, where it takes a call for every step anyway: matrices of
+this size are quicker while they are still at hand, smaller ones are quicker in a stack."""
 
 
 @dataclass(frozen=True)
@@ -202,7 +205,7 @@ class GaussianChain:
         return ops.remember(self.mean, self._kept, "log_z", found)
 
     @property
-    def _forward_in_turn(self) -> tuple[_Forward, Array]:
+    def _forward_in_turn(self) -> tuple[_Forward, Array, Arrays]:
         return ops.remember(self.mean, self._kept, "forward", self._pass_forward)
 
     @property
@@ -247,20 +250,25 @@ class GaussianChain:
             mean, root = (xp.concat(pair, axis=0) for pair in zip((mean, root), after, strict=True))
         return _Forward(mean[..., 0], root @ root.mT, root)
 
-    def _pass_forward(self) -> tuple[_Forward, Array]:
+    def _pass_forward(self) -> tuple[_Forward, Array, Arrays]:
+        """States, log Z and, of wide chains, E, g and cov of the conditionals (what nobody asks for, XLA drops)."""
         (mean, W, log_z), rest = self._first_and_rest()
+        wide = self.dim >= WIDE and not ops.steps_are_dear(self.mean)
+        roots = (ops.cholesky(rest[2]),) if wide else ()
 
         def step(carry: Arrays, x: Arrays) -> tuple[Arrays, Arrays]:
             mean, W, total = carry
-            F, b, Q, J, e = x
-            V = F @ W.mT
-            mean, W, gain = _updated(F @ mean + b, ops.cholesky(V @ V.mT + Q), J, e)
-            return (mean, W, total + gain), (mean, W)
+            F, b, Q, J, e, *root = x
+            V, ahead = F @ W.mT, F @ mean + b
+            lower = ops.cholesky(V @ V.mT + Q)
+            back = _back(mean, W.mT, V, ahead, lower, *root) if wide else ()
+            mean, W, gain = _updated(ahead, lower, J, e)
+            return (mean, W, total + gain), (mean, W, *back)
 
-        (_, _, total), (means, Ws) = in_turn(step, (mean[0], W[0], log_z[0]), rest, self.steps - 1)
+        (_, _, total), (means, Ws, *back) = in_turn(step, (mean[0], W[0], log_z[0]), rest + roots, self.steps - 1)
         xp = ops.xp(mean)
         mean, W = xp.concat([mean, means], axis=0), xp.concat([W, Ws], axis=0)
-        return _Forward(mean[..., 0], W.mT @ W, W.mT), total[..., 0, 0]
+        return _Forward(mean[..., 0], W.mT @ W, W.mT), total[..., 0, 0], tuple(back)
 
     def times(self, precision: Array, shift: Array) -> GaussianChain:
         """q times more potentials of the same form."""
@@ -315,16 +323,18 @@ class GaussianChain:
         Batch axes of the noise in front of the chain's are draws.
         """
         draws, b = noise.ndim - 2, self._backward
-        E, g, L = behind_steps(b.E, 2, draws), behind_steps(b.g, 1, draws), behind_steps(b.L, 2, draws)
-        last_g, last_L = behind_steps(b.last_g, 1, draws), behind_steps(b.last_L, 2, draws)
+        E, g = behind_steps(b.E, 2, draws), behind_steps(b.g, 1, draws)
+        L, last_L = (behind_steps(x, 2, draws) for x in self._roots)
+        last_g = behind_steps(b.last_g, 1, draws)
         last, rest = times(last_L, noise[-1:]) + last_g, times(L, noise[:-1]) + g
         return self._from_the_last(_then, (last[..., None],), (E, rest[..., None]))[0][..., 0]
 
     def noise_of(self, z: Array) -> Array:
         """The noise `[T, ..., D]` that `sample` makes z from."""
         b, xp, draws = self._backward, ops.xp(z), z.ndim - 2
-        E, g, L = behind_steps(b.E, 2, draws), behind_steps(b.g, 1, draws), behind_steps(b.L, 2, draws)
-        last_g, last_L = behind_steps(b.last_g, 1, draws), behind_steps(b.last_L, 2, draws)
+        E, g = behind_steps(b.E, 2, draws), behind_steps(b.g, 1, draws)
+        L, last_L = (behind_steps(x, 2, draws) for x in self._roots)
+        last_g = behind_steps(b.last_g, 1, draws)
         parts = [(L, z[:-1] - times(E, z[1:]) - g), (last_L, z[-1:] - last_g)]
         return xp.concat([ops.solve_triangular(lower, r[..., None])[..., 0] for lower, r in parts], axis=0)
 
@@ -389,18 +399,25 @@ class GaussianChain:
         """The conditionals of q from the last step to the first."""
         return ops.remember(self.mean, self._kept, "backward", self._conditionals)
 
+    @property
+    def _roots(self) -> tuple[Array, Array]:
+        """L of the conditionals and of the last step."""
+
+        def found() -> tuple[Array, Array]:
+            return ops.cholesky(self._backward.cov), ops.cholesky(self._backward.last_cov)
+
+        return ops.remember(self.mean, self._kept, "roots", found)
+
     def _conditionals(self) -> _Backward:
         f, c = self._forward, self._aligned()
-        before, F, root = f.mean[:-1], c.transition, f.root[:-1]
-        V = F @ root
-        lower = ops.cholesky(V @ V.mT + c.noise)
-        E = ops.solve_triangular(lower, ops.solve_triangular(lower, V @ root.mT), transposed=True).mT
-        # Neither a difference of covariances nor an inverse of `noise`, which may be tiny.
-        rest, own = root - E @ V, E @ ops.cholesky(c.noise)
-        cov = rest @ rest.mT + own @ own.mT
-        g = before - times(E, times(F, before) + c.bias)
-        last = f.cov[-1:]
-        return _Backward(E, g, ops.cholesky(cov), cov, f.mean[-1:], ops.cholesky(last), last)
+        found = () if self._in_parallel else self._forward_in_turn[2]
+        if not found:
+            F, root, mean = c.transition, f.root[:-1], f.mean[:-1, ..., None]
+            V = F @ root
+            lower = ops.cholesky(V @ V.mT + c.noise)
+            found = _back(mean, root, V, F @ mean + c.bias[..., None], lower, ops.cholesky(c.noise))
+        E, g, cov = found
+        return _Backward(E, g[..., 0], cov, f.mean[-1:], f.cov[-1:])
 
 
 def steps_in_front(
@@ -479,6 +496,17 @@ def _through(state: Arrays, element: Arrays) -> Arrays:
     mean, W, gain = _updated(mean, root, J, e)
     V = A @ W.mT
     return A @ mean + b, ops.cholesky(V @ V.mT + C), *(total + gain + c for total in log_z)
+
+
+def _back(mean: Array, root: Array, V: Array, ahead: Array, lower: Array, noise_root: Array) -> Arrays:
+    """E, g and cov of `z | next = E next + g + noise`, `z ~ N(mean, root root')`, `next ~ N(ahead, lower lower')`.
+
+    V is the root carried over to the next step, `lower lower' = V V' + noise_root noise_root'`.
+    """
+    E = ops.solve_triangular(lower, ops.solve_triangular(lower, V @ root.mT), transposed=True).mT
+    # Neither a difference of covariances nor an inverse of the noise, which may be tiny.
+    rest, own = root - E @ V, E @ noise_root
+    return E, mean - E @ ahead, rest @ rest.mT + own @ own.mT
 
 
 def _then_moments(later: Arrays, earlier: Arrays) -> Arrays:
