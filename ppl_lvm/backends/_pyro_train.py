@@ -359,11 +359,15 @@ class Trainer:
     def pack(self, tree: list[Tree], run: int = 0) -> dict[str, np.ndarray]:
         return _packed(tree[run])
 
-    def unpack(self, arrays: Mapping[str, np.ndarray]) -> list[Tree]:
+    def unpack(self, *runs: Mapping[str, np.ndarray]) -> list[Tree]:
+        return [self._unpack(arrays) for arrays in runs]
+
+    def _unpack(self, arrays: Mapping[str, np.ndarray]) -> Tree:
         tree = self._initial(self._initials[0])
         check_state({n: a for n, a in arrays.items() if not n.startswith("optimizer/")}, _packed(tree))
         device = torch.get_default_device()
-        held = {n: torch.from_numpy(np.array(v)).to(device) for n, v in arrays.items()}
+        # In memory of torch's own: BLAS adds up in another order where NumPy's happens to be aligned otherwise.
+        held = {n: torch.tensor(v, device=device) for n, v in arrays.items()}
         params = {n: held[f"params/{n}"] for n in tree["params"]}
         own = {s: {n: held[f"own/{s}/{n}"] for n in ps} for s, ps in tree["own"].items()}
         states = {s: held[f"states/{s}"] for s in tree["states"]}
@@ -379,10 +383,10 @@ class Trainer:
                     "param_groups": optimizer.state_dict()["param_groups"],
                 }
             )
-        return [tree]
+        return tree
 
     def params_of(self, arrays: Mapping[str, np.ndarray]) -> Mapping[str, Tensor]:
-        return self.unpack(arrays)[0]["params"]
+        return self._unpack(arrays)["params"]
 
 
 def _clipped(
