@@ -23,3 +23,7 @@ class LegalityError(PplLvmError):
 
 class BackendError(PplLvmError):
     """A backend is missing, or cannot do what was asked of it."""
+
+
+class StorageError(PplLvmError):
+    """What was saved cannot be written, read or understood, or is not what it says it is."""

@@ -38,6 +38,7 @@ ARROWS = {
     "backends": {"algorithm", "draws", "errors", "latents", "nets", "ops", "program", "structured"},
     "legality": {"algorithm", "backends", "catalogue", "draws", "errors", "estimators"},  # "auto" prefers some by name
     "matrix": {"algorithm", "backends", "catalogue", "draws", "legality"},
+    "store": {"errors"},
     "to_arviz": {"errors"},
     "data": {"backends", "errors", "lookup", "program"},
     "fitted": {"backends", "errors", "lookup", "program"},
