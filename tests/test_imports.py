@@ -52,11 +52,14 @@ ARROWS = {
     "pace": set[str](),
     "arguments": {"errors", "posterior", "recipe", "to_arviz"},
     "validation": {"algorithm", "backends", "errors"},
-    "stages": {"errors", "posterior", "recipe"},
+    "interrupts": set[str](),
+    "fingerprint": set[str](),
+    "checkpoint": {"backends", "errors", "fingerprint", "posterior", "store", "to_arviz"},
+    "stages": {"checkpoint", "errors", "posterior", "recipe"},
     "fit": {
-        *("algorithm", "arguments", "backend_of", "backends", "data", "draws", "errors", "legality", "lookup"),
-        *("monitor", "ops", "pace", "parameters", "posterior", "program", "progress", "recipe", "sampled", "stages"),
-        *("to_arviz", "validation"),
+        *("algorithm", "arguments", "backend_of", "backends", "checkpoint", "data", "draws", "errors", "fingerprint"),
+        *("interrupts", "legality", "lookup", "monitor", "ops", "pace", "parameters", "posterior", "program"),
+        *("progress", "recipe", "sampled", "stages", "store", "to_arviz", "validation"),
     },
     "facades": {
         *("algorithm", "backends", "catalogue", "draws", "errors", "estimators", "legality", "lookup", "ops"),
