@@ -43,7 +43,9 @@ ARROWS = {
     "data": {"backends", "errors", "lookup", "program"},
     "fitted": {"backends", "errors", "lookup", "program"},
     "predict": {"backends", "errors", "fitted"},
-    "posterior": {"backends", "data", "errors", "fitted", "legality", "lookup", "predict", "program", "to_arviz"},
+    "posterior": {
+        *("backends", "data", "errors", "fitted", "legality", "lookup", "predict", "program", "store", "to_arviz"),
+    },
     "sampled": {"backends", "errors", "fitted", "posterior", "predict", "program"},
     "disentanglement": {"errors"},
     "progress": set[str](),

@@ -359,7 +359,10 @@ class Trainer:
     def pack(self, tree: list[Tree], run: int = 0) -> dict[str, np.ndarray]:
         return _packed(tree[run])
 
-    def unpack(self, arrays: Mapping[str, np.ndarray]) -> list[Tree]:
+    def unpack(self, *runs: Mapping[str, np.ndarray]) -> list[Tree]:
+        return [self._unpacked(arrays) for arrays in runs]
+
+    def _unpacked(self, arrays: Mapping[str, np.ndarray]) -> Tree:
         tree = self._initial(self._initials[0])
         check_state({n: a for n, a in arrays.items() if not n.startswith("optimizer/")}, _packed(tree))
         device = torch.get_default_device()
@@ -379,10 +382,10 @@ class Trainer:
                     "param_groups": optimizer.state_dict()["param_groups"],
                 }
             )
-        return [tree]
+        return tree
 
     def params_of(self, arrays: Mapping[str, np.ndarray]) -> Mapping[str, Tensor]:
-        return self.unpack(arrays)[0]["params"]
+        return self._unpacked(arrays)["params"]
 
 
 def _clipped(

@@ -1168,8 +1168,8 @@ class Trainer(Protocol):
     def pack(self, tree: Any, run: int = 0) -> dict[str, np.ndarray]:
         """All state of one run as arrays that nothing else changes."""
 
-    def unpack(self, arrays: Mapping[str, np.ndarray]) -> Any:
-        """A tree of one run."""
+    def unpack(self, *runs: Mapping[str, np.ndarray]) -> Any:
+        """A tree of these runs, each as `pack` gave it."""
 
     def params_of(self, arrays: Mapping[str, np.ndarray]) -> Mapping[str, Any]:
         """The parameters among what `pack` gave."""
