@@ -15,10 +15,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ppl_lvm import fingerprint, store
-from ppl_lvm.backends.base import Call
+from ppl_lvm.backends.base import RECORDS, Call
 from ppl_lvm.errors import DataError, StorageError
+from ppl_lvm.monitor import LOOKS
 from ppl_lvm.posterior import Fit, State
 from ppl_lvm.to_arviz import versions
 
@@ -91,7 +93,7 @@ class Progress:
                     f"The {step} batches before the checkpoint hold other rows, or rows in another order, than when it "
                     f"was written, so the fit would not go on as it began. Give the same data, and a source that draws "
                     f"its order from a seed, as in DataLoader(..., generator=torch.Generator().manual_seed(0)); or go "
-                    f"on with these batches from state=State.load(folder)."
+                    f"on with these batches all the same, from state=ppl_lvm.checkpoint.newest(folder).states[0]."
                 )
 
 
@@ -109,14 +111,14 @@ class Checkpoint:
         self,
         folder: Path | None,
         every: int | None = None,
-        held: store.Stored | None = None,
+        held: Held | None = None,
         given: Mapping[str, Any] | None = None,
     ) -> None:
         self.folder, self.every = folder, every
         self.done: list[Stage] = []
         """The stages that are over."""
         self._held, self._given = held, given or {}
-        self._number = -1 if held is None else int(held.content["number"])
+        self._number = -1 if held is None else held.content.number
         self._asked: dict[str, Any] = {}
         self._saved, self._due = -1, 0.0
         self.notes: list[str] = []
@@ -157,10 +159,9 @@ class Checkpoint:
         found = Checkpoint(self.folder, self.every, self._held, given)
         if self._held is not None:
             self._refuse_others(given)
-            arrays = self._held.arrays["arrays"]
             found.done = [
-                Stage(_part(arrays, f"done/{i}/"), list(stage["messages"]), stage["seconds"])
-                for i, stage in enumerate(self._held.content["done"])
+                Stage(self._held.part("done", i), stage.messages, stage.seconds)
+                for i, stage in enumerate(self._held.content.done)
             ]
         return found
 
@@ -181,25 +182,20 @@ class Checkpoint:
         if self._held is None:
             return None
         self._refuse_others(self._asked)
-        content, arrays = self._held.content, self._held.arrays["arrays"]
-        step, restarts = content["step"], content["restarts"]
-        states = [
-            State(content["backend"], content["seed"], step, content["mode"], _part(arrays, f"state/{i}/"), restart)
-            for i, restart in enumerate(restarts)
-        ]
-        records = [_part(arrays, f"records/{i}/") for i in range(len(states))]
+        content, states = self._held.content, self._held.states
+        step = states[0].step
         self._saved, self._due = step, time.monotonic() + SECONDS
-        others = {n: v for n, v in versions().items() if content["versions"].get(n, v) != v}
         self.notes = [f"checkpoint: went on from step {step}"]
+        others = [n for n, v in versions().items() if content.versions.get(n, v) != v]
         if others:
-            before = ", ".join(f"{n} {content['versions'][n]}" for n in others)
-            self.notes.append(f"checkpoint: {before} wrote it, so bits may not be those of a fit that was not ended")
-        parts = (content[name] for name in ("said", "stopped", "seconds", "batches"))
-        return Progress(states, records, *parts)
+            then = ", ".join(f"{n} {content.versions[n]}" for n in others)
+            self.notes.append(f"checkpoint: {then} wrote it, so bits may not be those of a fit that was not ended")
+        records = [self._held.part("records", i) for i in range(len(states))]
+        return Progress(states, records, content.said, content.stopped, content.seconds, content.batches)
 
     def _refuse_others(self, asked: Mapping[str, Any]) -> None:
         assert self._held is not None
-        before = {name: value for name, value in self._held.content["asked"].items() if name in asked}
+        before = {name: value for name, value in self._held.content.asked.items() if name in asked}
         lines = fingerprint.differences(_without_steps(before), _without_steps(asked))
         if lines:
             more = f" (and {len(lines) - 3} more)" if len(lines) > 3 else ""
@@ -242,43 +238,99 @@ class Checkpoint:
         self._saved, self._due = step, now + max(SECONDS, (now - began) / SHARE)
 
     def _write(self, folder: Path, now: Progress) -> None:
-        number, first = self._number + 1, now.states[0]
-        arrays = {f"state/{i}/{n}": a for i, state in enumerate(now.states) for n, a in state.arrays.items()}
-        arrays |= {f"records/{i}/{n}": a for i, records in enumerate(now.records) for n, a in records.items()}
-        arrays |= {f"done/{i}/{n}": a for i, stage in enumerate(self.done) for n, a in stage.history.items()}
-        content = {
-            "number": number,
-            "asked": self._asked,
-            **{"backend": first.backend, "seed": int(first.seed), "step": first.step, "mode": first.mode},
-            "restarts": [state.restart for state in now.states],
-            "said": {who: list(lines) for who, lines in now.said.items()},
-            "stopped": now.stopped,
-            "seconds": now.seconds,
-            "batches": now.batches,
-            "done": [{"messages": stage.messages, "seconds": stage.seconds} for stage in self.done],
-            "versions": versions(),
+        parts: dict[str, Sequence[Arrays]] = {"state": [state.arrays for state in now.states], "records": now.records}
+        parts["done"] = [stage.history for stage in self.done]
+        arrays = {
+            f"{part}/{i}/{n}": a for part, each in parts.items() for i, held in enumerate(each) for n, a in held.items()
         }
-        store.write(folder / PLACES[number % len(PLACES)], KIND, content, {"arrays": arrays})
-        self._number = number
+        content = _Content(
+            number=self._number + 1,
+            asked=self._asked,
+            states=[state.described for state in now.states],
+            said={who: list(lines) for who, lines in now.said.items()},
+            stopped=now.stopped,
+            seconds=now.seconds,
+            batches=now.batches,
+            done=[_Done(messages=stage.messages, seconds=stage.seconds) for stage in self.done],
+            versions=versions(),
+        )
+        place = folder / PLACES[content.number % len(PLACES)]
+        store.write(place, KIND, content.model_dump(), {"arrays": arrays})
+        self._number = content.number
 
 
-def newest(folder: Path) -> store.Stored | None:
+class _Done(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    messages: list[str]
+    seconds: float
+
+
+class _Content(BaseModel):
+    """The entries of a manifest."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    number: int = Field(ge=0)
+    """How many were written before it."""
+    asked: dict[str, Any]
+    states: list[dict[str, Any]] = Field(min_length=1)
+    said: dict[str, list[str]]
+    stopped: bool
+    seconds: float
+    batches: int | None
+    done: list[_Done]
+    versions: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Held:
+    """A checkpoint that was read and verified."""
+
+    content: _Content
+    arrays: Arrays
+
+    @property
+    def states(self) -> list[State]:
+        return [State.of(described, self.part("state", i)) for i, described in enumerate(self.content.states)]
+
+    def part(self, part: str, i: int) -> dict[str, np.ndarray]:
+        before = f"{part}/{i}/"
+        return {name.removeprefix(before): a for name, a in self.arrays.items() if name.startswith(before)}
+
+
+def newest(folder: str | Path) -> Held | None:
     """The last whole checkpoint in a folder; None where there is none.
 
     Raises:
         StorageError: there is something, and none of it can be read.
     """
-    found: list[store.Stored] = []
+    found: list[Held] = []
     wrong: list[StorageError] = []
     for place in PLACES:
-        if store.exists(folder / place):
+        if store.exists(Path(folder) / place):
             try:
-                found.append(store.read(folder / place, KIND))
+                found.append(_read(Path(folder) / place))
             except StorageError as cause:
                 wrong.append(cause)
     if wrong and not found:
         raise wrong[0]
-    return max(found, key=lambda held: held.content["number"], default=None)
+    return max(found, key=lambda held: held.content.number, default=None)
+
+
+def _read(place: Path) -> Held:
+    stored = store.read(place, KIND)
+    try:
+        held = Held(_Content.model_validate(stored.content), stored.arrays.get("arrays", {}))
+    except ValidationError as cause:
+        first = cause.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise StorageError(f"{str(place)!r} describes no checkpoint: {where}: {first['msg']}.") from cause
+    for i in range(len(held.content.states)):
+        lacking = {*RECORDS, *LOOKS} - held.part("records", i).keys()
+        if lacking:
+            raise StorageError(f"{str(place)!r} is no checkpoint: it has no records {sorted(lacking)} of run {i}.")
+    return held
 
 
 def describe(
@@ -304,14 +356,10 @@ def _of_start(start: Any) -> str | None:
 
 def _without_steps(asked: Mapping[str, Any]) -> dict[str, Any]:
     """A fit that is asked for more steps goes on; of stages each has its own."""
-    recipe = dict(asked["recipe"])
-    if "stages" not in recipe:
-        recipe.pop("steps", None)
-    return {**asked, "recipe": recipe}
-
-
-def _part(arrays: Mapping[str, np.ndarray], before: str) -> dict[str, np.ndarray]:
-    return {name.removeprefix(before): a for name, a in arrays.items() if name.startswith(before)}
+    recipe = asked.get("recipe")
+    if not isinstance(recipe, Mapping) or "stages" in recipe:
+        return dict(asked)
+    return {**asked, "recipe": {name: value for name, value in recipe.items() if name != "steps"}}
 
 
 def _check_own(folder: Path) -> None:

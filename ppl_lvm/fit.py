@@ -124,6 +124,7 @@ def fit(
     """
     started = time.perf_counter()
     check_kinds(seed, device, observed, state, start, callbacks)
+    seed = int(seed)  # one of NumPy's cannot be written down
     if isinstance(guide, str | GuideFamily):
         guide, overrides = None, {"guide": guide, **overrides}
     chosen = _program(model, guide)
@@ -190,7 +191,7 @@ def fit(
     legality.check_linear(bound, plan, bound.batch(example), library.key_of(seed))
     moved = descent(how, parameter_groups(bound.structure, how.objective, plan, example))
     number = validation if isinstance(validation, int | float | np.number) else held_out
-    asked = partial(describe, chosen, how, batches or call, number, start, state, backend=name, seed=int(seed))
+    asked = partial(describe, chosen, how, batches or call, number, start, state, backend=name, seed=seed)
     held_by = partial(asked, dtype=dtype, compile=compile, data_plate=data_plate, missing=missing)
     before = keeper.found(held_by)
     states = before.states if before is not None else None if state is None else [state]

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 
 BEST, PROGRESS = "early_stopping/best/", "early_stopping/progress"
 """Where a state keeps the best parameters so far, and (best loss, its step, checks since)."""
-ENDED = "ended/"
+LOOKS, ENDED = ("validation", "hard"), "ended/"
+"""What is recorded now and then, of a run; and where its state is kept if it has ended before the others."""
 
 
 class Moment:
@@ -126,8 +127,7 @@ class Run:
     def pack(self) -> dict[str, np.ndarray]:
         """What is recorded, and how the run ended; early stopping is in the state."""
         found = {name: self.record(name) for name in RECORDS}
-        pairs = {"validation": self.validation, "hard": self.hard}
-        found |= {name: np.array(looks, dtype=np.float64).reshape(-1, 2) for name, looks in pairs.items()}
+        found |= {name: np.array(getattr(self, name), dtype=np.float64).reshape(-1, 2) for name in LOOKS}
         if self.diverged is not None:
             found["diverged"] = np.array(self.diverged)
         if self.ended is not None:
@@ -137,8 +137,7 @@ class Run:
 
     def unpack(self, found: Mapping[str, np.ndarray]) -> None:
         self.records = {name: [found[name]] if len(found[name]) else [] for name in RECORDS}
-        looks = [[(int(step), loss) for step, loss in found[name].tolist()] for name in ("validation", "hard")]
-        self.validation, self.hard = looks
+        self.validation, self.hard = ([(int(step), loss) for step, loss in found[name].tolist()] for name in LOOKS)
         self.diverged = int(found["diverged"]) if "diverged" in found else None
         held = {name.removeprefix(ENDED): a for name, a in found.items() if name.startswith(ENDED)}
         self.ended = (int(found["ended"]), held) if "ended" in found else None

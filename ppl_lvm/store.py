@@ -42,7 +42,8 @@ DEEPEST = 64
 
 DTYPES = (*("bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"),
           *("float16", "float32", "float64"))
-_FILE = re.compile(r"([a-z][a-z_]{0,31})-([0-9a-f]{16})\.(safetensors|jsonl)")
+_GROUP = r"[a-z][a-z0-9_]{0,31}"
+_FILE = re.compile(_GROUP + r"-[0-9a-f]{16}\.(safetensors|jsonl)")
 _PART = re.compile(r"\.part-[0-9a-f]{16}")
 _LINES = "lines"
 
@@ -82,7 +83,7 @@ class _Manifest(_Strict):
     schema_: Annotated[int, Field(alias="schema")]
     kind: str
     sha256: str
-    groups: dict[Annotated[str, Field(pattern=r"^[a-z][a-z_]{0,31}$")], _ArrayFile]
+    groups: dict[Annotated[str, Field(pattern=f"^{_GROUP}$")], _ArrayFile]
     lines: _File | None
     content: dict[str, Any]
 
@@ -100,7 +101,7 @@ def write(
         folder: where; it is made with its parents if it is not there.
         kind: what the folder is, as `read` will be asked for: "fit", "checkpoint".
         content: the manifest's own entries: what JSON has, without NaN and infinities.
-        arrays: group (lower case letters and `_`) -> name -> array. A group is a file.
+        arrays: group (a-z, 0-9, `_`) -> name -> array. A group is a file.
         lines: one JSON object a line, as `content`.
 
     Raises:
@@ -119,8 +120,8 @@ def write(
     blobs: dict[str, bytes] = {}
     groups: dict[str, Any] = {}
     for group, members in arrays.items():
-        if group == _LINES or not re.fullmatch(r"[a-z][a-z_]{0,31}", group):
-            raise StorageError(f"A group of arrays is called {group!r}; use lower case letters and _, not {_LINES!r}.")
+        if group == _LINES or not re.fullmatch(_GROUP, group):
+            raise StorageError(f"A group of arrays is called {group!r}; use a-z, 0-9 and _, and not {_LINES!r}.")
         plain = {name: _storable(name, array) for name, array in members.items()}
         blob = _packed(plain)
         described = {n: {"dtype": a.dtype.name, "shape": list(a.shape)} for n, a in plain.items()}

@@ -43,7 +43,9 @@ ARROWS = {
     "data": {"backends", "errors", "lookup", "program"},
     "fitted": {"backends", "errors", "lookup", "program"},
     "predict": {"backends", "errors", "fitted"},
-    "posterior": {"backends", "data", "errors", "fitted", "legality", "lookup", "predict", "program", "to_arviz"},
+    "posterior": {
+        *("backends", "data", "errors", "fitted", "legality", "lookup", "predict", "program", "store", "to_arviz"),
+    },
     "sampled": {"backends", "errors", "fitted", "posterior", "predict", "program"},
     "disentanglement": {"errors"},
     "progress": set[str](),
@@ -54,7 +56,7 @@ ARROWS = {
     "validation": {"algorithm", "backends", "errors"},
     "interrupts": set[str](),
     "fingerprint": set[str](),
-    "checkpoint": {"backends", "errors", "fingerprint", "posterior", "store", "to_arviz"},
+    "checkpoint": {"backends", "errors", "fingerprint", "monitor", "posterior", "store", "to_arviz"},
     "stages": {"checkpoint", "errors", "posterior", "recipe"},
     "fit": {
         *("algorithm", "arguments", "backend_of", "backends", "checkpoint", "data", "draws", "errors", "fingerprint"),

@@ -171,9 +171,10 @@ class Trainer:
         return body
 
     def initial(self) -> Tree:
-        return self._side_by_side([self._initial(values) for values in self._initials])
+        return self._together([self._initial(values) for values in self._initials])
 
-    def _side_by_side(self, trees: Sequence[Tree]) -> Tree:
+    def _together(self, trees: list[Tree]) -> Tree:
+        """Trees of one run each as a tree of all."""
         with precision(self._bound.dtype):
             return trees[0] if len(trees) == 1 else jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
 
@@ -265,9 +266,9 @@ class Trainer:
         return _packed(self._of_run(tree, run))
 
     def unpack(self, *runs: Mapping[str, np.ndarray]) -> Tree:
-        return self._side_by_side([self._unpack(arrays) for arrays in runs])
+        return self._together([self._unpacked(arrays) for arrays in runs])
 
-    def _unpack(self, arrays: Mapping[str, np.ndarray]) -> Tree:
+    def _unpacked(self, arrays: Mapping[str, np.ndarray]) -> Tree:
         template = self._initial(self._initials[0])
         leaves, structure = jax.tree_util.tree_flatten_with_path(template)
         names = [jax.tree_util.keystr(path) for path, _ in leaves]
@@ -277,7 +278,7 @@ class Trainer:
             return jax.tree_util.tree_unflatten(structure, held)
 
     def params_of(self, arrays: Mapping[str, np.ndarray]) -> Mapping[str, Any]:
-        tree = self._unpack(arrays)
+        tree = self._unpacked(arrays)
         return {**tree["params"], **tree["mutable"]}
 
 

@@ -360,9 +360,9 @@ class Trainer:
         return _packed(tree[run])
 
     def unpack(self, *runs: Mapping[str, np.ndarray]) -> list[Tree]:
-        return [self._unpack(arrays) for arrays in runs]
+        return [self._unpacked(arrays) for arrays in runs]
 
-    def _unpack(self, arrays: Mapping[str, np.ndarray]) -> Tree:
+    def _unpacked(self, arrays: Mapping[str, np.ndarray]) -> Tree:
         tree = self._initial(self._initials[0])
         check_state({n: a for n, a in arrays.items() if not n.startswith("optimizer/")}, _packed(tree))
         device = torch.get_default_device()
@@ -386,7 +386,7 @@ class Trainer:
         return tree
 
     def params_of(self, arrays: Mapping[str, np.ndarray]) -> Mapping[str, Tensor]:
-        return self._unpack(arrays)["params"]
+        return self._unpacked(arrays)["params"]
 
 
 def _clipped(

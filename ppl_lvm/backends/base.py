@@ -1169,7 +1169,7 @@ class Trainer(Protocol):
         """All state of one run as arrays that nothing else changes."""
 
     def unpack(self, *runs: Mapping[str, np.ndarray]) -> Any:
-        """A tree of these runs, from what `pack` gave of each."""
+        """A tree of these runs, each as `pack` gave it."""
 
     def params_of(self, arrays: Mapping[str, np.ndarray]) -> Mapping[str, Any]:
         """The parameters among what `pack` gave."""
