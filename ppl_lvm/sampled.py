@@ -286,7 +286,7 @@ def sample(
         seconds=time.perf_counter() - began,
         messages=[*messages, *outcome.notes],
         state=State(backend, seed, 0, name, {}),
-        lacks=_lacks(method, bound, outcome),
+        lacks=lacks_of(method, bound, outcome),
         _bound=bound,
         _trained={**sampler.states, **outcome.params},
         _data=data,
@@ -317,7 +317,8 @@ def _check_sites(bound: Any, data: Call, name: str) -> None:
         )
 
 
-def _lacks(method: Method, bound: Any, outcome: Outcome) -> dict[str, str]:
+def lacks_of(method: Method, bound: Any, outcome: Outcome) -> dict[str, str]:
+    """What a fit by a method cannot give, each with the reason."""
     lacks = {
         "log_weight": "draws have no density of their own row, so they are not weighted",
         "state": "a method runs to its end; ask for more draws or steps in a new fit",
