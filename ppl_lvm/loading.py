@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import math
 from collections.abc import Callable, Mapping
@@ -18,7 +19,7 @@ from ppl_lvm.backends.base import ROWS, Call
 from ppl_lvm.backends.sampler import Outcome
 from ppl_lvm.catalogue import to_dict
 from ppl_lvm.data import read
-from ppl_lvm.errors import BackendError, DataError, StorageError
+from ppl_lvm.errors import BackendError, DataError, PplLvmError, StorageError
 from ppl_lvm.fitted import blank
 from ppl_lvm.posterior import Fit, State
 from ppl_lvm.program import Program
@@ -92,7 +93,7 @@ def load(
     if name != saved.backend and (not chosen.portable or how.method is not None):
         kind = "native program, which is" if not chosen.portable else "fit by a method, whose draws are"
         raise BackendError(f"{where} is of a {kind} of backend {saved.backend!r} alone; load it there.")
-    bound, example, call, trained = _bound(library, saved, chosen, data, found.arrays, name, where)
+    bound, example, call, trained = _set_up(library, saved, chosen, data, found.arrays, name, where)
     if (sites := saving.sites_of(bound)) != saved.sites:
         raise StorageError(f"{where} has other sites than its program: {_difference(saved.sites, sites)}.")
     now = versions()
@@ -210,7 +211,7 @@ def _sources(saved: saving.SavedCallable, mine: saving.SavedCallable) -> tuple[s
 # Parameters.
 
 
-def _bound(
+def _set_up(
     library: Any,
     saved: saving.Content,
     program: Program,
@@ -234,9 +235,16 @@ def _bound(
         held = blank(example, program, rows or 0) if call is None else call.map(lambda a: a[:rows])
         if not example.leaves:
             held = Call()
-        return library.Bound(
-            program, held, seed=saved.seed, dtype=saved.dtype, data_plate=saved.data_plate, total=saved.total
-        )
+        options = {"seed": saved.seed, "dtype": saved.dtype, "data_plate": saved.data_plate, "total": saved.total}
+        try:
+            return library.Bound(program, held, **options)
+        except PplLvmError:
+            raise
+        except Exception as cause:
+            raise StorageError(
+                f"{where} holds what its program {program.name!r} cannot be set up with: {type(cause).__name__}: "
+                f"{_shown(str(cause))}"
+            ) from cause
 
     def values(bound: Any) -> Mapping[str, Any]:
         if own:
@@ -246,13 +254,12 @@ def _bound(
             raise StorageError(f"{where} has other parameters than its program: {_difference(given, bound.initial)}.")
         return {n: bound.unconstrain(n, given[n]) for n in bound.initial}
 
-    if saved.in_plate and (saved.rows or 0) > FEW and not saved.row_params:
-        try:
+    if saved.in_plate and (saved.rows or 0) > FEW and not saved.row_params and saving.DRAWS not in arrays:
+        # A program for a fixed number of rows, or with parameters that follow it, is bound to all; what is wrong
+        # besides is told then.
+        with contextlib.suppress(PplLvmError):
             bound = bind(FEW)
             return bound, example, call, values(bound)
-        except Exception:
-            # The program is for a fixed number of rows, or its parameters follow it; what is wrong besides is told now.
-            pass
     bound = bind(saved.rows)
     return bound, example, call, values(bound)
 

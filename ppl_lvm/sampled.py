@@ -180,6 +180,11 @@ class Sampled(Fit):
     def _rows_of(self, data: object) -> Call:
         """The rows that are asked for, if there is a posterior of them."""
         call, own = self._call(data), self._data
+        if own is None and "new_rows" in self.lacks:
+            raise DataError(
+                f"The fit was loaded without its rows, and its draws are of these alone: {self.lacks['new_rows']}; or "
+                f"load(path, data=rows), with the rows of the fit."
+            )
         pairs = [] if own is None else list(zip(call.leaves, own.leaves, strict=False))
         same = own is not None and len(call.leaves) == len(own.leaves) == len(pairs)
         if not (same and all(a is b or np.array_equal(a, b) for a, b in pairs)) and "new_rows" in self.lacks:
