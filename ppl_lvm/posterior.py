@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from ppl_lvm import lookup, predict, store
+from ppl_lvm import lookup, predict, saving, store
 from ppl_lvm.backends.base import ROWS, Call, Plan
 from ppl_lvm.data import as_given, check_missing, of_sequences, read
 from ppl_lvm.errors import DataError, PplLvmError, ProgramError
@@ -169,6 +169,32 @@ class Fit:
     def row_params(self) -> frozenset[str]:
         """Parameters that have an entry for every row of the fit; `refit` trains them for other rows."""
         return frozenset(self._bound.row_params)
+
+    def save(self, path: str | Path, overwrite: bool = False) -> None:
+        """Writes the fit to a folder of safetensors, JSON and JSON lines (no pickle), which `ppl_lvm.load` reads.
+
+        Parameters, state, history and recipe are in it, the program's name, options and source, and a fingerprint of
+        the training data, but not the data. The folder is complete or not there, whenever the process is killed.
+
+        Args:
+            path: a folder of its own, made if it is not there.
+            overwrite: replaces what was saved there before; until the new one is complete, the old one stays.
+
+        Raises:
+            StorageError: something was saved there before, the folder holds other files, it cannot be written, or an
+                option of the program cannot be stored.
+
+        Example:
+            >>> import tempfile
+            >>> from ppl_lvm import fit, load
+            >>> run = fit("probabilistic_pca", data=np.ones((20, 4)), backend="pyro", steps=5)
+            >>> with tempfile.TemporaryDirectory() as folder:
+            ...     run.save(f"{folder}/run")
+            ...     again = load(f"{folder}/run")
+            >>> again.decode({"z": np.zeros(2)})["x"].shape
+            (1, 1, 4)
+        """
+        saving.save(self, path, overwrite)
 
     def without_data(self) -> Fit:
         """The same fit without its training rows: every method then needs `data`, or a number of rows."""
@@ -499,7 +525,7 @@ class Fit:
     def _call(self, data: object) -> Call:
         if data is None:
             if self._data is None:
-                raise DataError("The fit holds no training rows (without_data); pass data=.")
+                raise DataError("The fit holds no training rows (it was loaded, or is without_data); pass data=.")
             if self._data.sample:
                 raise DataError("The fit was made from batches, whose rows it does not keep; pass data=.")
             return self._data

@@ -3,7 +3,7 @@
 ```
 manifest.json                    what there is; the last file to be written, and what makes the folder valid
 <group>-<digest>.safetensors     arrays by name, a file for each group of them
-lines-<digest>.jsonl             one JSON object a line
+metrics-<digest>.jsonl           one JSON object a line
 ```
 
 Every file is written under a temporary name, flushed to the disk and renamed. The names of the others hold the digest
@@ -45,7 +45,7 @@ DTYPES = (*("bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint3
 _GROUP = r"[a-z][a-z0-9_]{0,31}"
 _FILE = re.compile(_GROUP + r"-[0-9a-f]{16}\.(safetensors|jsonl)")
 _PART = re.compile(r"\.part-[0-9a-f]{16}")
-_LINES = "lines"
+_LINES = "metrics"
 
 
 @dataclass(frozen=True)
@@ -138,6 +138,7 @@ def write(
     if len(manifest) > MANIFEST_BYTES:
         raise StorageError(f"The manifest would have {len(manifest):,} bytes; at most {MANIFEST_BYTES:,} are read.")
     _parsed(manifest, folder / MANIFEST)  # what could not be read is not written
+    left = "What was there before is unchanged"
     try:
         _make(folder)
         _check_own(folder)
@@ -145,12 +146,12 @@ def write(
             _put(folder, name, blob)
         _sync(folder)
         _put(folder, MANIFEST, manifest)
+        left = "What was to be written is there, but may not outlive a power failure, and old files may lie beside it"
         _sync(folder)
         _sweep(folder, {MANIFEST, *blobs})
     except OSError as cause:
         raise StorageError(
-            f"Cannot write {str(folder)!r}: {cause.strerror or cause}. What was there before is unchanged; make room, "
-            f"or give another folder."
+            f"Cannot write {str(folder)!r}: {cause.strerror or cause}. {left}; make room, or give another folder."
         ) from cause
 
 
@@ -343,16 +344,18 @@ def _content(path: Path, most: int) -> bytes:
         linked = path.is_symlink()
         why = "it is a link, and links are not followed" if linked else cause.strerror or str(cause)
         raise StorageError(f"Cannot read {str(path)!r}: {why}.") from cause
-    with os.fdopen(handle, "rb") as file:
+    try:
         about = os.fstat(handle)
         if not stat.S_ISREG(about.st_mode):
             raise StorageError(f"{str(path)!r} is no ordinary file.")
         if about.st_size > most:
             raise StorageError(f"{str(path)!r} has {about.st_size:,} bytes, and at most {most:,} are expected.")
-        try:
+        with open(handle, "rb", closefd=False) as file:
             return file.read(about.st_size + 1)
-        except OSError as cause:
-            raise StorageError(f"Cannot read {str(path)!r}: {cause.strerror or cause}.") from cause
+    except OSError as cause:
+        raise StorageError(f"Cannot read {str(path)!r}: {cause.strerror or cause}.") from cause
+    finally:
+        os.close(handle)
 
 
 def _verified(path: Path, described: Mapping[str, Any]) -> bytes:

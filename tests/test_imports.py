@@ -44,7 +44,13 @@ ARROWS = {
     "fitted": {"backends", "errors", "lookup", "program"},
     "predict": {"backends", "errors", "fitted"},
     "posterior": {
-        *("backends", "data", "errors", "fitted", "legality", "lookup", "predict", "program", "store", "to_arviz"),
+        *("backends", "data", "errors", "fitted", "legality", "lookup", "predict", "program", "saving", "store"),
+        "to_arviz",
+    },
+    "saving": {"algorithm", "backends", "catalogue", "errors", "lookup", "program", "store", "to_arviz"},
+    "loading": {
+        *("algorithm", "backends", "catalogue", "data", "errors", "fitted", "lookup", "posterior", "program", "recipe"),
+        *("sampled", "saving", "store", "to_arviz"),
     },
     "sampled": {"backends", "errors", "fitted", "posterior", "predict", "program"},
     "disentanglement": {"errors"},
@@ -80,8 +86,8 @@ ARROWS = {
         *("matrix", "posterior", "program", "recipe", "report", "to_arviz"),
     },
     "": {
-        *("algorithm", "catalogue", "draws", "errors", "facades", "fit", "nets", "posterior"),
-        *("program", "recipe"),
+        *("algorithm", "catalogue", "draws", "errors", "facades", "fit", "loading", "nets"),
+        *("posterior", "program", "recipe"),
     },
 }
 ALONE = {"objectives", "estimators", "guides", "methods"}
