@@ -32,8 +32,6 @@ if TYPE_CHECKING:
 
 KIND = "checkpoint"
 PLACES = ("first", "second")
-COMMAND = "command"
-"""Where the command line keeps what it was asked for."""
 SECONDS, SHARE = 60.0, 0.05
 """Between two checkpoints where nothing was asked for; the part of the time that writing them may take."""
 
@@ -117,6 +115,8 @@ class Checkpoint:
         self.folder, self.every = folder, every
         self.done: list[Stage] = []
         """The stages that are over."""
+        self.command: dict[str, Any] | None = None if held is None else held.content.command
+        """What the command line was asked for, if it was that; it travels along."""
         self._held, self._given = held, given or {}
         self._number = -1 if held is None else held.content.number
         self._asked: dict[str, Any] = {}
@@ -157,6 +157,7 @@ class Checkpoint:
             return self
         given = fingerprint.plain({"recipe": recipe, "start": _of_start(start)})
         found = Checkpoint(self.folder, self.every, self._held, given)
+        found.command = self.command
         if self._held is not None:
             self._refuse_others(given)
             found.done = [
@@ -253,6 +254,7 @@ class Checkpoint:
             batches=now.batches,
             done=[_Done(messages=stage.messages, seconds=stage.seconds) for stage in self.done],
             versions=versions(),
+            command=self.command,
         )
         place = folder / PLACES[content.number % len(PLACES)]
         store.write(place, KIND, content.model_dump(), {"arrays": arrays})
@@ -281,6 +283,7 @@ class _Content(BaseModel):
     batches: int | None
     done: list[_Done]
     versions: dict[str, str]
+    command: dict[str, Any] | None
 
 
 @dataclass(frozen=True)
@@ -366,7 +369,7 @@ def _check_own(folder: Path) -> None:
     """Refuses a folder that holds anything but checkpoints."""
     if folder.exists() and not folder.is_dir():
         raise StorageError(f"Checkpoints are in a folder, but {str(folder)!r} is a file; give another name.")
-    foreign = sorted({entry.name for entry in folder.iterdir()} - {*PLACES, COMMAND}) if folder.exists() else []
+    foreign = sorted({entry.name for entry in folder.iterdir()} - {*PLACES}) if folder.exists() else []
     if foreign:
         raise StorageError(
             f"The folder {str(folder)!r} holds {foreign[0]!r}, which is no checkpoint; give a folder of its own."

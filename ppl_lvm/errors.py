@@ -34,12 +34,18 @@ class StorageError(PplLvmError):
 
 
 class Interrupted(KeyboardInterrupt):
-    """Ctrl-C ended a fit between two steps; `fit` is what there was of it by then."""
+    """Ctrl-C ended a fit between two steps.
 
-    def __init__(self, message: str, fit: Any) -> None:
-        super().__init__(message)
-        self.fit = fit
+    Args:
+        where: the step at which it ended.
+        onwards: how it goes on.
+        fit: the fit so far, with the best parameters where there is early stopping.
+    """
+
+    def __init__(self, where: str, onwards: str, fit: Any) -> None:
+        super().__init__(f"{where} {onwards}")
+        self.where, self.onwards, self.fit = where, onwards, fit
 
     def of(self, fit: Any) -> Interrupted:
         """The same of another fit."""
-        return Interrupted(str(self), fit)
+        return Interrupted(self.where, self.onwards, fit)

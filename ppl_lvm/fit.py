@@ -289,7 +289,7 @@ def fit(
         _data=training if held_out is None else call,
     )
     if interrupt:
-        raise Interrupted(f"Interrupted at step {step} of {how.steps}. {keeper.onwards}", found)
+        raise Interrupted(f"Interrupted at step {step} of {how.steps}.", keeper.onwards, found)
     return found
 
 

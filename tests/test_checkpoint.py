@@ -19,8 +19,9 @@ from typing import Any
 import numpy as np
 import pytest
 from toys import BERNOULLI, ROWS
+from typer.testing import CliRunner
 
-from ppl_lvm import Fit, checkpoint, fit, interrupts, store
+from ppl_lvm import Fit, backends, checkpoint, cli, fit, interrupts, load, store
 from ppl_lvm.checkpoint import Checkpoint
 from ppl_lvm.errors import DataError, Interrupted, RecipeError, StorageError
 from ppl_lvm.monitor import EarlyStopping, Moment, Run
@@ -518,3 +519,97 @@ def test_time_and_steps_between_checkpoints(tmp_path: Path, monkeypatch: pytest.
     kept = Checkpoint.of(tmp_path, 40)
     assert [kept.until(step) for step in (0, 39, 40, 41)] == [40, 1, 40, 39]
     assert Checkpoint.of(None, None).until(3) > 10**9
+
+
+# The command line.
+
+
+def command(*arguments: str) -> Any:
+    return CliRunner().invoke(cli.app, arguments, prog_name="ppl-lvm")
+
+
+FITTED = ("fit", "probabilistic_pca", "--data", "rows.npy", "--set", "steps=8", "--set", "batch_size=5", "--draws", "7")
+FITTED += ("--option", "latent=1", "--dtype", "float64", "--validation", "0.2", "--seed", "2", "--backend")
+
+
+@on_both
+def test_the_command_line_goes_on_from_a_folder_alone(
+    backend: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From another folder than the one where the fit began, whose data are a file there."""
+    monkeypatch.chdir(tmp_path)
+    np.save("rows.npy", np.random.default_rng(0).normal(size=(20, 3)))
+    whole = command(*FITTED, backend, "--out", "whole")
+    assert whole.exit_code == 0, whole.output
+    left, write = [3], store.write
+
+    def end(*args: Any) -> None:
+        left[0] -= 1
+        if left[0] < 0:
+            raise Ended
+        write(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store, "write", end)
+        first = command(*FITTED, backend, "--out", "part", "--checkpoint", "kept", "--every", "2")
+    assert isinstance(first.exception, Ended)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    found = command("resume", "../kept")
+    assert found.exit_code == 0, found.output
+    assert "checkpoint: went on from step 4" in found.stderr
+    assert "Wrote part" in found.stdout
+    folders = [tmp_path / name for name in ("whole", "part")]
+    for file in ("history.csv", "validation.csv", "held_out.csv", "parameters.safetensors"):
+        a, b = ((folder / file).read_bytes() for folder in folders)
+        assert a == b, file
+    again = command("resume", str(tmp_path / "kept"))
+    assert "checkpoint: went on from step 8" in again.stderr
+
+
+def test_ctrl_c_on_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The message is a command that can be pasted; without a checkpoint the fit so far is saved."""
+    monkeypatch.chdir(tmp_path)
+    np.save("rows.npy", np.random.default_rng(0).normal(size=(20, 3)))
+    trainer = backends.load("pyro").Trainer
+    steps = trainer.run
+
+    def pressed(self: Any, *args: Any) -> Any:
+        signal.raise_signal(signal.SIGINT)
+        return steps(self, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "run", pressed)
+        kept = command(*FITTED, "pyro", "--checkpoint", "my kept", "--every", "3")
+        lost = command(*FITTED, "pyro", "--out", "runs/a")
+    assert (kept.exit_code, lost.exit_code) == (130, 130)
+    assert "Interrupted at step 3 of 8. `ppl-lvm resume 'my kept'` goes on from there." in kept.stderr
+    assert "Interrupted at step 8 of 8. The fit so far is in 'runs/a-interrupted', for ppl_lvm.load." in lost.stderr
+    assert load("runs/a-interrupted").state.step == 8
+    assert not Path("runs/a").exists()
+    done = command("resume", "my kept")
+    assert done.exit_code == 0, done.output
+    assert "checkpoint: went on from step 3" in done.stderr
+
+
+def test_what_cannot_be_resumed_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    np.save("rows.npy", np.zeros((20, 3)))
+    run("pyro", checkpoint="python")
+    held = checkpoint.newest("python")
+    assert held is not None
+    for arguments, said in (
+        (("resume", "nothing"), "There is no checkpoint in 'nothing'; `ppl-lvm fit ... --checkpoint` writes them."),
+        (("resume", "python"), "was written from Python; the same call of fit goes on from it."),
+        ((*FITTED, "pyro", "--every", "3"), "every = 3 is of checkpoints; give a folder"),
+        ((*FITTED, "pyro", "--out", "a", "--checkpoint", "a/b"), "is in the run folder 'a', which the run replaces"),
+    ):
+        found = command(*arguments)
+        assert found.exit_code == 2, found.output
+        assert said in found.stderr
+    asked = {"where": ".", "program": "vae", "extra": 1}
+    content = held.content.model_copy(update={"command": asked, "number": 9}).model_dump()
+    store.write(Path("python") / "first", checkpoint.KIND, content, {"arrays": held.arrays})
+    found = command("resume", "python")
+    assert found.exit_code == 2
+    assert "keeps no command that can be given again: data: Field required" in found.stderr

@@ -82,8 +82,8 @@ ARROWS = {
     "cells": {"datasets", "errors", "fit", "program", "recipe", "report"},
     "comparison": {"report"},
     "cli": {
-        *("algorithm", "catalogue", "cells", "comparison", "datasets", "errors", "fit", "jobs", "listing", "lookup"),
-        *("matrix", "posterior", "program", "recipe", "report", "to_arviz"),
+        *("algorithm", "catalogue", "cells", "checkpoint", "comparison", "datasets", "errors", "fit", "jobs"),
+        *("listing", "lookup", "matrix", "posterior", "program", "recipe", "report", "to_arviz"),
     },
     "": {
         *("algorithm", "catalogue", "draws", "errors", "facades", "fit", "loading", "nets"),
