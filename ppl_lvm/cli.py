@@ -1,4 +1,4 @@
-"""The command line: `ppl-lvm fit`, `resume`, `compare`, `demo`, `list` and `show`."""
+"""The command line: `ppl-lvm fit`, `resume`, `evaluate`, `compare`, `demo`, `list` and `show`."""
 
 import contextlib
 import importlib.util
@@ -195,7 +195,8 @@ def fit(
     validation: ValidationOption = None,
     missing: MissingOption = None,
     start: Annotated[
-        Path | None, typer.Option(metavar="FOLDER", help="Run folder whose parameters the fit starts from.")
+        Path | None,
+        typer.Option(metavar="FOLDER", help="Run folder, or one of run.save, whose parameters the fit starts from."),
     ] = None,
     dtype: DtypeOption = None,
     compile: CompileOption = None,
@@ -256,6 +257,28 @@ def resume(
     # Paths start from the folder where the fit began.
     with contextlib.chdir(asked.where) if Path(asked.where).is_dir() else contextlib.nullcontext():
         _fit(asked, folder)
+
+
+@app.command()
+def evaluate(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Run folder, or one of run.save.")],
+    data: DataOption = "digits",
+    program: Annotated[
+        str | None, typer.Option(help="The program's file, where it is one of yours; nothing is run unasked.")
+    ] = None,
+    backend: BackendOption = None,
+    draws: DrawsOption = 5000,
+) -> None:
+    """Load a fit, and print the log-likelihood of the held-out rows of a data set."""
+    from ppl_lvm import datasets, loading, report, store
+
+    run = loading.load(
+        folder if store.exists(folder) else folder / report.FIT,
+        program=program,
+        backend=None if backend is None else _usable(backend),
+    )
+    found = report.measure(run, datasets.load(data, missing=run.masked), draws=draws, seed=run.seed)
+    _print(report.table([found]))
 
 
 @app.command()

@@ -170,6 +170,12 @@ class Fit:
         """Parameters that have an entry for every row of the fit; `refit` trains them for other rows."""
         return frozenset(self._bound.row_params)
 
+    @property
+    def masked(self) -> bool:
+        """Whether entries of its data may be missing."""
+        assert self._example is not None
+        return bool(self._example.known)
+
     def save(self, path: str | Path, overwrite: bool = False) -> None:
         """Writes the fit to a folder of safetensors, JSON and JSON lines (no pickle), which `ppl_lvm.load` reads.
 
@@ -529,9 +535,7 @@ class Fit:
             if self._data.sample:
                 raise DataError("The fit was made from batches, whose rows it does not keep; pass data=.")
             return self._data
-        assert self._example is not None
-        masked = bool(self._example.known)
-        call = read(data, self.program, "mask" if masked else None)
+        call = read(data, self.program, "mask" if self.masked else None)
         self._fitted.check(call, not isinstance(data, Call) and of_sequences(data))
         check_missing(call, self._bound, self.program)
         if self._bound.row_params and ROWS not in call.kwargs:

@@ -183,6 +183,12 @@ def exists(folder: str | Path) -> bool:
     return os.path.lexists(Path(folder) / MANIFEST)
 
 
+def foreign(folder: str | Path) -> list[str]:
+    """Files in a folder that `write` has not written."""
+    names = [entry.name for entry in os.scandir(folder)] if os.path.isdir(folder) else []
+    return sorted(name for name in names if name != MANIFEST and not _FILE.fullmatch(name) and not _is_part(name))
+
+
 def manifest_of(folder: str | Path, kind: str) -> dict[str, Any]:
     """The manifest alone, verified; the files that it names are not looked at. Raises as `read` does."""
     path = Path(folder) / MANIFEST
@@ -378,12 +384,9 @@ def _make(folder: Path) -> None:
 
 
 def _check_own(folder: Path) -> None:
-    foreign = sorted(
-        e.name for e in os.scandir(folder) if e.name != MANIFEST and not (_FILE.fullmatch(e.name) or _is_part(e.name))
-    )
-    if foreign:
+    if found := foreign(folder):
         raise StorageError(
-            f"The folder {str(folder)!r} holds {foreign[0]!r}, which was not written here; give a folder of its own."
+            f"The folder {str(folder)!r} holds {found[0]!r}, which was not written here; give a folder of its own."
         )
 
 

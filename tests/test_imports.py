@@ -75,7 +75,8 @@ ARROWS = {
     },
     "pictures": {"datasets", "errors", "to_arviz"},
     "report": {
-        *("algorithm", "datasets", "errors", "fit", "pictures", "posterior", "program", "recipe", "to_arviz"),
+        *("algorithm", "datasets", "errors", "fit", "pictures", "posterior", "program", "recipe", "saving", "store"),
+        "to_arviz",
     },
     "listing": {"catalogue", "datasets", "errors", "lookup", "program", "recipe"},
     "jobs": {"errors"},
@@ -83,7 +84,7 @@ ARROWS = {
     "comparison": {"report"},
     "cli": {
         *("algorithm", "catalogue", "cells", "checkpoint", "comparison", "datasets", "errors", "fit", "jobs"),
-        *("listing", "lookup", "matrix", "posterior", "program", "recipe", "report", "to_arviz"),
+        *("listing", "loading", "lookup", "matrix", "posterior", "program", "recipe", "report", "store", "to_arviz"),
     },
     "": {
         *("algorithm", "catalogue", "draws", "errors", "facades", "fit", "loading", "nets"),
