@@ -41,8 +41,10 @@ def guides() -> dict[str, Path]:
     return available("guide")
 
 
-def resolve(kind: Kind, asked: str, folder: Path, asker: str) -> type[Algorithm]:
+def resolve(kind: Kind, asked: str, folder: Path | None, asker: str) -> type[Algorithm]:
     """The class behind a name, a "file.py:name" (relative to `folder`) or a "package.module:name".
+
+    Without a folder, names alone: nothing else is imported or run.
 
     Raises:
         RecipeError: there is no such class; `asker` says in the message who asked.
@@ -62,6 +64,11 @@ def resolve(kind: Kind, asked: str, folder: Path, asker: str) -> type[Algorithm]
             )
         importlib.invalidate_caches()  # the file may be younger than the process
         module = importlib.import_module(f"ppl_lvm.{kind}s.{asked}")
+    elif folder is None:
+        raise RecipeError(
+            f"{asker} asks for the {kind} {asked!r}, which is none of the library's, and nothing that a saved recipe "
+            f"names is imported or run; give the recipe itself, as in load(path, recipe=...)."
+        )
     elif lookup.is_path(source, ".py"):
         module = lookup.load(folder / source, RecipeError)
     else:

@@ -52,7 +52,8 @@ def valid(asked: str, names: Iterable[str], what: str) -> str:
     return (f"Did you mean {close[0]!r}? " if close else "") + listed
 
 
-def _digest(content: bytes) -> str:
+def digest(content: bytes) -> str:
+    """What tells one source from another."""
     return hashlib.sha256(content).hexdigest()[:16]
 
 
@@ -70,12 +71,12 @@ def load(path: Path, error: type[PplLvmError]) -> ModuleType:
         source = path.read_bytes()
     except OSError as cause:
         raise error(f"Cannot read {path}: {cause.strerror or cause}.") from cause
-    name = f"{PREFIX}{path.stem}_{_digest(str(path).encode() + source)}"
+    name = f"{PREFIX}{path.stem}_{digest(str(path).encode() + source)}"
     if name in sys.modules:
         return sys.modules[name]
     module = ModuleType(name)
     module.__file__ = str(path)
-    module.__dict__[SOURCE_HASH] = _digest(source)
+    module.__dict__[SOURCE_HASH] = digest(source)
     sys.modules[name] = module  # classes with annotations look their module up there
     try:
         exec(compile(source, str(path), "exec"), module.__dict__)

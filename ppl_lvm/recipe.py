@@ -248,14 +248,28 @@ def recipe(
         )
     if "stages" in overrides:
         draft.check_key("stages")
-    tables = overrides.pop("stages", draft.stages)
+    return _built(draft, overrides.pop("stages", draft.stages), overrides)
+
+
+def named(table: Mapping[str, Any]) -> Recipe:
+    """The recipe that `Recipe.to_dict` gave, of which nothing but the library's own algorithms is looked up.
+
+    Raises:
+        RecipeError: it names others, which would have to be imported or run, or is no recipe.
+    """
+    draft = _Draft.read(table, "custom", None)
+    return _built(draft, draft.stages, {})
+
+
+def _built(draft: "_Draft", tables: object, overrides: Mapping[str, Any]) -> Recipe:
     if not isinstance(tables, Sequence) or isinstance(tables, str):
         raise draft.wrong("stages", tables, "should be a list of tables, each with the keys that a stage replaces")
     folder = draft.folder
     stages = [draft.stage(i, table, folder) for i, table in enumerate(tables)]
-    for each in (draft, *stages):
-        each.folder = Path.cwd()  # files named in overrides are the caller's, not the recipe's
-        each.apply(overrides)
+    if overrides:
+        for each in (draft, *stages):
+            each.folder = Path.cwd()  # files named in overrides are the caller's, not the recipe's
+            each.apply(overrides)
     return draft.build(tuple(stage.build(()) for stage in stages))
 
 
@@ -334,7 +348,8 @@ class _Draft:
     estimator: dict[str, _Choice | None]
     optimizer: dict[str, _Choice]
     """By pattern of parameter names; a single one has none, ""."""
-    folder: Path
+    folder: Path | None
+    """Where files that it names are; None: it may name none."""
     stages: Sequence[Any] = ()
     lead: Kind = "objective"
     """Whether what stands in `objective` is one, or a method in its place."""
@@ -351,7 +366,7 @@ class _Draft:
         return cls(fields, _Choice.of(given.algorithm), chosen, optimizer, Path.cwd(), lead=lead, guide=guide)
 
     @classmethod
-    def read(cls, table: Mapping[str, Any], name: str, folder: Path) -> Self:
+    def read(cls, table: Mapping[str, Any], name: str, folder: Path | None) -> Self:
         fields = {"name": name} | {key: table[key] for key in _FIELDS if key in table}
         for key in table:
             if key not in Recipe.model_fields:
@@ -388,7 +403,7 @@ class _Draft:
                 f"its options in its own table, as in method = {{ name = \"nuts\", draws = 1000 }}."
             )
 
-    def stage(self, number: int, table: object, folder: Path) -> Self:
+    def stage(self, number: int, table: object, folder: Path | None) -> Self:
         """A draft of one stage: this one with the keys of a table replaced."""
         where = f"stages[{number}]"
         if isinstance(table, Recipe):

@@ -171,7 +171,10 @@ class Trainer:
         return body
 
     def initial(self) -> Tree:
-        trees = [self._initial(values) for values in self._initials]
+        return self._together([self._initial(values) for values in self._initials])
+
+    def _together(self, trees: list[Tree]) -> Tree:
+        """Trees of one run each as a tree of all."""
         with precision(self._bound.dtype):
             return trees[0] if len(trees) == 1 else jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
 
@@ -260,19 +263,16 @@ class Trainer:
         return jax.tree.map(lambda a: a[run], tree) if self._several else tree
 
     def pack(self, tree: Tree, run: int = 0) -> dict[str, np.ndarray]:
-        return _packed(self._of_run(tree, run))
+        return arrays_of(self._of_run(tree, run))
 
-    def unpack(self, arrays: Mapping[str, np.ndarray]) -> Tree:
-        template = self._initial(self._initials[0])
-        leaves, structure = jax.tree_util.tree_flatten_with_path(template)
-        names = [jax.tree_util.keystr(path) for path, _ in leaves]
-        check_state(arrays, _packed(template))
-        with precision(self._bound.dtype):
-            held = [_like(leaf, arrays[n]) for n, (_, leaf) in zip(names, leaves, strict=True)]
-            return jax.tree_util.tree_unflatten(structure, held)
+    def unpack(self, *runs: Mapping[str, np.ndarray]) -> Tree:
+        return self._together([self._unpacked(arrays) for arrays in runs])
+
+    def _unpacked(self, arrays: Mapping[str, np.ndarray]) -> Tree:
+        return _filled(self._initial(self._initials[0]), arrays, self._bound.dtype, "state")
 
     def params_of(self, arrays: Mapping[str, np.ndarray]) -> Mapping[str, Any]:
-        tree = self.unpack(arrays)
+        tree = self._unpacked(arrays)
         return {**tree["params"], **tree["mutable"]}
 
 
@@ -281,9 +281,24 @@ def _like(leaf: jax.Array, array: np.ndarray) -> jax.Array:
     return jax.random.wrap_key_data(owned(array), impl=jax.random.key_impl(leaf)) if is_key(leaf) else owned(array)
 
 
-def _packed(tree: Tree) -> dict[str, np.ndarray]:
+def arrays_of(tree: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """A tree of arrays as arrays by name."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
     return {jax.tree_util.keystr(path): to_numpy(leaf) for path, leaf in leaves}
+
+
+def values_of(bound: NumPyroBound, arrays: Mapping[str, np.ndarray]) -> Mapping[str, Any]:
+    """The parameters and states of a program whose `arrays_of` these are."""
+    return _filled({**bound.initial, **bound.states}, arrays, bound.dtype, "saved program")
+
+
+def _filled(template: Any, arrays: Mapping[str, np.ndarray], dtype: str, what: str) -> Any:
+    """A tree like the template with these leaves."""
+    check_state(arrays, arrays_of(template), what)
+    leaves, structure = jax.tree_util.tree_flatten_with_path(template)
+    with precision(dtype):
+        held = [_like(leaf, arrays[jax.tree_util.keystr(path)]) for path, leaf in leaves]
+        return jax.tree_util.tree_unflatten(structure, held)
 
 
 def _name(optimizer: Algorithm) -> str:

@@ -359,30 +359,37 @@ class Trainer:
     def pack(self, tree: list[Tree], run: int = 0) -> dict[str, np.ndarray]:
         return _packed(tree[run])
 
-    def unpack(self, arrays: Mapping[str, np.ndarray]) -> list[Tree]:
+    def unpack(self, *runs: Mapping[str, np.ndarray]) -> list[Tree]:
+        return [self._unpacked(arrays) for arrays in runs]
+
+    def _unpacked(self, arrays: Mapping[str, np.ndarray]) -> Tree:
         tree = self._initial(self._initials[0])
-        check_state({n: a for n, a in arrays.items() if not n.startswith("optimizer/")}, _packed(tree))
+        every, moments = merged(tree["params"], tree["own"]), dict[str, np.ndarray]()
+        for unit, u in self._descent.units.items():
+            for name in u.names:
+                # An optimiser that works in place would write past the end of moments of another size.
+                moments |= arrays_of(_moments(u.optimizer, f"optimizer/{unit}/{name}", every[name]))
+        needed = _packed(tree) | {n: a for n, a in moments.items() if n in arrays}
+        check_state(arrays, needed)
         device = torch.get_default_device()
-        held = {n: torch.from_numpy(np.array(v)).to(device) for n, v in arrays.items()}
+        # In memory of torch's own: BLAS adds up in another order where NumPy's happens to be aligned otherwise.
+        held = {n: torch.tensor(v, device=device) for n, v in arrays.items()}
         params = {n: held[f"params/{n}"] for n in tree["params"]}
         own = {s: {n: held[f"own/{s}/{n}"] for n in ps} for s, ps in tree["own"].items()}
         states = {s: held[f"states/{s}"] for s in tree["states"]}
         tree = self._with_optimizers(params, own, states)
         for unit, u in self._descent.units.items():
-            optimizer, moments = tree["optimizer"][unit], dict[int, dict[str, Tensor]]()
+            optimizer, found = tree["optimizer"][unit], dict[int, dict[str, Tensor]]()
             for i, name in enumerate(u.names):
-                prefix = f"optimizer/{unit}/{name}/"
-                moments[i] = {n.removeprefix(prefix): v for n, v in held.items() if n.startswith(prefix)}
-            optimizer.load_state_dict(
-                {
-                    "state": {i: state for i, state in moments.items() if state},
-                    "param_groups": optimizer.state_dict()["param_groups"],
-                }
-            )
-        return [tree]
+                prefix = f"optimizer/{unit}/{name}"
+                known = [n for n in _moments(u.optimizer, prefix, every[name]) if n in held]
+                if known:
+                    found[i] = {n.removeprefix(f"{prefix}/"): held[n] for n in known}
+            optimizer.load_state_dict({"state": found, "param_groups": optimizer.state_dict()["param_groups"]})
+        return tree
 
     def params_of(self, arrays: Mapping[str, np.ndarray]) -> Mapping[str, Tensor]:
-        return self.unpack(arrays)[0]["params"]
+        return self._unpacked(arrays)["params"]
 
 
 def _clipped(
@@ -411,7 +418,26 @@ def _packed(tree: Tree) -> dict[str, np.ndarray]:
         for parameter, state in optimizer.state.items():
             prefix = f"optimizer/{unit}/{known[id(parameter)]}"
             arrays |= {f"{prefix}/{n}": v for n, v in state.items() if isinstance(v, Tensor)}
-    return {n: v.detach().cpu().numpy().copy() for n, v in arrays.items()}
+    return arrays_of(arrays)
+
+
+def _moments(optimizer: Any, prefix: str, parameter: Tensor) -> dict[str, Tensor]:
+    """What an optimiser keeps of a parameter once it has moved it."""
+    if optimizer.name not in ("adam", "adamw"):
+        return {}
+    kept = {"step": torch.zeros((), dtype=torch.float32), "exp_avg": parameter, "exp_avg_sq": parameter}
+    return {f"{prefix}/{n}": v for n, v in kept.items()}
+
+
+def arrays_of(values: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
+    """Tensors by name as arrays that nothing else changes."""
+    return {n: v.detach().cpu().numpy().copy() for n, v in values.items()}
+
+
+def values_of(bound: PyroBound, arrays: Mapping[str, np.ndarray]) -> Mapping[str, Tensor]:
+    """The parameters of a program whose `arrays_of` these are."""
+    check_state(arrays, arrays_of(bound.initial), "saved program")
+    return {n: torch.from_numpy(np.array(arrays[n])).to(torch.get_default_device()) for n in bound.initial}
 
 
 def _step_seed(seed: int, step: int) -> int:

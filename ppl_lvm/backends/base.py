@@ -1168,24 +1168,23 @@ class Trainer(Protocol):
     def pack(self, tree: Any, run: int = 0) -> dict[str, np.ndarray]:
         """All state of one run as arrays that nothing else changes."""
 
-    def unpack(self, arrays: Mapping[str, np.ndarray]) -> Any:
-        """A tree of one run."""
+    def unpack(self, *runs: Mapping[str, np.ndarray]) -> Any:
+        """A tree of these runs, each as `pack` gave it."""
 
     def params_of(self, arrays: Mapping[str, np.ndarray]) -> Mapping[str, Any]:
         """The parameters among what `pack` gave."""
 
 
-def check_state(found: Mapping[str, np.ndarray], needed: Mapping[str, np.ndarray]) -> None:
-    """Refuses a saved state whose arrays are not those of this fit."""
-    wrong = sorted(
-        n
-        for n in {*found, *needed}
-        if n not in found or n not in needed or np.shape(found[n]) != np.shape(needed[n])
-    )
+def check_state(found: Mapping[str, np.ndarray], needed: Mapping[str, np.ndarray], what: str = "state") -> None:
+    """Refuses saved arrays that are not those of this fit."""
+    kinds = [{n: (a.dtype.name, a.shape) for n, a in arrays.items()} for arrays in (found, needed)]
+    wrong = sorted(n for n in {*found, *needed} if kinds[0].get(n) != kinds[1].get(n))
     if wrong:
+        pair = (known.get(wrong[0]) for known in kinds)
+        had, wants = ("not there" if kind is None else f"{kind[0]} of shape {kind[1]}" for kind in pair)
         raise BackendError(
-            f"The state does not fit: missing, unknown or of another shape are {wrong[:5]}; continue with the same "
-            f"program, recipe and backend."
+            f"The {what} does not fit: missing, unknown or of another shape or dtype are {wrong[:5]} ({wrong[0]!r} is "
+            f"{had}, and should be {wants}); continue with the same program, recipe, backend and dtype."
         )
 
 
