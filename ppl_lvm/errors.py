@@ -1,5 +1,9 @@
 """The errors this library raises. Each message says what was asked, what was found, and what to do."""
 
+from __future__ import annotations
+
+from typing import Any
+
 
 class PplLvmError(ValueError):
     """Base class of every error that ppl_lvm raises on purpose."""
@@ -23,3 +27,18 @@ class LegalityError(PplLvmError):
 
 class BackendError(PplLvmError):
     """A backend is missing, or cannot do what was asked of it."""
+
+
+class NonFiniteError(PplLvmError):
+    """A loss or a gradient is not finite, and the fit cannot go on as it was asked to.
+
+    Attributes:
+        step: the first step where it is not.
+        state: all of the run before that step, what `fit(state=)` goes on from.
+        cause: what the step shows when it is run again: `guilty` (site, density, rows, parameters of its distribution),
+            `gradients` (parameters whose gradient is not finite) and `rows`.
+    """
+
+    def __init__(self, message: str, *, step: int, state: Any, cause: Any) -> None:
+        super().__init__(message)
+        self.step, self.state, self.cause = step, state, cause

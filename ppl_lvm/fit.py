@@ -13,11 +13,12 @@ import numpy as np
 from ppl_lvm import backends, legality, progress
 from ppl_lvm.algorithm import GuideFamily, Schedule, Turn
 from ppl_lvm.arguments import check_kinds, check_loop
-from ppl_lvm.backends.base import Call, numbers_of, parameter_groups
+from ppl_lvm.backends.base import MOST_SKIPPED, Call, numbers_of, parameter_groups
 from ppl_lvm.backends.hiding import Hiding
 from ppl_lvm.data import Batches, Missing, check_missing, check_observed, is_batches, observe, read
-from ppl_lvm.errors import DataError, LegalityError, PplLvmError, ProgramError, RecipeError
+from ppl_lvm.errors import DataError, LegalityError, ProgramError, RecipeError
 from ppl_lvm.monitor import EarlyStopping, Moment, Run, Watch, restart_seeds, run_seed, without_early_stopping
+from ppl_lvm.nonfinite import Inquiry
 from ppl_lvm.pace import FEWEST, Order, Pace, most_steps
 from ppl_lvm.parameters import descent, starting_values
 from ppl_lvm.posterior import Fit, State
@@ -104,7 +105,7 @@ def fit(
 
     Raises:
         RecipeError, ProgramError, DataError, LegalityError, BackendError: before training starts.
-        PplLvmError: the loss is not finite; says at which step and at which sites.
+        NonFiniteError: a loss or a gradient is not finite; says at which step, sites and rows; has the state before.
 
     Example:
         >>> from ppl_lvm import fit, program
@@ -194,7 +195,7 @@ def fit(
     messages += _about_restarts(how, trainer, tree, seeds, state)
 
     held = bound.batch(training)
-    numbers = numbers_of(how.objective, plan, moved.optimizers, moved.turns)
+    numbers = {**numbers_of(how.objective, plan, moved.optimizers, moved.turns), MOST_SKIPPED: how.skips}
     looked = None if held_out is None else HeldOut(library, chosen, held_out, bound, rows, seed)
     hard = None
     if plan.relaxed:
@@ -211,6 +212,7 @@ def fit(
         params=lambda arrays: _constrained(library, bound, trainer.params_of(arrays)),
         state=lambda arrays, step, r: _state(name, seed, step, trainer, arrays, r, state),
     )
+    inquiry = Inquiry(trainer, bound, library.to_numpy, numbers, batches is not None)
     orders = list[Order]()
     if batched and rows is not None and how.batch_size is not None:
         orders = [Order(rows, how.batch_size, s) for s in seeds]
@@ -229,10 +231,8 @@ def fit(
             values = {k: np.resize(_values(v, step, n), room) for k, v in numbers.items()}
             tree, chunk = trainer.run(tree, held, index, values, step, n)
             watch.add({k: library.to_numpy(v).astype(np.float64) for k, v in chunk.items()}, step)
-            if watch.lost is not None:
-                r = watch.lost
-                batch = None if index is None else index[r]
-                _stop(watch.runs[r], step, bound, trainer.params(tree, r), plan, held, batch, library.key_of(seeds[r]))
+            if watch.wrong:
+                inquiry.report(watch, tree, step, n, held, index, partial(watch.state, tree))
             step += n
             pace.took(n)
             if step % how.check_every == 0:
@@ -572,12 +572,12 @@ def _about_restarts(how: Recipe, trainer: Any, tree: Any, seeds: Sequence[int], 
 
 def _runs(how: Recipe, held_out: Call | None, seeds: Sequence[int], state: State | None) -> list[Run]:
     if how.patience is None:
-        return [Run(None) for _ in seeds]
+        return [Run(None, most_skipped=how.skips) for _ in seeds]
     if held_out is None:
         raise RecipeError(
             f"Recipe {how.name!r} has patience = {how.patience}, which goes by validation; pass validation=0.1 or data."
         )
-    runs = [Run(EarlyStopping(how.patience, how.min_delta)) for _ in seeds]
+    runs = [Run(EarlyStopping(how.patience, how.min_delta), most_skipped=how.skips) for _ in seeds]
     if state is not None and runs[0].early is not None:
         runs[0].early.unpack(state.arrays)
     return runs
@@ -598,31 +598,3 @@ def _values(number: float | Schedule | Turn, first: int, steps: int) -> np.ndarr
         return np.full(steps, number, dtype=np.float64)
     return np.array([number.at(step) for step in range(first, first + steps)], dtype=np.float64)
 
-
-def _stop(
-    run: Run,
-    first: int,
-    bound: Any,
-    params: Mapping[str, Any],
-    plan: Any,
-    held: Call,
-    index: np.ndarray | None,
-    key: Any,
-) -> None:
-    """Raises with the step of the first non-finite loss and the sites that are not finite there or later."""
-    assert run.diverged is not None
-    i = run.diverged - first
-    loss = run.records["loss"][-1][i]
-    batch = held if index is None else held.map(lambda a: a[index[i]])
-    table = bound.evaluate(params, batch, key, plan)
-    guilty = [
-        f"{name} ({label})"
-        for name, row in table.items()
-        for label in ("log_p", "log_q")
-        if row[label] is not None and not np.isfinite(np.asarray(row[label])).all()
-    ]
-    raise PplLvmError(
-        f"The loss at step {run.diverged} is {loss}. Densities that are not finite at the parameters it left behind: "
-        f"{guilty or 'none'}. Lower the learning rate, or bound the scales of these sites; a covariance that is "
-        f"singular gives NaN, a small multiple of the identity added to it does not."
-    )

@@ -48,14 +48,15 @@ ARROWS = {
     "progress": set[str](),
     "parameters": {"algorithm", "backends", "errors", "lookup"},
     "monitor": {"backends"},
+    "nonfinite": {"algorithm", "backends", "errors", "monitor"},
     "pace": set[str](),
     "arguments": {"errors", "posterior", "recipe", "to_arviz"},
     "validation": {"algorithm", "backends", "errors"},
     "stages": {"errors", "posterior", "recipe"},
     "fit": {
         *("algorithm", "arguments", "backend_of", "backends", "data", "draws", "errors", "legality", "lookup"),
-        *("monitor", "ops", "pace", "parameters", "posterior", "program", "progress", "recipe", "sampled", "stages"),
-        *("to_arviz", "validation"),
+        *("monitor", "nonfinite", "ops", "pace", "parameters", "posterior", "program", "progress", "recipe"),
+        *("sampled", "stages", "to_arviz", "validation"),
     },
     "facades": {
         *("algorithm", "backends", "catalogue", "draws", "errors", "estimators", "legality", "lookup", "ops"),

@@ -17,7 +17,9 @@ from ppl_lvm.backends import _jax_natural
 from ppl_lvm.backends._numpyro_handlers import site_key
 from ppl_lvm.backends._numpyro_state import is_key
 from ppl_lvm.backends.base import (
+    MOST_SKIPPED,
     RECORDS,
+    Again,
     Call,
     Descent,
     Gradients,
@@ -29,6 +31,8 @@ from ppl_lvm.backends.base import (
     losses,
     merged,
     own_name,
+    rows_of,
+    skipped_in_a_row,
     static_key,
     with_numbers,
 )
@@ -39,6 +43,8 @@ from ppl_lvm.errors import BackendError
 Bound = NumPyroBound
 Tree = dict[str, Any]
 STEPS = Steps()
+SKIPPED = "skipped"
+"""Of a tree: `skipped_in_a_row`. It is no part of a packed state, which is one before a step that was skipped."""
 
 _TRANSFORMS: dict[str, Callable[[], optax.GradientTransformation]] = {
     "adam": optax.scale_by_adam,
@@ -130,13 +136,12 @@ class Trainer:
 
     def _body(self, bound: NumPyroBound, plan: Plan, objective: Objective) -> Callable[..., Any]:
         factors = self._factors
-        hiding = self._hiding
 
         def body(
             tree: Tree, batch: Call, numbers: Mapping[str, Any], key: Any, rows: Any
         ) -> tuple[Tree, dict[str, Any]]:
             here, planned = with_numbers(objective, plan, numbers)
-            batch = hiding.hidden(batch, lambda n, a: jax.random.uniform(site_key(key, f"${n}"), a.shape[:1], float))
+            batch = self._hidden(batch, key)
 
             def natural(unit: str, values: Any, gradient: Any) -> Any:
                 rate = numbers[f"{self._descent.units[unit].place}.learning_rate"]
@@ -150,23 +155,26 @@ class Trainer:
                 return bound.gradients(params, batch, key, planned, here, **options)
 
             step = gradients(tree["params"])
-            before, found = merged(tree["params"], tree["own"]), merged(step.params, step.own)
+            values, found = merged(tree["params"], tree["own"]), merged(step.params, step.own)
             if self._descent.model_first:
-                moved, *_ = descend(before, found, tree["optimizer"], numbers)
+                moved, *_ = descend(values, found, tree["optimizer"], numbers)
                 groups = self._descent.groups
                 step_ = gradients({n: moved[n] if groups[n] == "model" else p for n, p in tree["params"].items()})
                 later = merged(step_.params, step_.own)
                 found = {n: g if groups[n] == "model" else later[n] for n, g in found.items()}
-            values, optimizer, norm = descend(before, found, tree["optimizer"], numbers)
+            values, optimizer, norm = descend(values, found, tree["optimizer"], numbers)
             total = bound.structure.plate_size or (bound.structure.rows if rows is None else rows)
-            tree = {
+            after = {
                 "params": {n: values[n] for n in tree["params"]},
                 "own": {s: {n: values[own_name(s, n)] for n in ps} for s, ps in tree["own"].items()},
                 "states": step.states,
                 "mutable": step.mutable,
                 "optimizer": optimizer,
             }
-            return tree, {"loss": step.loss / total, "gradient_norm": norm}
+            skipped = skipped_in_a_row(tree[SKIPPED], numbers[MOST_SKIPPED], step.loss, norm)
+            before = {name: tree[name] for name in after}
+            after = jax.tree.map(lambda new, old: jnp.where(skipped == 0, new, old), after, before)
+            return after | {SKIPPED: skipped}, {"loss": step.loss / total, "gradient_norm": norm, SKIPPED: skipped}
 
         return body
 
@@ -189,6 +197,7 @@ class Trainer:
                     unit: self._transforms[unit].init({n: every[n] for n in u.names})
                     for unit, u in self._descent.units.items()
                 },
+                SKIPPED: jnp.zeros((), float),
             }
 
     def run(
@@ -249,6 +258,39 @@ class Trainer:
             needed = {name: tree[name] for name in ("params", "own", "states", "mutable")}
             return f(needed, batch.args, dict(batch.kwargs), key, scalars, total)
 
+    def again(
+        self,
+        tree: Tree,
+        data: Call,
+        index: np.ndarray | None,
+        numbers: Mapping[str, np.ndarray],
+        step: int,
+        i: int,
+        run: int = 0,
+    ) -> Again:
+        one, now = self._of_run(tree, run), {n: v[i] for n, v in numbers.items()}
+        with precision(self._bound.dtype):
+            key = jax.random.fold_in(self._key[run] if self._several else self._key, step)
+            batch = data if index is None else data.map(lambda a: jnp.take(a, index[run, i], axis=0))
+            what = (*self._cached, "again", tuple(a.shape for a in batch.leaves), self._rows)
+            f = STEPS.get(what, lambda: jax.jit(self._once))
+            batch, table, gradient = f(one, batch.args, dict(batch.kwargs), key, now)
+        flat = {n: np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(g)]) for n, g in gradient.items()}
+        return Again(Call(*batch), table, flat)
+
+    def _once(self, tree: Tree, args: Any, kwargs: Any, key: Any, numbers: Numbers) -> tuple[Any, Any, Any]:
+        """The data, the table and the gradient of one step."""
+        here, planned = with_numbers(self._objective, self._plan, numbers)
+        batch = self._hidden(Call(args, kwargs), key)
+        options = {"total_rows": self._rows, "states": tree["states"], "own": tree["own"]}
+        params = {**tree["params"], **tree["mutable"]}
+        draws, _ = self._bound._run(params, batch, key, planned, training=True, **options)
+        found = self._bound.gradients(tree["params"], batch, key, planned, here, mutable=tree["mutable"], **options)
+        return (batch.args, dict(batch.kwargs)), rows_of(draws.sites), merged(found.params, found.own)
+
+    def _hidden(self, batch: Call, key: Any) -> Call:
+        return self._hiding.hidden(batch, lambda n, a: jax.random.uniform(site_key(key, f"${n}"), a.shape[:1], float))
+
     @property
     def _several(self) -> bool:
         return self._key.ndim > 0
@@ -264,12 +306,13 @@ class Trainer:
 
     def unpack(self, arrays: Mapping[str, np.ndarray]) -> Tree:
         template = self._initial(self._initials[0])
+        skipped = template.pop(SKIPPED)
         leaves, structure = jax.tree_util.tree_flatten_with_path(template)
         names = [jax.tree_util.keystr(path) for path, _ in leaves]
         check_state(arrays, _packed(template))
         with precision(self._bound.dtype):
             held = [_like(leaf, arrays[n]) for n, (_, leaf) in zip(names, leaves, strict=True)]
-            return jax.tree_util.tree_unflatten(structure, held)
+            return jax.tree_util.tree_unflatten(structure, held) | {SKIPPED: skipped}
 
     def params_of(self, arrays: Mapping[str, np.ndarray]) -> Mapping[str, Any]:
         tree = self.unpack(arrays)
@@ -282,7 +325,7 @@ def _like(leaf: jax.Array, array: np.ndarray) -> jax.Array:
 
 
 def _packed(tree: Tree) -> dict[str, np.ndarray]:
-    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+    leaves, _ = jax.tree_util.tree_flatten_with_path({n: part for n, part in tree.items() if n != SKIPPED})
     return {jax.tree_util.keystr(path): to_numpy(leaf) for path, leaf in leaves}
 
 
@@ -304,7 +347,7 @@ def _descend(
         for unit, u in descent.units.items():
             place, names = u.place, u.names
             gradient = {n: gradients[n] for n in names}
-            square = sum(jnp.sum(g**2) for g in jax.tree.leaves(gradient))
+            square = sum((jnp.sum(g**2) for g in jax.tree.leaves(gradient)), jnp.zeros(()))
             norm = jnp.sqrt(square)
             if f"{place}.clip" in numbers:
                 factor = jnp.minimum(1.0, numbers[f"{place}.clip"] / norm)
@@ -312,6 +355,8 @@ def _descend(
             now = {n: values[n] for n in names}
             if u.natural:
                 gradient = natural(unit, values, gradient)
+                # The gradient may be finite where what the Fisher information makes of it is not.
+                square = square + 0.0 * sum((jnp.sum(g) for g in jax.tree.leaves(gradient)), jnp.zeros(()))
             update, state = transforms[unit].update(gradient, states[unit], now)
             rate = 1.0 if u.natural else numbers[f"{place}.learning_rate"]
             decay = numbers.get(f"{place}.weight_decay", WEIGHT_DECAY.get(_name(u.optimizer), 0.0))
@@ -325,7 +370,7 @@ def _descend(
                     return jnp.where(mine, new, old)
 
                 moved, state = jax.tree.map(chosen, (moved, state), (now, states[unit]))
-                square = square * mine
+                square = jnp.where(mine, square, 0.0)
             squares.append(square)
             states_[unit] = state
             values |= moved

@@ -86,6 +86,7 @@ from ppl_lvm.backends.base import (
     owner,
     prior_name,
     row_params,
+    rows_of,
     steps_of,
     sum_out,
     undeclared,
@@ -1020,8 +1021,7 @@ class NumPyroBound:
         def run(
             params: Params, batch: Call, key: Array, values: Mapping[str, Array]
         ) -> dict[str, dict[str, Any]]:
-            sites = self.draws(params, batch, key, plan, values=values).sites
-            return {n: {"value": s.value, "log_p": s.log_p, "log_q": s.log_q} for n, s in sites.items()}
+            return rows_of(self.draws(params, batch, key, plan, values=values).sites)
 
         return self.compiled(run, params, batch, key, _static(plan), values or {})
 
@@ -1060,6 +1060,12 @@ class NumPyroBound:
     def outside(self, params: Params, batch: Call, fixed: Mapping[str, Any]) -> list[str]:
         """Sites whose fixed values are outside the support of their distribution in the model."""
         return _numpyro_forward.outside(self, params, batch, fixed)
+
+    def distributions(
+        self, params: Params, batch: Call, values: Mapping[str, Any]
+    ) -> dict[tuple[str, str], list[Any]]:
+        """See `base.Bound`."""
+        return _numpyro_forward.distributions(self, params, batch, values)
 
     def anatomy(self, batch: Call) -> Anatomy:
         """What the sites look like and look at."""

@@ -93,6 +93,7 @@ from ppl_lvm.backends.base import (
     of_least_variance,
     prior_name,
     row_params,
+    rows_of,
     steps_of,
     sum_out,
     undeclared,
@@ -1132,8 +1133,7 @@ class PyroBound:
         """Values and densities of every site of one run, in evaluation; `values` as `draws` takes them."""
         given = {n: torch.as_tensor(v) for n, v in (values or {}).items()}
         with self.evaluation():
-            sites = self.draws(params, batch, key, plan, values=given).sites
-        return {n: {"value": s.value, "log_p": s.log_p, "log_q": s.log_q} for n, s in sites.items()}
+            return rows_of(self.draws(params, batch, key, plan, values=given).sites)
 
     def log_w(
         self, params: Params, batch: Call, key: int, plan: Plan, values: Mapping[str, Any] | None = None
@@ -1167,6 +1167,12 @@ class PyroBound:
     def outside(self, params: Params, batch: Call, fixed: Mapping[str, Any]) -> list[str]:
         """Sites whose fixed values are outside the support of their distribution in the model."""
         return _pyro_forward.outside(self, params, batch, fixed)
+
+    def distributions(
+        self, params: Params, batch: Call, values: Mapping[str, Any]
+    ) -> dict[tuple[str, str], list[Any]]:
+        """See `base.Bound`."""
+        return _pyro_forward.distributions(self, params, batch, values)
 
     def anatomy(self, batch: Call) -> Anatomy:
         """What the sites look like and look at."""
