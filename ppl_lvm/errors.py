@@ -42,3 +42,7 @@ class NonFiniteError(PplLvmError):
     def __init__(self, message: str, *, step: int, state: Any, cause: Any) -> None:
         super().__init__(message)
         self.step, self.state, self.cause = step, state, cause
+
+
+class TooLargeError(PplLvmError):
+    """What was asked for does not fit in memory."""

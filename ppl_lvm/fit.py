@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from ppl_lvm import backends, legality, progress
+from ppl_lvm import backends, legality, memory, progress
 from ppl_lvm.algorithm import GuideFamily, Schedule, Turn
 from ppl_lvm.arguments import check_kinds, check_loop
 from ppl_lvm.backends.base import MOST_SKIPPED, Call, numbers_of, parameter_groups
@@ -194,8 +194,10 @@ def fit(
     tree, step = _start(trainer, state, name, seed, how.steps)
     messages += _about_restarts(how, trainer, tree, seeds, state)
 
-    held = bound.batch(training)
     numbers = {**numbers_of(how.objective, plan, moved.optimizers, moved.turns), MOST_SKIPPED: how.skips}
+    now = {k: float(_values(v, 0, 1)[0]) for k, v in numbers.items()}
+    messages += memory.foretold(library, trainer, tree, bound.batch(example), now, plan)
+    held = bound.batch(training)
     looked = None if held_out is None else HeldOut(library, chosen, held_out, bound, rows, seed)
     hard = None
     if plan.relaxed:
@@ -229,7 +231,8 @@ def fit(
             elif batched:
                 index = np.stack([np.resize(o.batches(step, n), (room, o.size)) for o in orders])
             values = {k: np.resize(_values(v, step, n), room) for k, v in numbers.items()}
-            tree, chunk = trainer.run(tree, held, index, values, step, n)
+            with memory.of_step(library, plan, bound.structure.rows):
+                tree, chunk = trainer.run(tree, held, index, values, step, n)
             watch.add({k: library.to_numpy(v).astype(np.float64) for k, v in chunk.items()}, step)
             if watch.wrong:
                 inquiry.report(watch, tree, step, n, held, index, partial(watch.state, tree))

@@ -40,9 +40,13 @@ ARROWS = {
     "matrix": {"algorithm", "backends", "catalogue", "draws", "legality"},
     "to_arviz": {"errors"},
     "data": {"backends", "errors", "lookup", "program"},
-    "fitted": {"backends", "errors", "lookup", "program"},
+    "memory": {"errors"},
+    "sinks": {"errors", "to_arviz"},
+    "fitted": {"backends", "errors", "lookup", "memory", "program"},
     "predict": {"backends", "errors", "fitted"},
-    "posterior": {"backends", "data", "errors", "fitted", "legality", "lookup", "predict", "program", "to_arviz"},
+    "posterior": {
+        *("backends", "data", "errors", "fitted", "legality", "lookup", "predict", "program", "sinks", "to_arviz"),
+    },
     "sampled": {"backends", "errors", "fitted", "posterior", "predict", "program"},
     "disentanglement": {"errors"},
     "progress": set[str](),
@@ -55,7 +59,7 @@ ARROWS = {
     "stages": {"errors", "posterior", "recipe"},
     "fit": {
         *("algorithm", "arguments", "backend_of", "backends", "data", "draws", "errors", "legality", "lookup"),
-        *("monitor", "nonfinite", "ops", "pace", "parameters", "posterior", "program", "progress", "recipe"),
+        *("memory", "monitor", "nonfinite", "ops", "pace", "parameters", "posterior", "program", "progress", "recipe"),
         *("sampled", "stages", "to_arviz", "validation"),
     },
     "facades": {

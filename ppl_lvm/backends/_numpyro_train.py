@@ -13,7 +13,7 @@ import numpy as np
 import optax
 
 from ppl_lvm.algorithm import Algorithm, Objective
-from ppl_lvm.backends import _jax_natural
+from ppl_lvm.backends import _jax_memory, _jax_natural
 from ppl_lvm.backends._numpyro_handlers import site_key
 from ppl_lvm.backends._numpyro_state import is_key
 from ppl_lvm.backends.base import (
@@ -86,6 +86,18 @@ def on(device: str) -> contextlib.AbstractContextManager[Any]:
 def off_device(params: Mapping[str, Any]) -> Mapping[str, Any]:
     """Parameters of a fit as further calls find them; JAX moves them to where it computes."""
     return params
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out."""
+    found = isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(error)
+    return found or isinstance(error, MemoryError)
+
+
+def device_memory() -> int | None:
+    """Bytes of the device that the default one is, where it has memory of its own."""
+    device = next(iter(jnp.zeros(()).devices()))
+    return None if device.platform == "cpu" else (device.memory_stats() or {}).get("bytes_limit")
 
 
 class Trainer:
@@ -277,6 +289,17 @@ class Trainer:
             batch, table, gradient = f(one, batch.args, dict(batch.kwargs), key, now)
         flat = {n: np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(g)]) for n, g in gradient.items()}
         return Again(Call(*batch), table, flat)
+
+    @property
+    def fused(self) -> float:
+        return 1.0 if self.mode == "eager" else 8.0
+
+    def peak(self, tree: Tree, batch: Call, numbers: Numbers) -> int | None:
+        one = self._of_run(tree, 0)
+        with precision(self._bound.dtype):
+            key = jax.random.key(0)
+            found = _jax_memory.peak(self._once, one, batch.args, dict(batch.kwargs), key, dict(numbers))
+        return found * (len(self._key) if self._several else 1)
 
     def _once(self, tree: Tree, args: Any, kwargs: Any, key: Any, numbers: Numbers) -> tuple[Any, Any, Any]:
         """The data, the table and the gradient of one step."""

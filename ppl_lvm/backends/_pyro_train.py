@@ -22,7 +22,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
 from ppl_lvm.algorithm import Objective
-from ppl_lvm.backends import _torch_natural
+from ppl_lvm.backends import _torch_memory, _torch_natural
 from ppl_lvm.backends._pyro_handlers import kept_generators, sealed, seed_generators
 from ppl_lvm.backends.base import (
     MOST_SKIPPED,
@@ -91,6 +91,21 @@ def on(device: str) -> contextlib.AbstractContextManager[Any]:
 def off_device(params: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
     """Parameters of a fit as further calls find them, which are not inside its `on`."""
     return {n: p.cpu() for n, p in params.items()}
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out."""
+    if isinstance(error, torch.OutOfMemoryError):
+        torch.cuda.empty_cache()  # blocks that the allocator keeps may be too small for what is asked next
+        return True
+    on_cpu = isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    return on_cpu or isinstance(error, MemoryError)
+
+
+def device_memory() -> int | None:
+    """Bytes of the device that the default one is, where it has memory of its own."""
+    device = torch.get_default_device()
+    return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
 
 
 class Trainer:
@@ -350,14 +365,27 @@ class Trainer:
             batch = data if index is None else data.map(lambda a: a[torch.as_tensor(index[run, i])])
             options = {"total_rows": self._rows, "states": one["states"], "own": one["own"]}
             seed_generators(_step_seed(self._seeds[run], step))
-            hidden = self._hidden(batch)
             with torch.no_grad():
-                draws = self._bound.draws(one["params"], hidden, None, planned, **options)
+                draws = self._bound.draws(one["params"], self._hidden(batch), None, planned, **options)
             seed_generators(_step_seed(self._seeds[run], step))
             hidden = self._hidden(batch)
             found = self._bound.gradients(one["params"], hidden, None, planned, here, **options)
         gradient = {n: g.cpu().numpy() for n, g in merged(found.params, found.own).items()}
         return Again(hidden, rows_of(draws.sites), gradient)
+
+    @property
+    def fused(self) -> float:
+        return 1.0 if self.mode in ("eager", "graph") else 3.0
+
+    def peak(self, tree: list[Tree], batch: Call, numbers: Numbers) -> int | None:
+        def step(params: Any, states: Any, own: Any, args: Any, kwargs: Any) -> Any:
+            here, planned = with_numbers(self._objective, self._plan, numbers)
+            options = {"total_rows": self._rows, "states": states, "own": own}
+            return self._bound.gradients(params, self._hidden(Call(args, kwargs)), None, planned, here, **options)
+
+        with sealed(self._bound.dtype), kept_generators():
+            state = (tree[0][name] for name in ("params", "states", "own"))
+            return _torch_memory.peak(step, *state, batch.args, dict(batch.kwargs))
 
     def _hidden(self, batch: Call) -> Call:
         return self._hiding.hidden(batch, lambda _, a: torch.rand(a.shape[0], device=a.device))

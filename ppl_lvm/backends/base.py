@@ -1176,6 +1176,8 @@ class Trainer(Protocol):
 
     mode: str
     notes: list[str]
+    fused: float
+    """How much less memory a step may take than `peak` says, where operations are fused."""
 
     def initial(self) -> Any: ...
 
@@ -1213,6 +1215,9 @@ class Trainer(Protocol):
         run: int = 0,
     ) -> Again:
         """Step number `step`, whose numbers and rows are at `i`, once more; nothing moves."""
+
+    def peak(self, tree: Any, batch: Call, numbers: Numbers) -> int | None:
+        """Bytes that a step takes beside parameters and data, as far as shapes tell; nothing is run."""
 
     def params(self, tree: Any, run: int = 0) -> Mapping[str, Any]: ...
 

@@ -16,7 +16,7 @@ from numpyro.infer.autoguide import AutoGuide
 from numpyro.ops.provenance import eval_provenance
 
 from ppl_lvm.algorithm import GuideFamily, Objective, Resampling, Variant
-from ppl_lvm.backends import _numpyro_forward
+from ppl_lvm.backends import _jax_memory, _numpyro_forward
 from ppl_lvm.backends._jax_dists import (
     GuideSite,
     apart,
@@ -1034,6 +1034,15 @@ class NumPyroBound:
             return self.draws(params, batch, key, plan, values=values).log_w
 
         return self.compiled(run, params, batch, key, _static(plan), values or {})
+
+    def peak(self, params: Params, batch: Call, plan: Plan) -> int | None:
+        """Bytes that `evaluate` takes at most, as far as shapes tell; nothing is run."""
+
+        def run(params: Params, args: Any, kwargs: Any, key: Array) -> dict[str, dict[str, Any]]:
+            return rows_of(self.draws(params, Call(args, kwargs), key, plan).sites)
+
+        with precision(self.dtype):
+            return _jax_memory.peak(run, dict(params), batch.args, dict(batch.kwargs), jax.random.key(0))
 
     def simulate(
         self,

@@ -26,7 +26,7 @@ from torch.distributions import biject_to, transform_to
 from torch.utils.checkpoint import checkpoint
 
 from ppl_lvm.algorithm import GuideFamily, Objective, Variant
-from ppl_lvm.backends import _pyro_forward
+from ppl_lvm.backends import _pyro_forward, _torch_memory
 from ppl_lvm.backends._pyro_handlers import (
     Handler,
     Message,
@@ -1142,6 +1142,15 @@ class PyroBound:
         given = {n: torch.as_tensor(v) for n, v in (values or {}).items()}
         with self.evaluation():
             return self.draws(params, batch, key, plan, values=given).log_w
+
+    def peak(self, params: Params, batch: Call, plan: Plan) -> int | None:
+        """Bytes that `evaluate` takes at most, as far as shapes tell; nothing is run. None where shapes do not tell."""
+        self.broadcasts(plan, batch)
+
+        def run(params: Params, args: Any, kwargs: Any) -> Any:
+            return self.evaluate(params, Call(args, kwargs), 0, plan)
+
+        return _torch_memory.peak(run, dict(params), batch.args, dict(batch.kwargs))
 
     def simulate(
         self,
