@@ -97,7 +97,7 @@ def foretold(library: Any, trainer: Any, tree: Any, batch: Any, numbers: Mapping
     needed = trainer.peak(tree, batch, numbers)
     if needed is None or needed < EASY * there:
         return []
-    share = EASY * there / needed
+    share = (EASY - 0.1) * there / needed  # a little less, as some of it does not shrink
     ways = [f"draws = {int(plan.K * share)}"] if plan.K * share >= 1 and plan.K > 1 else []
     ways += [f"batch_size = {int(rows * share)}"] if rows * share >= 1 else []
     ways += ["chunk = 1 to 10 draws at a time"] if plan.K > 10 and plan.chunk is None else []

@@ -25,7 +25,7 @@ def made(backend: str) -> Fit:
     """One fit of each backend. Its guide is the exact posterior, so every weight is p(x)."""
     if backend not in MADE:
         pca = program("probabilistic_pca", latent=1)
-        MADE[backend] = fit(pca, data=X, backend=backend, steps=1, dtype="float64", compile="eager")
+        MADE[backend] = fit(pca, data=X, backend=backend, steps=1, dtype="float64")
     MADE[backend].messages.clear()
     return MADE[backend]
 
@@ -177,9 +177,9 @@ def test_a_step_that_cannot_fit_is_refused_before_it_starts(backend: str, monkey
 
 def test_what_an_error_says_would_fit_does(monkeypatch: pytest.MonkeyPatch) -> None:
     options: dict[str, Any] = {"data": X, "backend": "pyro", "steps": 1, "recipe": "iwae", "compile": "eager"}
-    monkeypatch.setattr(memory, "machine", lambda: 100_000)
+    monkeypatch.setattr(memory, "machine", lambda: 1_000_000)
     with pytest.raises(TooLargeError) as caught:
-        fit("probabilistic_pca", **options, draws=5000, batch_size=6)
+        fit("probabilistic_pca", **options, draws=50_000, batch_size=6)
     draws = int(str(caught.value).split("draws = ")[1].split()[0])
     run = fit("probabilistic_pca", **options, draws=draws, batch_size=6)
     assert draws > 20
