@@ -41,11 +41,13 @@ ARROWS = {
     "store": {"errors"},
     "to_arviz": {"errors"},
     "data": {"backends", "errors", "lookup", "program"},
-    "fitted": {"backends", "errors", "lookup", "program"},
+    "memory": {"errors"},
+    "sinks": {"errors", "to_arviz"},
+    "fitted": {"backends", "errors", "lookup", "memory", "program"},
     "predict": {"backends", "errors", "fitted"},
     "posterior": {
-        *("backends", "data", "errors", "fitted", "legality", "lookup", "predict", "program", "saving", "store"),
-        "to_arviz",
+        *("backends", "data", "errors", "fitted", "legality", "lookup", "predict", "program", "saving", "sinks"),
+        *("store", "to_arviz"),
     },
     "saving": {"algorithm", "backends", "catalogue", "errors", "lookup", "program", "store", "to_arviz"},
     "loading": {
@@ -57,6 +59,7 @@ ARROWS = {
     "progress": set[str](),
     "parameters": {"algorithm", "backends", "errors", "lookup"},
     "monitor": {"backends"},
+    "nonfinite": {"algorithm", "backends", "errors", "monitor"},
     "pace": set[str](),
     "arguments": {"errors", "posterior", "recipe", "to_arviz"},
     "validation": {"algorithm", "backends", "errors"},
@@ -66,8 +69,8 @@ ARROWS = {
     "stages": {"checkpoint", "errors", "posterior", "recipe"},
     "fit": {
         *("algorithm", "arguments", "backend_of", "backends", "checkpoint", "data", "draws", "errors", "fingerprint"),
-        *("interrupts", "legality", "lookup", "monitor", "ops", "pace", "parameters", "posterior", "program"),
-        *("progress", "recipe", "sampled", "stages", "store", "to_arviz", "validation"),
+        *("interrupts", "legality", "lookup", "memory", "monitor", "nonfinite", "ops", "pace", "parameters"),
+        *("posterior", "program", "progress", "recipe", "sampled", "stages", "store", "to_arviz", "validation"),
     },
     "facades": {
         *("algorithm", "backends", "catalogue", "draws", "errors", "estimators", "legality", "lookup", "ops"),

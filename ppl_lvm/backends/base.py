@@ -467,6 +467,15 @@ class Bound(Protocol):
         """Parameters that hold values of the batch's own rows; `call` has another number of rows."""
         ...
 
+    def distributions(
+        self, params: Mapping[str, Array], batch: Call, values: Mapping[str, Any]
+    ) -> dict[tuple[str, str], list[Any]]:
+        """(site, "guide" or "model") -> its distribution in one run, of every step for a site inside a scan.
+
+        `values` are one draw of latent sites, `[B, ...]` for local ones; others are drawn anew.
+        """
+        ...
+
     def draws(
         self,
         params: Mapping[str, Array],
@@ -1125,8 +1134,41 @@ class Steps:
         return self.get(key, build)
 
 
-RECORDS = ("loss", "gradient_norm")
-"""What a step records: the loss per row, and the norm of all trained gradients before clipping."""
+SKIPPED = "skipped"
+"""`skipped_in_a_row`, of a trainer's tree, of its packed state and of its records."""
+
+RECORDS = ("loss", "gradient_norm", SKIPPED)
+"""What a step records: the loss per row, the norm of all trained gradients before clipping, and `skipped_in_a_row`."""
+
+MOST_SKIPPED = "loop.most_skipped"
+"""The number of a step that says how many in a row may be skipped; 0 stops at the first that is not finite."""
+
+
+def skipped_in_a_row(before: Array, most: Array, loss: Array, norm: Array) -> Array:
+    """How many steps in a row, up to this one, had a loss or a gradient that is not finite; none moved anything.
+
+    Beyond `most` it stays what it is, so nothing moves any more: the state after a chunk is that before the first of
+    them, and no step waits to be told.
+    """
+    xp = ops.xp(before)
+    here = xp.where(xp.isfinite(loss + norm), 0.0 * before, before + 1.0)
+    return xp.where(before > most, before, here)
+
+
+def rows_of(sites: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Values and densities of a table's sites."""
+    return {n: {"value": s.value, "log_p": s.log_p, "log_q": s.log_q} for n, s in sites.items()}
+
+
+@dataclass(frozen=True)
+class Again:
+    """A step that was run once more, outside of the compiled loop and with its own noise."""
+
+    batch: Call
+    table: Mapping[str, Mapping[str, Any]]
+    """Site -> "value", "log_p" and "log_q", as in the table of a run."""
+    gradient: Mapping[str, np.ndarray]
+    """Gradients of the parameters; of a network that is one parameter, end to end."""
 
 
 class Trainer(Protocol):
@@ -1137,6 +1179,8 @@ class Trainer(Protocol):
 
     mode: str
     notes: list[str]
+    fused: float
+    """How much less memory a step may take than `peak` says, where operations are fused."""
 
     def initial(self) -> Any: ...
 
@@ -1162,6 +1206,21 @@ class Trainer(Protocol):
 
         `plan` is another one than the fit's; numbers that it has no place for are left aside.
         """
+
+    def again(
+        self,
+        tree: Any,
+        data: Call,
+        index: np.ndarray | None,
+        numbers: Mapping[str, np.ndarray],
+        step: int,
+        i: int,
+        run: int = 0,
+    ) -> Again:
+        """Step number `step`, whose numbers and rows are at `i`, once more; nothing moves."""
+
+    def peak(self, tree: Any, batch: Call, numbers: Numbers) -> int | None:
+        """Bytes that a step takes beside parameters and data, as far as shapes tell; nothing is run."""
 
     def params(self, tree: Any, run: int = 0) -> Mapping[str, Any]: ...
 

@@ -16,7 +16,7 @@ from numpyro.infer.autoguide import AutoGuide
 from numpyro.ops.provenance import eval_provenance
 
 from ppl_lvm.algorithm import GuideFamily, Objective, Resampling, Variant
-from ppl_lvm.backends import _numpyro_forward
+from ppl_lvm.backends import _jax_memory, _numpyro_forward
 from ppl_lvm.backends._jax_dists import (
     GuideSite,
     apart,
@@ -86,6 +86,7 @@ from ppl_lvm.backends.base import (
     owner,
     prior_name,
     row_params,
+    rows_of,
     steps_of,
     sum_out,
     undeclared,
@@ -1020,8 +1021,7 @@ class NumPyroBound:
         def run(
             params: Params, batch: Call, key: Array, values: Mapping[str, Array]
         ) -> dict[str, dict[str, Any]]:
-            sites = self.draws(params, batch, key, plan, values=values).sites
-            return {n: {"value": s.value, "log_p": s.log_p, "log_q": s.log_q} for n, s in sites.items()}
+            return rows_of(self.draws(params, batch, key, plan, values=values).sites)
 
         return self.compiled(run, params, batch, key, _static(plan), values or {})
 
@@ -1034,6 +1034,15 @@ class NumPyroBound:
             return self.draws(params, batch, key, plan, values=values).log_w
 
         return self.compiled(run, params, batch, key, _static(plan), values or {})
+
+    def peak(self, params: Params, batch: Call, plan: Plan) -> int | None:
+        """Bytes that `evaluate` takes at most, as far as shapes tell; nothing is run."""
+
+        def run(params: Params, args: Any, kwargs: Any, key: Array) -> dict[str, dict[str, Any]]:
+            return rows_of(self.draws(params, Call(args, kwargs), key, plan).sites)
+
+        with precision(self.dtype):
+            return _jax_memory.peak(run, dict(params), batch.args, dict(batch.kwargs), jax.random.key(0))
 
     def simulate(
         self,
@@ -1060,6 +1069,12 @@ class NumPyroBound:
     def outside(self, params: Params, batch: Call, fixed: Mapping[str, Any]) -> list[str]:
         """Sites whose fixed values are outside the support of their distribution in the model."""
         return _numpyro_forward.outside(self, params, batch, fixed)
+
+    def distributions(
+        self, params: Params, batch: Call, values: Mapping[str, Any]
+    ) -> dict[tuple[str, str], list[Any]]:
+        """See `base.Bound`."""
+        return _numpyro_forward.distributions(self, params, batch, values)
 
     def anatomy(self, batch: Call) -> Anatomy:
         """What the sites look like and look at."""

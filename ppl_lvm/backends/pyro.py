@@ -26,7 +26,7 @@ from torch.distributions import biject_to, transform_to
 from torch.utils.checkpoint import checkpoint
 
 from ppl_lvm.algorithm import GuideFamily, Objective, Variant
-from ppl_lvm.backends import _pyro_forward
+from ppl_lvm.backends import _pyro_forward, _torch_memory
 from ppl_lvm.backends._pyro_handlers import (
     Handler,
     Message,
@@ -93,6 +93,7 @@ from ppl_lvm.backends.base import (
     of_least_variance,
     prior_name,
     row_params,
+    rows_of,
     steps_of,
     sum_out,
     undeclared,
@@ -1136,8 +1137,7 @@ class PyroBound:
         """Values and densities of every site of one run, in evaluation; `values` as `draws` takes them."""
         given = {n: torch.as_tensor(v) for n, v in (values or {}).items()}
         with self.evaluation():
-            sites = self.draws(params, batch, key, plan, values=given).sites
-        return {n: {"value": s.value, "log_p": s.log_p, "log_q": s.log_q} for n, s in sites.items()}
+            return rows_of(self.draws(params, batch, key, plan, values=given).sites)
 
     def log_w(
         self, params: Params, batch: Call, key: int, plan: Plan, values: Mapping[str, Any] | None = None
@@ -1146,6 +1146,15 @@ class PyroBound:
         given = {n: torch.as_tensor(v) for n, v in (values or {}).items()}
         with self.evaluation():
             return self.draws(params, batch, key, plan, values=given).log_w
+
+    def peak(self, params: Params, batch: Call, plan: Plan) -> int | None:
+        """Bytes that `evaluate` takes at most, as far as shapes tell; nothing is run. None where shapes do not tell."""
+        self.broadcasts(plan, batch)
+
+        def run(params: Params, args: Any, kwargs: Any) -> Any:
+            return self.evaluate(params, Call(args, kwargs), 0, plan)
+
+        return _torch_memory.peak(run, dict(params), batch.args, dict(batch.kwargs))
 
     def simulate(
         self,
@@ -1171,6 +1180,12 @@ class PyroBound:
     def outside(self, params: Params, batch: Call, fixed: Mapping[str, Any]) -> list[str]:
         """Sites whose fixed values are outside the support of their distribution in the model."""
         return _pyro_forward.outside(self, params, batch, fixed)
+
+    def distributions(
+        self, params: Params, batch: Call, values: Mapping[str, Any]
+    ) -> dict[tuple[str, str], list[Any]]:
+        """See `base.Bound`."""
+        return _pyro_forward.distributions(self, params, batch, values)
 
     def anatomy(self, batch: Call) -> Anatomy:
         """What the sites look like and look at."""
