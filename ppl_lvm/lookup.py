@@ -9,6 +9,7 @@ from pathlib import Path
 from types import ModuleType
 
 from ppl_lvm.errors import PplLvmError
+from ppl_lvm.process import TURN
 
 PACKAGE = Path(__file__).resolve().parent
 PREFIX = "_ppl_lvm_file_"
@@ -71,18 +72,19 @@ def load(path: Path, error: type[PplLvmError]) -> ModuleType:
     except OSError as cause:
         raise error(f"Cannot read {path}: {cause.strerror or cause}.") from cause
     name = f"{PREFIX}{path.stem}_{_digest(str(path).encode() + source)}"
-    if name in sys.modules:
-        return sys.modules[name]
-    module = ModuleType(name)
-    module.__file__ = str(path)
-    module.__dict__[SOURCE_HASH] = _digest(source)
-    sys.modules[name] = module  # classes with annotations look their module up there
-    try:
-        exec(compile(source, str(path), "exec"), module.__dict__)
-    except Exception as cause:
-        del sys.modules[name]
-        raise error(f"{path}{_line(path, cause)} raised {type(cause).__name__}: {cause}") from cause
-    return module
+    with TURN:  # a module that another thread has begun to execute is half of one
+        if name in sys.modules:
+            return sys.modules[name]
+        module = ModuleType(name)
+        module.__file__ = str(path)
+        module.__dict__[SOURCE_HASH] = _digest(source)
+        sys.modules[name] = module  # classes with annotations look their module up there
+        try:
+            exec(compile(source, str(path), "exec"), module.__dict__)
+        except Exception as cause:
+            del sys.modules[name]
+            raise error(f"{path}{_line(path, cause)} raised {type(cause).__name__}: {cause}") from cause
+        return module
 
 
 def _line(path: Path, cause: Exception) -> str:

@@ -24,6 +24,7 @@ from ppl_lvm.backends import _torch_nets, _torch_structured
 from ppl_lvm.backends._torch_dists import site_log_prob
 from ppl_lvm.backends.base import Chain, check_param
 from ppl_lvm.errors import ProgramError
+from ppl_lvm.process import TURN
 
 Params = Mapping[str, Tensor]
 Message = Any
@@ -34,12 +35,12 @@ _stored = pyro.get_param_store().get_param
 def sealed(dtype: str) -> Iterator[None]:
     """Default dtype and validation switches as the engine needs them, and as they were before afterwards.
 
-    Pyro's parameter store is empty inside: a PyroModule writes to it past every handler.
+    Pyro's parameter store is empty inside: a PyroModule writes to it past every handler. Other threads wait.
     """
-    before = torch.get_default_dtype()
-    store = pyro.get_param_store()
-    kept = dict(store.__dict__)
-    with pyro.validation_enabled(False):
+    with TURN, pyro.validation_enabled(False):
+        before = torch.get_default_dtype()
+        store = pyro.get_param_store()
+        kept = dict(store.__dict__)
         torch.set_default_dtype(getattr(torch, dtype))
         # Not `store.scope()`, which takes attributes off the owner's parameters.
         store.__dict__.update({name: type(table)() for name, table in kept.items() if isinstance(table, dict)})

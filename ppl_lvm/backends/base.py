@@ -33,6 +33,7 @@ from ppl_lvm.draws import Draws, Plate
 from ppl_lvm.errors import BackendError, DataError, LegalityError, ProgramError
 from ppl_lvm.latents import Discrete, Latent, PlateOf, Sketch, check_plates
 from ppl_lvm.ops import Array
+from ppl_lvm.process import TURN
 
 if TYPE_CHECKING:
     from ppl_lvm.program import Program
@@ -1112,17 +1113,19 @@ class Steps:
         self._kept: OrderedDict[Hashable, Any] = OrderedDict()
 
     def get(self, key: Hashable, build: Callable[[], Any]) -> Any:
-        if key in self._kept:
-            self._kept.move_to_end(key)
-        else:
-            self._kept[key] = build()
-            while len(self._kept) > self._size:
-                self._kept.popitem(last=False)
-        return self._kept[key]
+        with TURN:
+            if key in self._kept:
+                self._kept.move_to_end(key)
+            else:
+                self._kept[key] = build()
+                while len(self._kept) > self._size:
+                    self._kept.popitem(last=False)
+            return self._kept[key]
 
     def renew(self, key: Hashable, build: Callable[[], Any]) -> Any:
-        self._kept.pop(key, None)
-        return self.get(key, build)
+        with TURN:
+            self._kept.pop(key, None)
+            return self.get(key, build)
 
 
 RECORDS = ("loss", "gradient_norm")

@@ -103,6 +103,7 @@ from ppl_lvm.backends.natural import Enough
 from ppl_lvm.draws import Draws, Particles, Plate, Site
 from ppl_lvm.errors import BackendError, ProgramError
 from ppl_lvm.latents import Latent, PlateOf
+from ppl_lvm.process import TURN
 
 if TYPE_CHECKING:
     from ppl_lvm.program import Program
@@ -154,9 +155,9 @@ class PyroBound:
 
     def write(self, params: Params) -> None:
         """Puts these values into the program's own modules, and into the parameter store."""
-        self._modules.keep()
-        store = pyro.get_param_store()
-        with torch.no_grad():
+        with TURN, torch.no_grad():
+            self._modules.keep()
+            store = pyro.get_param_store()
             for name, value in params.items():
                 leaf = self._leaves[name]
                 leaf.copy_(value)
@@ -466,7 +467,8 @@ class PyroBound:
 
     def constrain(self, params: Params) -> dict[str, Tensor]:
         """Constrained values of unconstrained parameters."""
-        return {n: self._transforms[n](v) for n, v in params.items()}
+        with sealed(self.dtype):
+            return {n: self._transforms[n](v) for n, v in params.items()}
 
     def guide_distributions(self, params: Params, batch: Call, sites: Sequence[str]) -> dict[str, Message]:
         """Sites of the guide with the distributions they are drawn from; the guide is run until it has met them."""
@@ -1119,12 +1121,12 @@ class PyroBound:
     @contextlib.contextmanager
     def evaluation(self) -> Iterator[None]:
         """Without gradients, modules in eval mode."""
-        before, self._evaluating = self._evaluating, True
-        try:
-            with torch.no_grad():
+        with TURN, torch.no_grad():
+            before, self._evaluating = self._evaluating, True
+            try:
                 yield
-        finally:
-            self._evaluating = before
+            finally:
+                self._evaluating = before
 
     def evaluate(
         self, params: Params, batch: Call, key: int, plan: Plan, values: Mapping[str, Any] | None = None
