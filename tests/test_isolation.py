@@ -6,17 +6,15 @@ that every step is traced anew while the others run.
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import inspect
 import os
 import random
 import signal
-import subprocess
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,13 +29,10 @@ import pytest
 import torch
 from toys import Array, Backend, Ppl
 
-import ppl_lvm
-from ppl_lvm import Fit, State, fit, numpyro_loss, pyro_loss, refit, to_pyro
+from ppl_lvm import Fit, State, fit
 from ppl_lvm.errors import PplLvmError
 from ppl_lvm.program import Program
-from ppl_lvm.sampled import Sampled
 
-ROOT = Path(__file__).resolve().parents[1]
 X = np.array([0.4, -1.1, 0.9, 1.6, -0.2, 0.7])
 Arrays = Mapping[str, np.ndarray]
 
@@ -88,13 +83,19 @@ def found(run: Fit) -> Arrays:
     drawn = run.posterior(3, seed=1)
     values = {f"value {n}": v for n, v in drawn.values.items()} | {"log_p": drawn.log_p, "log_q": drawn.log_q}
     values |= {f"predictive {n}": v for n, v in run.predictive(3, seed=2).items()}
-    return {**run.params, **run.history, **values, "likelihood": run.log_likelihood(draws=4, seed=3).values}
+    return {**trained(run), **values, "likelihood": run.log_likelihood(draws=4, seed=3).values}
 
 
-def one_fit(program: Program, backend: Backend, dtype: str, compile: str, seed: int) -> Arrays:
+def trained(run: Fit) -> Arrays:
+    return {**run.params, **run.history}
+
+
+def one_fit(
+    program: Program, backend: Backend, dtype: str, compile: str, seed: int, look: Callable[[Fit], Arrays] = found
+) -> Arrays:
     options: dict[str, Any] = {"steps": 12, "batch_size": 3}
     options |= {"guide": "auto_normal"} if program.guide is None else {"estimator": {"c": "score"}}
-    return found(
+    return look(
         fit(program, data=X, recipe="elbo", backend=backend, dtype=dtype, compile=compile, seed=seed, **options)
     )
 
@@ -106,7 +107,7 @@ def native_fit(seed: int) -> Arrays:
 
 def map_fit(backend: Backend) -> Arrays:
     run = fit(small(), data=X, recipe={"method": {"name": "map", "steps": 5}}, backend=backend, dtype="float64")
-    return {**run.params, **run.history}
+    return trained(run)
 
 
 def small() -> Program:
@@ -122,14 +123,15 @@ def small() -> Program:
 
 JOBS: list[Callable[[], Arrays]] = [
     lambda: one_fit(toy(), "pyro", "float64", "eager", 0),
-    lambda: one_fit(small(), "numpyro", "float32", "compiled", 1),
+    lambda: one_fit(small(), "numpyro", "float32", "compiled", 1, trained),
     lambda: one_fit(toy(), "pyro", "float32", "graph", 2),
-    lambda: one_fit(small(), "numpyro", "float64", "compiled", 3),
+    lambda: one_fit(small(), "numpyro", "float64", "compiled", 3, trained),
     lambda: native_fit(4),
     lambda: map_fit("pyro"),
 ]
 MORE: list[Callable[[], Arrays]] = [
     *JOBS,
+    lambda: one_fit(small(), "numpyro", "float32", "compiled", 1),
     lambda: one_fit(toy(), "numpyro", "float64", "compiled", 5),
     lambda: one_fit(toy(), "numpyro", "float32", "eager", 6),
     lambda: one_fit(toy(), "pyro", "float64", "compiled", 7),
@@ -203,14 +205,9 @@ def test_threads_ask_one_fit(backend: Backend) -> None:
         drawn = run.posterior(3, other, seed=5)
         return {**drawn.values, "log_p": drawn.log_p, "log_q": drawn.log_q}
 
-    asked: list[Callable[[], Arrays]] = [
-        posterior,
-        lambda: run.predictive(3, seed=2),
-        lambda: {"likelihood": run.log_likelihood(other, draws=4, seed=3).values},
-        lambda: run.do({"g": 0.3}, rows=2, draws=3),
-    ]
+    asked: list[Callable[[], Arrays]] = [posterior, lambda: run.predictive(3, seed=2)]
     expected = [job() for job in asked]
-    for serial, result in zip(expected * 3, at_once(asked * 3, 3), strict=True):
+    for serial, result in zip(expected * 4, at_once(asked * 4, 4), strict=True):
         assert_same_bits(serial, result)
 
 
@@ -250,7 +247,7 @@ def process() -> dict[str, Any]:
         "pyro checks": (pyro.infer.util.is_validation_enabled(), pyro.poutine.util.is_validation_enabled()),
         "pyro settings": pyro.settings.get(),
         "jax settings": dict(jax.config.values),
-        "jax here": (jax.config.jax_enable_x64, jax.config.jax_default_device, jnp.zeros(1).dtype),
+        "jax here": (jax.config.values["jax_enable_x64"], jax.typeof(jnp.zeros(1)), jax.default_backend()),
         "numpyro handlers": list(numpyro.primitives._PYRO_STACK),
         "numpyro checks": (
             numpyro.distributions.distribution._VALIDATION_ENABLED,
@@ -267,3 +264,142 @@ def _open_files() -> int:
 def changes(before: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
     """What is otherwise than it was, with both values."""
     return {n: (before[n], v) for n, v in process().items() if v != before[n]}
+
+
+class Boom(Exception):
+    """What a program of somebody's raises in the middle of a run."""
+
+
+class Halt(BaseException):
+    """As an interrupt from the keyboard is, which no `except Exception` sees."""
+
+
+ARMED: list[type[BaseException]] = []
+
+
+def explosive() -> Program:
+    """Raises inside plates, after sites, where it is armed."""
+
+    def model(ppl: Ppl, x: Array) -> None:
+        g = ppl.sample("g", ppl.dist.Normal(0.0, ppl.param("scale", 0.8, ppl.dist.constraints.positive)))
+        with ppl.plate("data", len(x)):
+            if ARMED:
+                raise ARMED[0]("a bug in the program")
+            ppl.sample("x", ppl.dist.Normal(g, 1.0), obs=x)
+
+    def guide(ppl: Ppl, x: Array) -> None:
+        ppl.sample("g", ppl.dist.Normal(ppl.param("loc", 0.1), 0.5))
+
+    return Program("explosive", model, guide, portable=True, arguments=("x",))
+
+
+EAGER: dict[str, Any] = {"recipe": "elbo", "steps": 2, "compile": "eager", "batch_size": None}
+OTHER = X[:5]
+"""Other rows than a fit's, for which everything runs anew."""
+HOLED = np.where(np.arange(len(OTHER)) == 1, np.nan, OTHER)
+
+OF_A_FIT: dict[str, Callable[[Fit], Any]] = {
+    "active_units": lambda run: run.active_units(draws=2, data=OTHER),
+    "conditional": lambda run: run.conditional({"g": 0.1}, data=OTHER, draws=2, particles=3),
+    "decode": lambda run: run.decode({"g": 0.1}, data=OTHER),
+    "do": lambda run: run.do({"g": 0.1}, data=OTHER, draws=2),
+    "encode": lambda run: run.encode(OTHER, draws=2),
+    "impute": lambda run: run.impute(HOLED, draws=2, particles=3),
+    "log_likelihood": lambda run: run.log_likelihood(OTHER, draws=2),
+    "loo": lambda run: run.loo(200, OTHER),
+    "pointwise": lambda run: run.pointwise(2, OTHER),
+    "posterior": lambda run: run.posterior(2, OTHER),
+    "predictive": lambda run: run.predictive(2, OTHER),
+    "prior_predictive": lambda run: run.prior_predictive(2, data=OTHER),
+    "to_arviz": lambda run: run.to_arviz(2, OTHER, prior=2),
+    "without_data": lambda run: run.without_data().posterior(2, OTHER),
+}
+
+
+def public(kind: type) -> set[str]:
+    return {n for n, f in inspect.getmembers(kind, inspect.isfunction) if not n.startswith("_")}
+
+
+def test_every_method_of_a_fit_is_looked_at() -> None:
+    assert set(OF_A_FIT) == public(Fit), "say in OF_A_FIT how the method is called"
+
+
+def test_what_is_global_is_seen_to_change(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = process()
+    checked = before["numpyro checks"][0]
+    changed: dict[str, Callable[[], Any]] = {
+        "environment": lambda: monkeypatch.setenv("PPL_LVM_TEST", "1"),
+        "torch random": lambda: torch.rand(1),
+        "numpy random": lambda: np.random.rand(),
+        "random": random.random,
+        "torch defaults": lambda: torch.set_default_dtype(torch.float64),
+        "torch modes": lambda: torch.set_grad_enabled(False),
+        "pyro store": lambda: pyro.param("mine", torch.tensor(1.0)),
+        "jax settings": lambda: jax.config.update("jax_enable_x64", True),
+        "numpyro checks": lambda: numpyro.enable_validation(not checked),
+        "warning filters": lambda: warnings.simplefilter("ignore"),
+    }
+    with warnings.catch_warnings(), torch.random.fork_rng():
+        try:
+            for name, change in changed.items():
+                change()
+                assert name in changes(before), name
+        finally:
+            torch.set_default_dtype(before["torch defaults"][0])
+            torch.set_grad_enabled(True)
+            del pyro.get_param_store()["mine"]
+            jax.config.update("jax_enable_x64", False)
+            numpyro.enable_validation(checked)
+            random.setstate(before["random"])
+
+
+FEW = ("posterior", "predictive", "log_likelihood")
+"""Methods that are also called to their end in the fast tests; on NumPyro each is compiled for it."""
+
+
+@pytest.mark.parametrize(
+    ("backend", "ended"),
+    [("pyro", tuple(OF_A_FIT)), ("numpyro", FEW), pytest.param("numpyro", tuple(OF_A_FIT), marks=pytest.mark.slow)],
+)
+def test_a_call_leaves_nothing_behind(backend: Backend, ended: tuple[str, ...], tmp_path: Path) -> None:
+    options = {"backend": backend, **EAGER}
+    pyro.clear_param_store()
+    pyro.param("mine", torch.tensor(1.5))
+    run = fit(explosive(), data=X, **options)
+    if "loo" in ended:
+        run.loo(200)  # imports libraries, which set things up when they are
+    before = process()
+
+    def stopped(name: str, call: Callable[[], Any]) -> None:
+        for kind in (Boom, Halt):
+            ARMED[:] = [kind]
+            try:
+                with pytest.raises(kind):
+                    call()
+            finally:
+                ARMED.clear()
+            assert changes(before) == {}, f"{name} under {kind.__name__}"
+
+    def interrupted(_: Any) -> None:
+        raise Halt
+
+    for how in ({"seed": 3}, {"dtype": "float64"}, {"device": "cpu"}):
+        if "dtype" not in how or len(ended) > len(FEW):
+            fit(explosive(), data=X, **how, **options)
+            assert changes(before) == {}, how
+        stopped(f"fit {how}", lambda how=how: fit(explosive(), data=X, **how, **options))  # type: ignore[misc]
+    with pytest.raises(Halt):
+        fit(explosive(), data=X, callbacks=[interrupted], check_every=1, **options)
+    assert changes(before) == {}, "a callback"
+    for name, call in OF_A_FIT.items():
+        if name in ended:
+            call(run)
+            assert changes(before) == {}, name
+        new = fit(explosive(), data=X, **options)  # of which nothing was traced before
+        stopped(name, lambda call=call, new=new: call(new))  # type: ignore[misc]
+    run.state.save(tmp_path / "state")
+    State.load(tmp_path / "state")
+    with pytest.raises(PplLvmError):
+        State.load(Path(__file__))
+    assert changes(before) == {}, "State"
+    pyro.clear_param_store()

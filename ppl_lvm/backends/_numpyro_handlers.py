@@ -33,8 +33,9 @@ Message = dict[str, Any]
 def precision(dtype: str) -> Iterator[None]:
     """float64, and no checks of distributions' arguments, inside this block only; the process's settings stay.
 
-    A check stops on the first value that is not finite; the loop stops there too, and names step and site. Other threads
-    wait.
+    A check stops on the first value that is not finite; the loop stops there too, and names step and site.
+
+    Other threads wait.
     """
     with TURN, jax.enable_x64(dtype == "float64"), numpyro.validation_enabled(False):
         yield
