@@ -63,12 +63,11 @@ def resolve(kind: Kind, asked: str, folder: Path, asker: str) -> type[Algorithm]
         importlib.invalidate_caches()  # the file may be younger than the process
         module = importlib.import_module(f"ppl_lvm.{kind}s.{asked}")
     elif lookup.is_path(source, ".py"):
+        if not source.endswith(".py"):
+            raise RecipeError(f"{asker} asks for the {kind} {asked!r}; a file of Python ends in .py.")
         module = lookup.load(folder / source, RecipeError)
     else:
-        try:
-            module = importlib.import_module(source)
-        except ImportError as cause:
-            raise RecipeError(f"{asker} asks for the {kind} {asked!r}, but: {cause}.") from cause
+        module = lookup.imported(source, RecipeError, f"{asker} asks for the {kind} {asked!r}")
     return _class_in(module, kind, name, asker)
 
 

@@ -62,7 +62,7 @@ class State:
                 arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
             seed, step, restart = (int(described[name]) for name in ("seed", "step", "restart"))
             return State(described["backend"], seed, step, described["mode"], arrays, restart)
-        except (SafetensorError, KeyError, ValueError) as error:
+        except (SafetensorError, OSError, KeyError, ValueError) as error:
             raise DataError(f"{path} is not a saved state of a fit ({error}); pass a file of State.save.") from error
 
 

@@ -74,6 +74,11 @@ def seed_generators(key: int) -> None:
             torch.cuda.manual_seed(key)
 
 
+def borrowed(a: np.ndarray) -> Tensor:
+    """A tensor on NumPy's memory; on a copy where torch could not use it: read backwards, or not to be written to."""
+    return torch.as_tensor(a if a.flags.writeable and all(s >= 0 for s in a.strides) else a.copy())
+
+
 class Namespace:
     """What a portable program calls, spoken by Pyro; one object per fit, holding the networks it built."""
 

@@ -32,6 +32,7 @@ from ppl_lvm.backends._pyro_handlers import (
     Message,
     Namespace,
     Params,
+    borrowed,
     joined_steps,
     of_step,
     prior_of,
@@ -73,6 +74,7 @@ from ppl_lvm.backends.base import (
     SiteInfo,
     Structure,
     as_float,
+    check_range,
     check_scale,
     check_sites,
     check_value,
@@ -82,6 +84,7 @@ from ppl_lvm.backends.base import (
     example_kinds,
     features,
     find_data_plate,
+    first_run,
     given_rows,
     inner_axis,
     inner_name,
@@ -149,8 +152,9 @@ class PyroBound:
         self.forward_broadcasts: dict[Any, bool] = {}
         self._broadcasts: dict[tuple[bool, bool], tuple[bool, bool]] = {}
         self._at_once: dict[tuple[bool, bool], bool] = {}
-        with sealed(dtype), seeded(seed):
-            self._probe(self.batch(example), data_plate, family)
+        batch = self.batch(example)
+        with sealed(dtype), seeded(seed), first_run(program, batch):
+            self._probe(batch, data_plate, family)
         self.row_params = row_params(program, ppl, self.initial, self.total)
 
     def write(self, params: Params) -> None:
@@ -186,7 +190,11 @@ class PyroBound:
         def convert(name: str, a: Any) -> Any:
             if isinstance(a, bool | int | float | str):  # settings that a training loop passes along
                 return a
-            a = a if isinstance(a, Tensor) else torch.as_tensor(np.asarray(a))
+            if not isinstance(a, Tensor):
+                a = np.asarray(a)
+                if as_float(self._kinds, name, a.dtype.kind):
+                    check_range(name, a, self.dtype)
+                a = borrowed(a)
             a = a.to(torch.get_default_device())
             kind = "f" if a.is_floating_point() else "b" if a.dtype == torch.bool else "i"
             return a.to(getattr(torch, self.dtype)) if as_float(self._kinds, name, kind) else a
@@ -195,9 +203,9 @@ class PyroBound:
 
     def in_support(self, site: str, value: np.ndarray, known: np.ndarray | None = None) -> bool:
         """Whether data of the probe's shape are values of a site that has data, where they are known."""
-        support, given = self._supports[site], torch.as_tensor(value)
+        support, given = self._supports[site], borrowed(value)
         if known is not None:
-            given = torch.where(torch.as_tensor(known), given, feasible(support, given))
+            given = torch.where(borrowed(known), given, feasible(support, given))
         return bool(support.check(given).all())
 
     def needs(self, site: str) -> str:
