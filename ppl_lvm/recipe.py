@@ -311,7 +311,7 @@ def _key_of(asked: object) -> Kind | None:
 def _locate(asked: str | Path) -> Path:
     if isinstance(asked, Path) or lookup.is_path(asked, ".toml"):
         path = Path(asked)
-        if not path.is_file():
+        if not lookup.is_file(path):
             raise RecipeError(f"There is no recipe file {path}; names of recipes: {', '.join(recipes())}.")
         return path.resolve()
     found = recipes()
@@ -326,7 +326,11 @@ def _locate(asked: str | Path) -> Path:
 def _parse(path: Path) -> dict[str, Any]:
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as cause:
+    except OSError as cause:
+        raise RecipeError(f"Cannot read {path}: {cause.strerror or cause}.") from cause
+    except RecursionError as cause:
+        raise RecipeError(f"{path} nests tables or arrays too deep to be a recipe.") from cause
+    except ValueError as cause:  # of TOML, of UTF-8, of a number with thousands of digits
         raise RecipeError(f"{path} is not valid TOML: {cause}.") from cause
 
 

@@ -132,8 +132,8 @@ def test_all_that_a_run_records_is_kept() -> None:
     records["skipped"] = [np.array([0.0, 1.0, 2.0])]
     state = {"params/w": np.arange(3.0), "count": np.array(7)}
     early = EarlyStopping(3, 0.1, 1.25, 4, 2, state)
-    looks = {"validation": [(4, 1.25), (6, np.nan)], "hard": [(6, -2.0)]}
-    ends = {"diverged": 5, "ended": (6, state)}
+    looks: dict[str, Any] = {"validation": [(4, 1.25), (6, np.nan)], "hard": [(6, -2.0)]}
+    ends: dict[str, Any] = {"diverged": 5, "ended": (6, state)}
     kept = Run(early, records, **looks, most_skipped=1, skipped=[4, 5], first=3, told=True, **ends)
     unset = {f.name for f in dataclasses.fields(Run) if getattr(kept, f.name) == getattr(Run(None), f.name)}
     assert unset == set(), "this test sets every field to something of its own"

@@ -18,7 +18,8 @@ SLOW = {"matplotlib", "sklearn", "scipy", "pandas", "xarray", "arviz_base", "arv
 # functions and `catalogue` an algorithm by name at run time: no arrow. A new module is entered here.
 ARROWS = {
     "errors": set[str](),
-    "lookup": {"errors"},
+    "process": set[str](),
+    "lookup": {"errors", "process"},
     "ops": {"errors"},
     "nets": {"errors"},
     "datasets": {"errors", "lookup"},
@@ -35,7 +36,7 @@ ARROWS = {
     "recipe": {"algorithm", "catalogue", "errors", "lookup"},
     "backend_of": {"errors"},
     "program": {"algorithm", "backend_of", "errors", "lookup", "nets", "ops"},
-    "backends": {"algorithm", "draws", "errors", "latents", "nets", "ops", "program", "structured"},
+    "backends": {"algorithm", "draws", "errors", "latents", "nets", "ops", "process", "program", "structured"},
     "legality": {"algorithm", "backends", "catalogue", "draws", "errors", "estimators"},  # "auto" prefers some by name
     "matrix": {"algorithm", "backends", "catalogue", "draws", "legality"},
     "store": {"errors"},

@@ -11,7 +11,7 @@ import contextlib
 import os
 import shutil
 import warnings
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -46,6 +46,7 @@ from ppl_lvm.backends.base import (
 from ppl_lvm.backends.hiding import Hiding
 from ppl_lvm.backends.pyro import PyroBound
 from ppl_lvm.errors import BackendError
+from ppl_lvm.process import TURN
 
 Bound = PyroBound
 Tree = dict[str, Any]
@@ -75,8 +76,11 @@ def to_numpy(x: Any) -> np.ndarray:
     return x.detach().cpu().numpy() if isinstance(x, Tensor) else np.asarray(x)
 
 
-def on(device: str) -> contextlib.AbstractContextManager[Any]:
+@contextlib.contextmanager
+def on(device: str) -> Iterator[None]:
     """What is made inside this block is on a device: "cpu", "gpu", "cuda:0".
+
+    Other threads wait until its end, as torch notes the device for all of them too.
 
     Raises:
         BackendError: there is no such device.
@@ -86,7 +90,8 @@ def on(device: str) -> contextlib.AbstractContextManager[Any]:
     name = "cuda:0" if name == "cuda" else name
     if name not in there:
         raise BackendError(f"device={device!r} was asked for; PyTorch has {', '.join(there)} here.")
-    return torch.device(name)
+    with TURN, torch.device(name):
+        yield
 
 
 def off_device(params: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
