@@ -987,17 +987,19 @@ def density(site: Mapping[str, Any], log_prob: Callable[[Any], Any]) -> Any:
 
 
 def check_fits(site: Mapping[str, Any]) -> None:
-    """Refuses a value of another shape than its distribution's."""
+    """Refuses a value of another shape than its distribution's; a larger one has densities that no plate would sum."""
     fn, shape = site["fn"], tuple(site["value"].shape)
     drawn = (*fn.batch_shape, *fn.event_shape)
     try:
-        np.broadcast_shapes(shape, drawn)
-    except ValueError as error:
+        fits = np.broadcast_shapes(shape, drawn) == drawn
+    except ValueError:
+        fits = False
+    if not fits:
         sizes = {f.name: f.size for f in site["cond_indep_stack"]}
         raise ProgramError(
             f"Site {site['name']!r} has a value of shape {shape}, and its distribution draws {tuple(drawn)} in plates "
             f"{sizes}; size plates and parameters by the data (len(x))."
-        ) from error
+        )
 
 
 def said(error: BaseException) -> str:
@@ -1015,7 +1017,7 @@ def first_run(program: Program, batch: Call) -> Iterator[None]:
     """
     try:
         yield
-    except PplLvmError:
+    except (PplLvmError, MemoryError):
         raise
     except Exception as error:
         named = batch.own.named(program.arguments)
