@@ -99,6 +99,9 @@ class Recipe(BaseModel):
             validation data. None trains to the end and keeps the last.
         min_delta: what a check must be better by to count as an improvement, in nats per row.
         restarts: runs from different seeds, the best of which is kept.
+        on_nonfinite: "stop" ends the fit at the first step whose loss or gradient is not finite, with the state before
+            it kept; "skip" leaves the step out: nothing moves, and the fit goes on with the next one.
+        most_skipped: with "skip", steps in a row that may be left out; one more ends the fit.
         stages: recipes that are run one after the other, each from the parameters of the last; in a table, the
             keys that a stage replaces: `stages = [{ steps = 100, freeze = ["guide"] }, { objective = "iwae" }]`.
 
@@ -122,6 +125,8 @@ class Recipe(BaseModel):
     patience: int | None = Field(default=None, ge=1)
     min_delta: float = Field(default=0.0, ge=0.0, allow_inf_nan=False)
     restarts: int = Field(default=1, ge=1)
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    most_skipped: int = Field(default=10, ge=1)
     stages: tuple[InstanceOf["Recipe"], ...] = ()
 
     @field_validator("estimator", "optimizer", mode="after")
@@ -162,6 +167,11 @@ class Recipe(BaseModel):
         return chosen
 
     @property
+    def skips(self) -> int:
+        """Steps in a row whose loss or gradient may be not finite."""
+        return self.most_skipped if self.on_nonfinite == "skip" else 0
+
+    @property
     def optimizers(self) -> dict[str, Optimizer]:
         """Every optimiser by its pattern; a single one has "*"."""
         return {"*": self.optimizer} if isinstance(self.optimizer, Optimizer) else self.optimizer
@@ -190,7 +200,8 @@ class Recipe(BaseModel):
             "batch_size": self.batch_size,
             "optimizer": plain["*"] if isinstance(self.optimizer, Optimizer) else plain,
         }
-        rest = ("alternate", "freeze", "hide", "check_every", "patience", "min_delta", "restarts")
+        rest = ["alternate", "freeze", "hide", "check_every", "patience", "min_delta", "restarts", "on_nonfinite"]
+        rest += ["most_skipped"]
         changed = [name for name in rest if getattr(self, name) != type(self).model_fields[name].default]
         table |= {name: getattr(self, name) for name in changed}
         if self.freeze:
@@ -300,7 +311,7 @@ def _key_of(asked: object) -> Kind | None:
 def _locate(asked: str | Path) -> Path:
     if isinstance(asked, Path) or lookup.is_path(asked, ".toml"):
         path = Path(asked)
-        if not path.is_file():
+        if not lookup.is_file(path):
             raise RecipeError(f"There is no recipe file {path}; names of recipes: {', '.join(recipes())}.")
         return path.resolve()
     found = recipes()
@@ -315,7 +326,11 @@ def _locate(asked: str | Path) -> Path:
 def _parse(path: Path) -> dict[str, Any]:
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as cause:
+    except OSError as cause:
+        raise RecipeError(f"Cannot read {path}: {cause.strerror or cause}.") from cause
+    except RecursionError as cause:
+        raise RecipeError(f"{path} nests tables or arrays too deep to be a recipe.") from cause
+    except ValueError as cause:  # of TOML, of UTF-8, of a number with thousands of digits
         raise RecipeError(f"{path} is not valid TOML: {cause}.") from cause
 
 

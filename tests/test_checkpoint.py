@@ -129,12 +129,15 @@ def test_a_fit_that_was_ended_goes_on_to_the_same_bits(name: str, backend: str, 
 def test_all_that_a_run_records_is_kept() -> None:
     """Every field: one that is added has to be packed as well."""
     records = {"loss": [np.array([3.0, np.nan]), np.array([1.5])], "gradient_norm": [np.array([0.1, 0.2, np.inf])]}
+    records["skipped"] = [np.array([0.0, 1.0, 2.0])]
     state = {"params/w": np.arange(3.0), "count": np.array(7)}
     early = EarlyStopping(3, 0.1, 1.25, 4, 2, state)
-    kept = Run(early, records, [(4, 1.25), (6, np.nan)], [(6, -2.0)], 1, (6, state))
+    looks: dict[str, Any] = {"validation": [(4, 1.25), (6, np.nan)], "hard": [(6, -2.0)]}
+    ends: dict[str, Any] = {"diverged": 5, "ended": (6, state)}
+    kept = Run(early, records, **looks, most_skipped=1, skipped=[4, 5], first=3, told=True, **ends)
     unset = {f.name for f in dataclasses.fields(Run) if getattr(kept, f.name) == getattr(Run(None), f.name)}
     assert unset == set(), "this test sets every field to something of its own"
-    stopping, other = EarlyStopping(3, 0.1), Run(None)
+    stopping, other = EarlyStopping(3, 0.1), Run(None, most_skipped=1)
     stopping.unpack(early.pack())
     other.unpack(kept.pack())
     np.testing.assert_equal(dataclasses.asdict(stopping), dataclasses.asdict(early))
@@ -531,7 +534,8 @@ def command(*arguments: str) -> Any:
     return CliRunner().invoke(cli.app, arguments, prog_name="ppl-lvm")
 
 
-FITTED: tuple[str, ...] = ("fit", "probabilistic_pca", "--data", "rows.npy", "--set", "steps=8", "--set", "batch_size=5", "--draws", "7")
+FITTED: tuple[str, ...] = ("fit", "probabilistic_pca", "--data", "rows.npy", "--set", "steps=8")
+FITTED += ("--set", "batch_size=5", "--draws", "7")
 FITTED += ("--option", "latent=1", "--dtype", "float64", "--validation", "0.2", "--seed", "2", "--backend")
 
 

@@ -239,7 +239,7 @@ def test_auto_compiles_only_where_it_pays(monkeypatch: pytest.MonkeyPatch) -> No
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_loss_that_is_not_finite_stops_and_names_the_site(backend: str) -> None:
-    with pytest.raises(PplLvmError, match=r"loss at step \d+ is (nan|inf).*z"):
+    with pytest.raises(PplLvmError, match=r"At step \d+, the loss is (nan|inf).*z"):
         short("vae", backend, steps=50, learning_rate=1e6)
 
 

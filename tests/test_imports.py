@@ -18,7 +18,8 @@ SLOW = {"matplotlib", "sklearn", "scipy", "pandas", "xarray", "arviz_base", "arv
 # functions and `catalogue` an algorithm by name at run time: no arrow. A new module is entered here.
 ARROWS = {
     "errors": set[str](),
-    "lookup": {"errors"},
+    "process": set[str](),
+    "lookup": {"errors", "process"},
     "ops": {"errors"},
     "nets": {"errors"},
     "datasets": {"errors", "lookup"},
@@ -35,17 +36,19 @@ ARROWS = {
     "recipe": {"algorithm", "catalogue", "errors", "lookup"},
     "backend_of": {"errors"},
     "program": {"algorithm", "backend_of", "errors", "lookup", "nets", "ops"},
-    "backends": {"algorithm", "draws", "errors", "latents", "nets", "ops", "program", "structured"},
+    "backends": {"algorithm", "draws", "errors", "latents", "nets", "ops", "process", "program", "structured"},
     "legality": {"algorithm", "backends", "catalogue", "draws", "errors", "estimators"},  # "auto" prefers some by name
     "matrix": {"algorithm", "backends", "catalogue", "draws", "legality"},
     "store": {"errors"},
     "to_arviz": {"errors"},
     "data": {"backends", "errors", "lookup", "program"},
-    "fitted": {"backends", "errors", "lookup", "program"},
+    "memory": {"errors"},
+    "sinks": {"errors", "to_arviz"},
+    "fitted": {"backends", "errors", "lookup", "memory", "program"},
     "predict": {"backends", "errors", "fitted"},
     "posterior": {
-        *("backends", "data", "errors", "fitted", "legality", "lookup", "predict", "program", "saving", "store"),
-        "to_arviz",
+        *("backends", "data", "errors", "fitted", "legality", "lookup", "predict", "program", "saving", "sinks"),
+        *("store", "to_arviz"),
     },
     "saving": {"algorithm", "backends", "catalogue", "errors", "lookup", "program", "store", "to_arviz"},
     "loading": {
@@ -57,6 +60,7 @@ ARROWS = {
     "progress": set[str](),
     "parameters": {"algorithm", "backends", "errors", "lookup"},
     "monitor": {"backends"},
+    "nonfinite": {"algorithm", "backends", "errors", "monitor"},
     "pace": set[str](),
     "arguments": {"errors", "posterior", "recipe", "to_arviz"},
     "validation": {"algorithm", "backends", "errors"},
@@ -66,8 +70,8 @@ ARROWS = {
     "stages": {"checkpoint", "errors", "posterior", "recipe"},
     "fit": {
         *("algorithm", "arguments", "backend_of", "backends", "checkpoint", "data", "draws", "errors", "fingerprint"),
-        *("interrupts", "legality", "lookup", "monitor", "ops", "pace", "parameters", "posterior", "program"),
-        *("progress", "recipe", "sampled", "stages", "store", "to_arviz", "validation"),
+        *("interrupts", "legality", "lookup", "memory", "monitor", "nonfinite", "ops", "pace", "parameters"),
+        *("posterior", "program", "progress", "recipe", "sampled", "stages", "store", "to_arviz", "validation"),
     },
     "facades": {
         *("algorithm", "backends", "catalogue", "draws", "errors", "estimators", "legality", "lookup", "ops"),
