@@ -338,7 +338,8 @@ class Trainer:
         skipped = template.pop(SKIPPED)
         check_state(arrays, arrays_of(template) | {SKIPPED: to_numpy(skipped)})
         own = {n: a for n, a in arrays.items() if n != SKIPPED}
-        skipped = jnp.asarray(arrays[SKIPPED], skipped.dtype)
+        with precision(self._bound.dtype):
+            skipped = jnp.asarray(arrays[SKIPPED], skipped.dtype)
         return _filled(template, own, self._bound.dtype, "state") | {SKIPPED: skipped}
 
     def params_of(self, arrays: Mapping[str, np.ndarray]) -> Mapping[str, Any]:
