@@ -339,7 +339,7 @@ class Trainer:
         check_state(arrays, arrays_of(template) | {SKIPPED: to_numpy(skipped)})
         own = {n: a for n, a in arrays.items() if n != SKIPPED}
         with precision(self._bound.dtype):
-            skipped = owned(arrays[SKIPPED], skipped.dtype)
+            skipped = jnp.asarray(arrays[SKIPPED], skipped.dtype)
         return _filled(template, own, self._bound.dtype, "state") | {SKIPPED: skipped}
 
     def params_of(self, arrays: Mapping[str, np.ndarray]) -> Mapping[str, Any]:
