@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -417,12 +418,19 @@ class Batches:
             self.rows = sum(len(self._batch(b).leaves[0]) for b in source)
             notes.append(f"data: {self.rows} rows were counted in a first pass over the batches")
         self._next, self._stream = 0, self._epochs()
+        self.seen = 0
+        """A checksum of the batches so far."""
+
+    @property
+    def kind(self) -> dict[str, Any]:
+        """What the batches have in common, whatever their order."""
+        shapes = {i: f"{np.asarray(a).dtype} {np.shape(a)[1:]}" for i, a in enumerate(self.first.leaves)}
+        return {"rows": self.rows, "size": self.size, "batches of": shapes}
 
     def _batch(self, given: object) -> Call:
         return self._read(tuple(given) if isinstance(given, list) else given)
 
     def _epochs(self) -> Iterator[Call]:
-        noted = False
         while True:
             full, short = 0, None
             for batch in map(self._batch, self._source):
@@ -446,22 +454,32 @@ class Batches:
                 yield batch
             if not full:
                 raise DataError(f"An epoch had no batch of {self.size} rows, the size of the first one.")
-            if short is not None and not noted:
-                why = f"as the others have {self.size}"
-                self._notes.append(f"data: an epoch's last batch of {short} rows is left out, {why}")
-                noted = True
+            note = f"data: an epoch's last batch of {short} rows is left out, as the others have {self.size}"
+            if short is not None and note not in self._notes:
+                self._notes.append(note)
+
+    def go_to(self, step: int) -> None:
+        """To the batch of this step.
+
+        The batches before it are gone through again: an order that is drawn anew in every epoch is then the one that an
+        unbroken run meets, if the source draws it from a seed.
+        """
+        if step != self._next:
+            self._next, self._stream, self.seen = 0, self._epochs(), 0
+            while self._next < step:
+                self._taken()
+
+    def _taken(self) -> Call:
+        batch = next(self._stream)
+        self._next += 1
+        for a in batch.leaves:
+            self.seen = zlib.crc32(np.ascontiguousarray(a).tobytes(), self.seen)
+        return batch
 
     def chunk(self, first: int, steps: int, room: int) -> tuple[Call, np.ndarray]:
-        """The rows of `steps` batches from step `first` on, repeated to `room` batches, and the indices `[room, B]`.
-
-        A fit that goes on from a state begins inside an epoch, at the batch where the state was.
-        """
-        if first != self._next:
-            self._stream = self._epochs()
-            for _ in range(first % max(self.rows // self.size, 1)):
-                next(self._stream)
-        batches = [next(self._stream) for _ in range(steps)]
-        self._next = first + steps
+        """The rows of `steps` batches from step `first` on, repeated to `room` batches, and the indices `[room, B]`."""
+        self.go_to(first)
+        batches = [self._taken() for _ in range(steps)]
 
         def joined(*parts: Any) -> np.ndarray:
             rows = np.concatenate([np.asarray(p) for p in parts])

@@ -1,5 +1,9 @@
 """The errors this library raises. Each message says what was asked, what was found, and what to do."""
 
+from __future__ import annotations
+
+from typing import Any
+
 
 class PplLvmError(ValueError):
     """Base class of every error that ppl_lvm raises on purpose."""
@@ -27,3 +31,21 @@ class BackendError(PplLvmError):
 
 class StorageError(PplLvmError):
     """What was saved cannot be written, read or understood, or is not what it says it is."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C ended a fit between two steps.
+
+    Args:
+        where: the step at which it ended.
+        onwards: how it goes on.
+        fit: the fit so far, with the best parameters where there is early stopping.
+    """
+
+    def __init__(self, where: str, onwards: str, fit: Any) -> None:
+        super().__init__(f"{where} {onwards}")
+        self.where, self.onwards, self.fit = where, onwards, fit
+
+    def of(self, fit: Any) -> Interrupted:
+        """The same of another fit."""
+        return Interrupted(self.where, self.onwards, fit)

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 BEST, PROGRESS = "early_stopping/best/", "early_stopping/progress"
 """Where a state keeps the best parameters so far, and (best loss, its step, checks since)."""
+LOOKS, ENDED = ("validation", "hard"), "ended/"
+"""What is recorded now and then, of a run; and where its state is kept if it has ended before the others."""
 
 
 class Moment:
@@ -122,6 +124,24 @@ class Run:
         if self.diverged is None and len(wrong):
             self.diverged = first + int(wrong[0])
 
+    def pack(self) -> dict[str, np.ndarray]:
+        """What is recorded, and how the run ended; early stopping is in the state."""
+        found = {name: self.record(name) for name in RECORDS}
+        found |= {name: np.array(getattr(self, name), dtype=np.float64).reshape(-1, 2) for name in LOOKS}
+        if self.diverged is not None:
+            found["diverged"] = np.array(self.diverged)
+        if self.ended is not None:
+            step, arrays = self.ended
+            found |= {"ended": np.array(step)} | {ENDED + name: a for name, a in arrays.items()}
+        return found
+
+    def unpack(self, found: Mapping[str, np.ndarray]) -> None:
+        self.records = {name: [found[name]] if len(found[name]) else [] for name in RECORDS}
+        self.validation, self.hard = ([(int(step), loss) for step, loss in found[name].tolist()] for name in LOOKS)
+        self.diverged = int(found["diverged"]) if "diverged" in found else None
+        held = {name.removeprefix(ENDED): a for name, a in found.items() if name.startswith(ENDED)}
+        self.ended = (int(found["ended"]), held) if "ended" in found else None
+
     def record(self, name: str) -> np.ndarray:
         return np.concatenate(self.records[name]) if self.records[name] else np.zeros(0)
 
@@ -189,13 +209,14 @@ class Watch:
         hard: Callable[[Any], np.ndarray] | None = None,
     ) -> None:
         self.runs, self.messages = list(runs), list[str]()
+        self.stopped = False
+        """Whether a callback has stopped the fit."""
         self._trainer, self._look, self._hard, self._callbacks = trainer, look, hard, callbacks
         self._params, self._state = params, state
-        self._stopped = False
 
     @property
     def over(self) -> bool:
-        return self._stopped or all(run.over for run in self.runs)
+        return self.stopped or all(run.over for run in self.runs)
 
     @property
     def lost(self) -> int | None:
@@ -244,14 +265,17 @@ class Watch:
             run.validation[-1][1] if run.validation else None,
             r,
             lambda: self._params(self._trainer.pack(tree, r)),
-            lambda: self._state(
-                self._trainer.pack(tree, r) | (run.early.pack() if run.early is not None else {}), step, r
-            ),
+            lambda: self.state(step, tree, r),
         )
         callback(moment)
-        if moment.stopped and not self._stopped:
-            self._stopped = True
+        if moment.stopped and not self.stopped:
+            self.stopped = True
             self.messages.append(f"callback: stopped at step {step}")
+
+    def state(self, step: int, tree: Any, r: int) -> State:
+        """What a run goes on from at this step."""
+        early = self.runs[r].early
+        return self._state(self._trainer.pack(tree, r) | ({} if early is None else early.pack()), step, r)
 
     def finish(self, step: int, tree: Any) -> Ended:
         """The best run at the end, after a last look if steps were made since the one before."""

@@ -178,12 +178,12 @@ def test_short_steps_are_looked_at_less_often(monkeypatch: pytest.MonkeyPatch) -
     now = 0.0
     monkeypatch.setattr("ppl_lvm.pace.time.perf_counter", lambda: now)
     pace, taken = Pace(), []
-    for seconds_of_a_step in [1e-4] * 6 + [1e-2] * 5:
+    for seconds_of_a_step in [1e-4] * 9 + [1e-2] * 4 + [10.0] * 8:
         taken.append(pace.steps)
         now += pace.steps * seconds_of_a_step
         pace.took(pace.steps)
-    assert taken == [100, 200, 400, 800, 1000, 1000, 1000, 500, 250, 125, 100]
-    assert Pace(most=50).steps == 50
+    assert taken == [10, 20, 40, 80, 160, 320, 640, 1000, 1000, 1000, 500, 250, 125, 62, 31, 15, 7, 3, 1, 1, 1]
+    assert Pace(most=5).steps == 5
     # What is handed over at once is bounded: 1,000 batches of 10^5 rows would be 800 MB.
     assert [most_steps(rows) for rows in (0, 128, 8_000, 100_000)] == [1000, 1000, 500, 100]
 

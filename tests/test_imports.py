@@ -60,11 +60,14 @@ ARROWS = {
     "pace": set[str](),
     "arguments": {"errors", "posterior", "recipe", "to_arviz"},
     "validation": {"algorithm", "backends", "errors"},
-    "stages": {"errors", "posterior", "recipe"},
+    "interrupts": set[str](),
+    "fingerprint": set[str](),
+    "checkpoint": {"backends", "errors", "fingerprint", "monitor", "posterior", "store", "to_arviz"},
+    "stages": {"checkpoint", "errors", "posterior", "recipe"},
     "fit": {
-        *("algorithm", "arguments", "backend_of", "backends", "data", "draws", "errors", "legality", "lookup"),
-        *("monitor", "ops", "pace", "parameters", "posterior", "program", "progress", "recipe", "sampled", "stages"),
-        *("to_arviz", "validation"),
+        *("algorithm", "arguments", "backend_of", "backends", "checkpoint", "data", "draws", "errors", "fingerprint"),
+        *("interrupts", "legality", "lookup", "monitor", "ops", "pace", "parameters", "posterior", "program"),
+        *("progress", "recipe", "sampled", "stages", "store", "to_arviz", "validation"),
     },
     "facades": {
         *("algorithm", "backends", "catalogue", "draws", "errors", "estimators", "legality", "lookup", "ops"),
@@ -80,8 +83,8 @@ ARROWS = {
     "cells": {"datasets", "errors", "fit", "program", "recipe", "report"},
     "comparison": {"report"},
     "cli": {
-        *("algorithm", "catalogue", "cells", "comparison", "datasets", "errors", "fit", "jobs", "listing"),
-        *("loading", "lookup", "matrix", "posterior", "program", "recipe", "report", "store", "to_arviz"),
+        *("algorithm", "catalogue", "cells", "checkpoint", "comparison", "datasets", "errors", "fit", "jobs"),
+        *("listing", "loading", "lookup", "matrix", "posterior", "program", "recipe", "report", "store", "to_arviz"),
     },
     "": {
         *("algorithm", "catalogue", "draws", "errors", "facades", "fit", "loading", "nets"),

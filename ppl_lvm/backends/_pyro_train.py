@@ -372,7 +372,8 @@ class Trainer:
         needed = _packed(tree) | {n: a for n, a in moments.items() if n in arrays}
         check_state(arrays, needed)
         device = torch.get_default_device()
-        held = {n: torch.from_numpy(np.array(v)).to(device) for n, v in arrays.items()}
+        # In memory of torch's own: BLAS adds up in another order where NumPy's happens to be aligned otherwise.
+        held = {n: torch.tensor(v, device=device) for n, v in arrays.items()}
         params = {n: held[f"params/{n}"] for n in tree["params"]}
         own = {s: {n: held[f"own/{s}/{n}"] for n in ps} for s, ps in tree["own"].items()}
         states = {s: held[f"states/{s}"] for s in tree["states"]}

@@ -180,12 +180,16 @@ class PyroBound:
         )
 
     def batch(self, call: Call) -> Call:
-        """Tensors of this fit's dtype."""
+        """Tensors of this fit's dtype; of NumPy's arrays copies.
+
+        A caller may change an array under a running fit, and BLAS adds up in another order where memory is aligned
+        otherwise, as that of a slice is.
+        """
 
         def convert(name: str, a: Any) -> Any:
             if isinstance(a, bool | int | float | str):  # settings that a training loop passes along
                 return a
-            a = a if isinstance(a, Tensor) else torch.as_tensor(np.asarray(a))
+            a = a if isinstance(a, Tensor) else torch.tensor(np.asarray(a))
             a = a.to(torch.get_default_device())
             kind = "f" if a.is_floating_point() else "b" if a.dtype == torch.bool else "i"
             return a.to(getattr(torch, self.dtype)) if as_float(self._kinds, name, kind) else a
