@@ -47,10 +47,12 @@ ARROWS = {
         *("backends", "data", "errors", "fitted", "legality", "lookup", "predict", "program", "saving", "store"),
         "to_arviz",
     },
-    "saving": {"algorithm", "backends", "catalogue", "errors", "lookup", "program", "store", "to_arviz"},
+    "saving": {
+        *("algorithm", "backends", "catalogue", "errors", "fingerprint", "lookup", "program", "store", "to_arviz"),
+    },
     "loading": {
-        *("algorithm", "backends", "catalogue", "data", "errors", "fitted", "lookup", "posterior", "program", "recipe"),
-        *("sampled", "saving", "store", "to_arviz"),
+        *("algorithm", "backends", "catalogue", "data", "errors", "fingerprint", "fitted", "posterior", "program"),
+        *("recipe", "sampled", "saving", "store", "to_arviz"),
     },
     "sampled": {"backends", "errors", "fitted", "posterior", "predict", "program"},
     "disentanglement": {"errors"},
