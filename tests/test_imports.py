@@ -50,10 +50,12 @@ ARROWS = {
         *("asking", "backends", "data", "errors", "fitted", "legality", "lookup", "predict", "program", "saving"),
         *("sinks", "store", "to_arviz"),
     },
-    "saving": {"algorithm", "backends", "catalogue", "errors", "lookup", "program", "store", "to_arviz"},
+    "saving": {
+        *("algorithm", "backends", "catalogue", "errors", "fingerprint", "lookup", "program", "store", "to_arviz"),
+    },
     "loading": {
-        *("algorithm", "backends", "catalogue", "data", "errors", "fitted", "lookup", "posterior", "program", "recipe"),
-        *("sampled", "saving", "store", "to_arviz"),
+        *("algorithm", "backends", "catalogue", "data", "errors", "fingerprint", "fitted", "posterior", "program"),
+        *("recipe", "sampled", "saving", "store", "to_arviz"),
     },
     "sampled": {"asking", "backends", "errors", "fitted", "posterior", "predict", "program"},
     "disentanglement": {"errors"},
