@@ -318,3 +318,30 @@ def test_log_likelihood_in_blocks_is_the_same_sum(backend: str, monkeypatch: pyt
     spread = np.sqrt(2.0) * 0.2
     assert np.abs(whole.values - cut.values).max() < spread
     assert not np.array_equal(whole.values, cut.values)
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_what_cannot_be_traced_runs_eagerly_and_names_the_site(inside: bool) -> None:
+    class Looking(pyro.distributions.Normal):
+        def log_prob(self, value: Any) -> Any:
+            return super().log_prob(value) * (1.0 if float(value.detach().sum()) > -1e9 else 2.0)
+
+    def model(x: Any) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", pyro.distributions.Normal(0.0 * x, 1.0))
+            scale = 1.0 if inside or float(z.detach().sum()) > -1e9 else 2.0
+            pyro.sample("x", (Looking if inside else pyro.distributions.Normal)(z, scale), obs=x)
+
+    def guide(x: Any) -> None:
+        m = pyro.param("m", torch.zeros(()))
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", pyro.distributions.Normal(m + 0.0 * x, 1.0))
+
+    x = np.linspace(-1, 1, 6)
+    traced = fit(model, guide, x, "elbo", steps=3, compile="compiled", dtype="float64")
+    assert traced.state.mode == "eager"
+    (said,) = (m for m in traced.messages if m.startswith("compile:"))
+    site = "at site 'x'" if inside else "after site 'z'"
+    assert said.startswith(f"compile: eager, as the step cannot be traced {site}: ")
+    eager = fit(model, guide, x, "elbo", steps=3, compile="eager", dtype="float64")
+    np.testing.assert_array_equal(traced.history["loss"], eager.history["loss"])
