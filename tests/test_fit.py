@@ -11,9 +11,9 @@ import pyro
 import pytest
 import torch
 
-from ppl_lvm import Fit, State, fit, program, programs, recipe
+from ppl_lvm import Fit, State, fit, program, programs, recipe, recipes
 from ppl_lvm.backends import _numpyro_train, _pyro_train
-from ppl_lvm.errors import BackendError, DataError, LegalityError, PplLvmError, ProgramError, StorageError
+from ppl_lvm.errors import BackendError, DataError, LegalityError, PplLvmError, ProgramError, RecipeError, StorageError
 from ppl_lvm.pace import Order, Pace, most_steps
 
 BACKENDS = ("pyro", "numpyro")
@@ -87,6 +87,41 @@ def test_compiled_equals_eager_under_other_recipes(name: str, options: dict[str,
     compiled = short(name, backend, compile="compiled", **options)
     assert compiled.state.mode == "compiled", compiled.messages
     assert_close(compiled, short(name, backend, **options), 1e-10)
+
+
+COVERED = [n for n in recipes() if recipe(n).objective is not None and n not in ("fivo", "joint_vae", "svae")]
+"""Recipes for any program; those three are tested with the programs that they are for."""
+ESTIMATORS = {"vae": ("auto", "score", "rloo", "stl"), "discrete_vae": ("auto", "score", "reinmax", "enumerate")}
+
+
+def cover() -> list[tuple[str, str, dict[str, Any]]]:
+    """Recipes by programs, estimators, mini-batches and clipping, so that every two of them meet."""
+    cells = []
+    for i, name in enumerate(COVERED):
+        for j, (on, estimators) in enumerate(ESTIMATORS.items()):
+            options: dict[str, Any] = {"estimator": estimators[(i + j) % 4], "clip": None if (i // 4 + j) % 2 else 10.0}
+            cells.append((name, on, options | {"batch_size": None if (i // 2 + j) % 2 else 16}))
+    return cells
+
+
+@pytest.mark.slow
+@on_both
+@pytest.mark.parametrize(("name", "on", "options"), cover())
+def test_compiled_equals_eager_under_every_recipe(name: str, on: str, options: dict[str, Any], backend: str) -> None:
+    asked = {"recipe": name, "optimizer": "sgd", "learning_rate": 1e-5, **options}
+    asked |= {n: few for n, few in (("draws", 4), ("groups", 2)) if hasattr(recipe(name).objective, n)}
+    eager = None
+    for chosen, estimator in ((on, asked["estimator"]), (on, "auto"), ("vae", "auto")):  # the first that is legal
+        asked["estimator"] = estimator
+        try:
+            eager = short(chosen, backend, **asked)
+            break
+        except (LegalityError, RecipeError):
+            continue
+    assert eager is not None
+    compiled = short(chosen, backend, compile="compiled", **asked)
+    assert compiled.state.mode == "compiled", compiled.messages
+    assert_close(compiled, eager, 1e-10)
 
 
 def test_traced_graph_equals_eager() -> None:
