@@ -222,6 +222,13 @@ def test_an_autoguide_is_given_anew(backend: Backend, tmp_path: Path) -> None:
 @mostly_on_pyro
 def test_a_family_writes_the_guide_again(backend: str, tmp_path: Path) -> None:
     run = pca(backend, guide="amortized", steps=2)
+    same_bits(load(saved(run, tmp_path)).posterior(3, X).values, run.posterior(3).values)
+
+
+@pytest.mark.slow
+@on_both
+def test_a_family_writes_the_guide_on_the_other_backend(backend: str, tmp_path: Path) -> None:
+    run = pca(backend, guide="amortized", steps=2)
     assert_same_predictions(run, load(saved(run, tmp_path), backend=OTHER[backend]), X)
 
 
