@@ -168,6 +168,33 @@ def codes(estimator: str, options: Mapping[str, Any]) -> Workload:
     )
 
 
+def sequences(rows: int = 512, T: int = 100) -> Arrays:
+    return {"x": np.random.default_rng(0).normal(size=(rows, T, 10)).astype(np.float32)}
+
+
+def svae(latent: int = 4, hidden: int = 32) -> Workload:
+    """A structured VAE with a linear dynamical system; the libraries have no such guide."""
+
+    def params() -> Any:
+        nets = {
+            "encoder": peers.networks((20, hidden, latent + latent**2), 1),
+            "decoder": peers.networks((latent, hidden, 10), 2),
+        }
+        own = {"A": 0.9 * np.eye(latent), "b": np.zeros(latent), "m": np.zeros(latent)}
+        return nets | own | {"log_q": np.full(latent, -0.7), "log_scale": np.zeros(10)}
+
+    return Workload(
+        partial(shipped, "svae_lds", latent=latent, hidden=(hidden,)),
+        sequences,
+        params,
+        {"numpyro": lambda: peers.jax_svae_lds, "pyro": lambda: peers.torch_svae_lds},
+        {},
+        {"recipe": "elbo"},
+        block=dict.fromkeys(("numpyro", "pyro"), 10),
+        batch=32,
+    )
+
+
 def normals(*shapes: tuple[str, tuple[int, ...]]) -> Any:
     parts = {f"{name}_loc": np.random.default_rng(0).normal(size=shape) for name, shape in shapes}
     return parts | {f"{name}_log_scale": np.full(shape, -2.3) for name, shape in shapes}
@@ -212,6 +239,7 @@ WORKLOADS = {
     ),
     "reinmax": codes("reinmax", {"recipe": "elbo", "estimator": "reinmax"}),
     "vimco_10": codes("vimco", {"recipe": "iwae", "draws": 10, "estimator": "vimco"}),
+    "svae_lds": svae(),
     "vae_1": vae(1, 128),
     "vae_50": vae(50, 128),
     "vae_1_wide": vae(1, 4096, 40960),

@@ -1,6 +1,8 @@
 """What `speed.py` compares with: the same workloads written by hand for one library, and its own SVI.
 
-Every peer has `run(steps)`, which makes that many optimiser steps and waits for the last one.
+Message passing in the chain of `svae_lds` is not written again: the loss by hand takes it from `ppl_lvm.structured`,
+which `structured.py` compares with other libraries. Every peer has `run(steps)`, which makes that many optimiser steps
+and waits for the last one.
 """
 
 from __future__ import annotations
@@ -255,6 +257,36 @@ def jax_pca(params: Any, data: Any, key: Any) -> Any:
     return -(log_x + (0.5 * noise**2 + log_scale - 0.5 * z**2).sum(-1)).sum() * (ROWS / len(x))
 
 
+def chain_of(p: Any, code: Any, eye: Any, positive: Any, xp: Any) -> Any:
+    """q(z | x) of `svae_lds`, from parameters and what the recognition network gives, steps in front."""
+    from ppl_lvm.structured.gaussian_chain import GaussianChain
+
+    latent = eye.shape[0]
+    raw = code[..., latent:].reshape(*code.shape[:-1], latent, latent)
+    inverse = xp.linalg.inv(xp.tril(raw, -1) + (positive(raw) + 1e-4) * eye)
+    J = inverse.mT @ inverse
+    h = (J @ code[..., :latent, None])[..., 0]
+    steps = code.shape[0]
+    bias = xp.broadcast_to(p["b"], (steps - 1, latent))
+    noise = (xp.exp(p["log_q"]) * eye)[None]
+    return GaussianChain(p["m"], eye, p["A"][None], bias, noise, J, h, validate=False)
+
+
+def jax_svae_lds(params: Any, data: Any, key: Any) -> Any:
+    import jax
+    import jax.numpy as jnp
+
+    x = data["x"]
+    code = jax_network(params["encoder"], jnp.concatenate([x, jnp.ones_like(x)], -1)).swapaxes(0, 1)
+    latent = params["m"].shape[0]
+    q = chain_of(params, code, jnp.eye(latent), jax.nn.softplus, jnp)
+    z = q.sample(jax.random.normal(key, (*code.shape[:2], latent)))
+    error = (x - jax_network(params["decoder"], z.swapaxes(0, 1))) * jnp.exp(-params["log_scale"])
+    log_x = (-0.5 * error**2 - params["log_scale"]).sum((-2, -1))
+    psi = ((q.shift - 0.5 * (q.precision @ z[..., None])[..., 0]) * z).sum((0, -1))
+    return -(log_x - psi + q.log_normalizer()).sum()
+
+
 # torch.
 
 
@@ -447,6 +479,21 @@ def torch_pca(params: Any, data: Any) -> Any:
     error = (x - z @ W.T - params["b"]) * (-params["log_sigma"]).exp()
     log_x = (-0.5 * error**2 - params["log_sigma"]).sum(-1)
     return -(log_x + (0.5 * noise**2 + log_scale - 0.5 * z**2).sum(-1)).sum() * (ROWS / len(x))
+
+
+def torch_svae_lds(params: Any, data: Any) -> Any:
+    import torch
+    from torch.nn import functional as F
+
+    x = data["x"]
+    code = torch_network(params["encoder"], torch.cat([x, torch.ones_like(x)], -1)).transpose(0, 1)
+    latent = params["m"].shape[0]
+    q = chain_of(params, code, torch.eye(latent, device=x.device), F.softplus, torch)
+    z = q.sample(torch.randn((*code.shape[:2], latent), device=x.device))
+    error = (x - torch_network(params["decoder"], z.transpose(0, 1))) * (-params["log_scale"]).exp()
+    log_x = (-0.5 * error**2 - params["log_scale"]).sum((-2, -1))
+    psi = ((q.shift - 0.5 * (q.precision @ z[..., None])[..., 0]) * z).sum((0, -1))
+    return -(log_x - psi + q.log_normalizer()).sum()
 
 
 # Native programs for the libraries' own SVI, with the distributions of either (`dist`) and its primitives (`ppl`).

@@ -5,6 +5,7 @@
 from ppl_lvm.draws import Draws, Loss
 from ppl_lvm.facades import numpyro_loss, pyro_loss, to_pyro
 from ppl_lvm.fit import fit, refit
+from ppl_lvm.loading import load
 from ppl_lvm.posterior import Fit, State
 from ppl_lvm.program import Program, program, programs
 from ppl_lvm.recipe import Recipe, recipe, recipes
@@ -17,6 +18,7 @@ __all__ = [
     "Recipe",
     "State",
     "fit",
+    "load",
     "numpyro_loss",
     "program",
     "programs",

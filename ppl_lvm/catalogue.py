@@ -41,8 +41,10 @@ def guides() -> dict[str, Path]:
     return available("guide")
 
 
-def resolve(kind: Kind, asked: str, folder: Path, asker: str) -> type[Algorithm]:
+def resolve(kind: Kind, asked: str, folder: Path | None, asker: str) -> type[Algorithm]:
     """The class behind a name, a "file.py:name" (relative to `folder`) or a "package.module:name".
+
+    Without a folder, names alone: nothing else is imported or run.
 
     Raises:
         RecipeError: there is no such class; `asker` says in the message who asked.
@@ -62,13 +64,17 @@ def resolve(kind: Kind, asked: str, folder: Path, asker: str) -> type[Algorithm]
             )
         importlib.invalidate_caches()  # the file may be younger than the process
         module = importlib.import_module(f"ppl_lvm.{kind}s.{asked}")
+    elif folder is None:
+        raise RecipeError(
+            f"{asker} asks for the {kind} {asked!r}, which is none of the library's, and nothing that a saved recipe "
+            f"names is imported or run; give the recipe itself, as in load(path, recipe=...)."
+        )
     elif lookup.is_path(source, ".py"):
+        if not source.endswith(".py"):
+            raise RecipeError(f"{asker} asks for the {kind} {asked!r}; a file of Python ends in .py.")
         module = lookup.load(folder / source, RecipeError)
     else:
-        try:
-            module = importlib.import_module(source)
-        except ImportError as cause:
-            raise RecipeError(f"{asker} asks for the {kind} {asked!r}, but: {cause}.") from cause
+        module = lookup.imported(source, RecipeError, f"{asker} asks for the {kind} {asked!r}")
     return _class_in(module, kind, name, asker)
 
 

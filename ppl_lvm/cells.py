@@ -8,9 +8,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel, ConfigDict, ValidationError
+
 from ppl_lvm import report
 from ppl_lvm.datasets import Dataset, load
-from ppl_lvm.errors import DataError
+from ppl_lvm.errors import DataError, StorageError
 from ppl_lvm.program import Program
 from ppl_lvm.program import program as load_program
 from ppl_lvm.recipe import Recipe
@@ -19,6 +21,51 @@ from ppl_lvm.report import Metrics
 
 OWN = "own"
 """The validation rows that a data set comes with."""
+
+
+class Command(BaseModel):
+    """What `ppl-lvm fit` was asked for, as it was typed: a checkpoint keeps it for `ppl-lvm resume`.
+
+    `where` is the folder that paths start from.
+    """
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    where: str
+    program: str
+    data: str
+    recipe: list[str] | None
+    guide: str | None
+    backend: str | None
+    overrides: list[str] | None
+    options: list[str] | None
+    seed: int
+    draws: int
+    validation: str | None
+    missing: str | None
+    start: str | None
+    dtype: str | None
+    compile: str | None
+    device: str | None
+    data_plate: str | None
+    out: str | None
+    every: int | None
+
+    @classmethod
+    def of(cls, kept: object) -> Command:
+        """What a checkpoint has kept.
+
+        Raises:
+            StorageError: it is no command.
+        """
+        try:
+            return cls.model_validate(kept)
+        except ValidationError as cause:
+            first = cause.errors()[0]
+            raise StorageError(
+                f"The checkpoint keeps no command that can be given again: {'.'.join(map(str, first['loc']))}: "
+                f"{first['msg']}."
+            ) from cause
 
 
 @dataclass(frozen=True)

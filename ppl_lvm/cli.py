@@ -1,7 +1,8 @@
-"""The command line: `ppl-lvm fit`, `compare`, `demo`, `list` and `show`."""
+"""The command line: `ppl-lvm fit`, `resume`, `evaluate`, `compare`, `demo`, `list` and `show`."""
 
 import contextlib
 import importlib.util
+import shlex
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -18,13 +19,16 @@ from ppl_lvm.errors import BackendError, PplLvmError
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from ppl_lvm.cells import Cell, Outcome
+    from ppl_lvm.cells import Cell, Command, Outcome
     from ppl_lvm.comparison import Line
+    from ppl_lvm.errors import Interrupted
     from ppl_lvm.jobs import Failed
 
 BACKENDS = ("pyro", "numpyro")
 DEMO_RECIPES = ("elbo", "iwae")
 DEMO_STEPS = 1000
+INTERRUPTED = 130
+"""The exit code of a command that Ctrl-C ended, as shells have it."""
 
 
 class Kind(StrEnum):
@@ -191,7 +195,8 @@ def fit(
     validation: ValidationOption = None,
     missing: MissingOption = None,
     start: Annotated[
-        Path | None, typer.Option(metavar="FOLDER", help="Run folder whose parameters the fit starts from.")
+        Path | None,
+        typer.Option(metavar="FOLDER", help="Run folder, or one of run.save, whose parameters the fit starts from."),
     ] = None,
     dtype: DtypeOption = None,
     compile: CompileOption = None,
@@ -201,33 +206,79 @@ def fit(
         Path | None,
         typer.Option(help="Run folder.", show_default="runs/, named by program, backend, recipe, guide, seed"),
     ] = None,
+    checkpoint: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", help="Where to keep how far the fit is, for `ppl-lvm resume FOLDER`."),
+    ] = None,
+    every: Annotated[
+        int | None, typer.Option(min=1, help="Steps between two checkpoints.", show_default="about a minute")
+    ] = None,
 ) -> None:
     """Fit a program to data, print its held-out log-likelihood, and write a run folder."""
-    from ppl_lvm import report
-    from ppl_lvm.cells import Cell, fit_cell
+    from ppl_lvm.cells import Command
 
-    cell = Cell(
-        program,
-        data,
-        tuple(recipe or ()),
-        guide,
-        None if backend is None else _usable(backend),
-        seed,
-        _pairs(options, "--option"),
-        _pairs(overrides, "--set"),
-        _settings(validation, missing, dtype, compile, device, data_plate),
-        draws,
-        start,
+    words = {"missing": missing, "dtype": dtype, "compile": compile, "start": start, "out": out}
+    asked = Command(
+        **{name: None if word is None else str(word) for name, word in words.items()},
+        where=str(Path.cwd()),
+        program=program,
+        data=data,
+        recipe=recipe,
+        guide=guide,
+        backend=backend,
+        overrides=overrides,
+        options=options,
+        seed=seed,
+        draws=draws,
+        validation=validation,
+        device=device,
+        data_plate=data_plate,
+        every=every,
     )
-    chosen, how, _ = cell.loaded()
-    parts = [chosen.name, cell.backend, how.name, guide, str(seed)]
-    folder = out or Path("runs") / _joined(parts)
-    report.check_folder(folder)
-    outcome = fit_cell(replace(cell, folder=folder))
-    _print(report.table([outcome.metrics]))
-    for message in (*outcome.messages, *report.left_out(folder)):
-        typer.echo(message, err=True)
-    typer.echo(f"Wrote {folder}")
+    _fit(asked, checkpoint)
+
+
+@app.command()
+def resume(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="What --checkpoint of the fit was given.")],
+) -> None:
+    """Go on with a fit that was ended, from its last checkpoint: to the same result as if it had not been."""
+    from ppl_lvm.cells import Command
+    from ppl_lvm.checkpoint import newest
+
+    held = newest(folder)
+    if held is None:
+        raise PplLvmError(f"There is no checkpoint in {str(folder)!r}; `ppl-lvm fit ... --checkpoint` writes them.")
+    if held.content.command is None:
+        raise PplLvmError(
+            f"The checkpoint in {str(folder)!r} was written from Python; the same call of fit goes on from it."
+        )
+    asked, folder = Command.of(held.content.command), folder.resolve()
+    # Paths start from the folder where the fit began.
+    with contextlib.chdir(asked.where) if Path(asked.where).is_dir() else contextlib.nullcontext():
+        _fit(asked, folder)
+
+
+@app.command()
+def evaluate(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Run folder, or one of run.save.")],
+    data: DataOption = "digits",
+    program: Annotated[
+        str | None, typer.Option(help="The program's file, where it is one of yours; nothing is run unasked.")
+    ] = None,
+    backend: BackendOption = None,
+    draws: DrawsOption = 5000,
+) -> None:
+    """Load a fit, and print the log-likelihood of the held-out rows of a data set."""
+    from ppl_lvm import datasets, loading, report, store
+
+    run = loading.load(
+        folder if store.exists(folder) else folder / report.FIT,
+        program=program,
+        backend=None if backend is None else _usable(backend),
+    )
+    found = report.measure(run, datasets.load(data, missing=run.masked), draws=draws, seed=run.seed)
+    _print(report.table([found]))
 
 
 @app.command()
@@ -365,11 +416,71 @@ def show(
     typer.echo(listing.describe(kind.value, name))
 
 
+def _fit(asked: "Command", checkpoint: Path | None) -> None:
+    from ppl_lvm import report
+    from ppl_lvm.cells import Cell, fit_cell
+    from ppl_lvm.checkpoint import Checkpoint
+    from ppl_lvm.errors import Interrupted
+
+    settings = _settings(
+        asked.validation, asked.missing, asked.dtype, asked.compile, asked.device, asked.data_plate
+    )
+    if checkpoint is not None or asked.every is not None:
+        keeper = Checkpoint.of(checkpoint, asked.every)
+        keeper.command = asked.model_dump()
+        settings["checkpoint"] = keeper
+    cell = Cell(
+        asked.program,
+        asked.data,
+        tuple(asked.recipe or ()),
+        asked.guide,
+        None if asked.backend is None else _usable(asked.backend),
+        asked.seed,
+        _pairs(asked.options, "--option"),
+        _pairs(asked.overrides, "--set"),
+        settings,
+        asked.draws,
+        None if asked.start is None else Path(asked.start),
+    )
+    chosen, how, _ = cell.loaded()
+    parts = [chosen.name, cell.backend, how.name, cell.guide, str(cell.seed)]
+    folder = Path(asked.out) if asked.out else Path("runs") / _joined(parts)
+    report.check_folder(folder)
+    if checkpoint is not None and folder.resolve() in (checkpoint.resolve(), *checkpoint.resolve().parents):
+        raise PplLvmError(
+            f"--checkpoint {str(checkpoint)!r} is in the run folder {str(folder)!r}, which the run replaces when it is "
+            f"written; give it a folder of its own."
+        )
+    try:
+        outcome = fit_cell(replace(cell, folder=folder))
+    except Interrupted as stop:
+        raise _left(stop, checkpoint, folder) from None
+    _print(report.table([outcome.metrics]))
+    for message in (*outcome.messages, *report.left_out(folder)):
+        typer.echo(message, err=True)
+    typer.echo(f"Wrote {folder}")
+
+
+def _left(stop: "Interrupted", checkpoint: Path | None, folder: Path) -> typer.Exit:
+    """Says how a fit goes on that Ctrl-C ended; without a checkpoint the fit so far is saved."""
+    if checkpoint is not None:
+        typer.echo(f"{stop.where} `ppl-lvm resume {shlex.quote(str(checkpoint))}` goes on from there.", err=True)
+        return typer.Exit(INTERRUPTED)
+    so_far = folder.with_name(f"{folder.name}-interrupted")
+    stop.fit.save(so_far)
+    typer.echo(
+        f"{stop.where} The fit so far is in {str(so_far)!r}, for ppl_lvm.load. With --checkpoint FOLDER a fit can go "
+        f"on from where it was.",
+        err=True,
+    )
+    return typer.Exit(INTERRUPTED)
+
+
 def _settings(
     validation: str | None,
-    missing: Missing | None,
-    dtype: Dtype | None,
-    compile: Compile | None,
+    missing: str | None,
+    dtype: str | None,
+    compile: str | None,
     device: str | None,
     data_plate: str | None,
 ) -> dict[str, Any]:
@@ -387,8 +498,8 @@ def _settings(
         if not 0.0 < fraction < 1.0:
             raise PplLvmError(f"--validation takes a fraction between 0 and 1, or {OWN}; found {validation}.")
     words = {"missing": missing, "dtype": dtype, "compile": compile}
-    asked = {name: None if word is None else word.value for name, word in words.items()}
-    given = {"validation": fraction, "device": device, "data_plate": data_plate, **asked}
+    given: dict[str, Any] = {"validation": fraction, "device": device, "data_plate": data_plate}
+    given |= {name: None if word is None else str(word) for name, word in words.items()}
     return {name: value for name, value in given.items() if value is not None}
 
 

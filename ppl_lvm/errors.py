@@ -29,6 +29,28 @@ class BackendError(PplLvmError):
     """A backend is missing, or cannot do what was asked of it."""
 
 
+class StorageError(PplLvmError):
+    """What was saved cannot be written, read or understood, or is not what it says it is."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C ended a fit between two steps.
+
+    Args:
+        where: the step at which it ended.
+        onwards: how it goes on.
+        fit: the fit so far, with the best parameters where there is early stopping.
+    """
+
+    def __init__(self, where: str, onwards: str, fit: Any) -> None:
+        super().__init__(f"{where} {onwards}")
+        self.where, self.onwards, self.fit = where, onwards, fit
+
+    def of(self, fit: Any) -> Interrupted:
+        """The same of another fit."""
+        return Interrupted(self.where, self.onwards, fit)
+
+
 class NonFiniteError(PplLvmError):
     """A loss or a gradient is not finite, and the fit cannot go on as it was asked to.
 

@@ -6,17 +6,19 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ppl_lvm import backends, legality, memory, progress
+from ppl_lvm import backends, interrupts, legality, memory, progress
 from ppl_lvm.algorithm import GuideFamily, Schedule, Turn
 from ppl_lvm.arguments import check_kinds, check_loop
 from ppl_lvm.backends.base import MOST_SKIPPED, Call, numbers_of, parameter_groups
 from ppl_lvm.backends.hiding import Hiding
+from ppl_lvm.checkpoint import Checkpoint, Progress, describe
 from ppl_lvm.data import Batches, Missing, check_missing, check_observed, is_batches, observe, read
-from ppl_lvm.errors import DataError, LegalityError, ProgramError, RecipeError
+from ppl_lvm.errors import DataError, Interrupted, LegalityError, ProgramError, RecipeError
 from ppl_lvm.monitor import EarlyStopping, Moment, Run, Watch, restart_seeds, run_seed, without_early_stopping
 from ppl_lvm.nonfinite import Inquiry
 from ppl_lvm.pace import FEWEST, Order, Pace, most_steps
@@ -50,6 +52,8 @@ def fit(
     start: Fit | Mapping[str, Any] | None = None,
     callbacks: Sequence[Callable[[Moment], object]] = (),
     device: str | None = None,
+    checkpoint: str | Path | Checkpoint | None = None,
+    every: int | None = None,
     **overrides: Any,
 ) -> Fit:
     """Fits a latent-variable program to data by the objective and the gradient estimators of a recipe, or its method.
@@ -82,6 +86,9 @@ def fit(
             as it is; one that wants to keep what there is saves `moment.state`.
         device: "cpu", "gpu" or "cuda:1", where the fit runs; None: the library's default. A native model's own tensors
             are the caller's to put there. What is asked of the fit later runs on the library's default.
+        checkpoint: a folder that the fit writes as it goes. The same call goes on from what it holds, to the bits of a
+            fit that was never ended; a fit that has all its steps is given back without one more.
+        every: steps between two checkpoints; None: about a minute.
         **overrides: options of the recipe, `draws=50`, `learning_rate=1e-2`, `steps=100`.
 
     Rows are shuffled once per epoch and taken `batch_size` at a time; the last, smaller batch of an epoch is left out.
@@ -106,6 +113,8 @@ def fit(
     Raises:
         RecipeError, ProgramError, DataError, LegalityError, BackendError: before training starts.
         NonFiniteError: a loss or a gradient is not finite; says at which step, sites and rows; has the state before.
+        StorageError: the checkpoint is of another fit, or cannot be read or written.
+        Interrupted: Ctrl-C (a KeyboardInterrupt); `error.fit` is the fit so far. A second Ctrl-C ends it at once.
 
     Example:
         >>> from ppl_lvm import fit, program
@@ -116,12 +125,14 @@ def fit(
     """
     started = time.perf_counter()
     check_kinds(seed, device, observed, state, start, callbacks)
+    seed = int(seed)  # one of NumPy's cannot be written down
     if isinstance(guide, str | GuideFamily):
         guide, overrides = None, {"guide": guide, **overrides}
     chosen = _program(model, guide)
     how = load_recipe(chosen.recipe if recipe is None else recipe, **overrides)
     given = {"state": state, "validation": validation, "callbacks": callbacks or None, "device": device}
-    check_loop(how, given)
+    check_loop(how, given | {"checkpoint": checkpoint})
+    keeper = Checkpoint.of(checkpoint, every)
     messages: list[str] = []
     chosen = _guided(chosen, how, messages)
     name = _backend(chosen, backend)
@@ -132,11 +143,14 @@ def fit(
     once = partial(once, missing=missing, observed=observed)
     if device is not None:
         library = backends.load(name)
-        with library.on(device):
-            there = once(recipe=how, start=start, state=state)
-        return replace(there, _trained=library.off_device(there._trained))
+        off = partial(_off_device, library)
+        try:
+            with library.on(device):
+                return off(once(recipe=how, start=start, state=state, checkpoint=keeper))
+        except Interrupted as stop:
+            raise stop.of(off(stop.fit)) from None
     if how.stages:
-        return in_stages(how, once, start, state)
+        return in_stages(how, once, start, state, keeper)
     batches = None
     rows: int | None
     if is_batches(data):
@@ -177,7 +191,12 @@ def fit(
     messages += [f"estimator: {note}" for note in notes]
     legality.check_linear(bound, plan, bound.batch(example), library.key_of(seed))
     moved = descent(how, parameter_groups(bound.structure, how.objective, plan, example))
-    seeds = restart_seeds(seed, how.restarts) if state is None else [run_seed(seed, state.restart)]
+    number = validation if isinstance(validation, int | float | np.number) else held_out
+    asked = partial(describe, chosen, how, batches or call, number, start, state, backend=name, seed=seed)
+    held_by = partial(asked, dtype=dtype, compile=compile, data_plate=data_plate, missing=missing)
+    before = keeper.found(held_by)
+    states = before.states if before is not None else None if state is None else [state]
+    seeds = restart_seeds(seed, how.restarts) if states is None else [run_seed(seed, s.restart) for s in states]
     trainer = library.Trainer(
         bound,
         plan,
@@ -188,15 +207,15 @@ def fit(
         initials=_initials(library, bound, example, seeds, start, state, messages),
         rows=rows if batched else None,
         steps=how.steps,
-        mode=_mode(compile, state),
+        mode=_mode(compile, states),
         hiding=hiding,
     )
-    tree, step = _start(trainer, state, name, seed, how.steps)
+    tree, step = _start(trainer, states, name, seed, how.steps)
     messages += _about_restarts(how, trainer, tree, seeds, state)
 
     numbers = {**numbers_of(how.objective, plan, moved.optimizers, moved.turns), MOST_SKIPPED: how.skips}
-    now = {k: float(_values(v, 0, 1)[0]) for k, v in numbers.items()}
-    messages += memory.foretold(library, trainer, tree, bound.batch(example), now, plan)
+    first = {k: float(_values(v, 0, 1)[0]) for k, v in numbers.items()}
+    messages += memory.foretold(library, trainer, tree, bound.batch(example), first, plan)
     held = bound.batch(training)
     looked = None if held_out is None else HeldOut(library, chosen, held_out, bound, rows, seed)
     hard = None
@@ -207,22 +226,34 @@ def fit(
         messages.append(f"hard draws: history['hard_loss'] is the loss of {of_hard.size:,} {kind} rows under them")
     watch = Watch(
         trainer,
-        _runs(how, held_out, seeds, state),
+        _runs(how, held_out, seeds, states),
         None if looked is None else looked.look(trainer, numbers),
         callbacks,
         hard=hard,
         params=lambda arrays: _constrained(library, bound, trainer.params_of(arrays)),
-        state=lambda arrays, step, r: _state(name, seed, step, trainer, arrays, r, state),
+        state=lambda arrays, step, r: _state(name, seed, step, trainer, arrays, r, states),
     )
+    said = {"setup": messages, "watch": watch.messages, "compile": trainer.notes}
+    if before is not None:
+        before.restore(watch, said, batches)
+
+    def seconds() -> float:
+        return (0.0 if before is None else before.seconds) + time.perf_counter() - started
+
+    def now() -> Progress:
+        return Progress.of(step, tree, watch, said, seconds(), batches)
+
     inquiry = Inquiry(trainer, bound, library.to_numpy, numbers, batches is not None)
     orders = list[Order]()
     if batched and rows is not None and how.batch_size is not None:
         orders = [Order(rows, how.batch_size, s) for s in seeds]
     room = FEWEST if batches is not None else most_steps(sum(o.size for o in orders))  # batches are held on the device
     pace = Pace(room)
-    with progress.bar(f"{chosen.name} · {how.name} · {name}", how.steps, step, progress_bar) as advance:
-        while step < how.steps and not watch.over:
-            n = min(pace.steps, how.steps - step, how.check_every - step % how.check_every)
+    keeper.look(step, now)
+    title = f"{chosen.name} · {how.name} · {name}"
+    with progress.bar(title, how.steps, step, progress_bar) as advance, interrupts.noticed() as interrupt:
+        while step < how.steps and not watch.over and not interrupt:
+            n = min(pace.steps, how.steps - step, how.check_every - step % how.check_every, keeper.until(step))
             index = None
             if batches is not None:
                 part, one = batches.chunk(step, n, room)
@@ -241,23 +272,28 @@ def fit(
             if step % how.check_every == 0:
                 watch.check(step, tree)
             advance(n, *watch.last)
+            keeper.look(step, now)
+        keeper.look(step, now, last=True)
 
     ended = watch.finish(step, tree)
     trained = trainer.params_of(ended.kept)
-    return Fit(
+    found = Fit(
         program=chosen,
         recipe=how,
         backend=name,
         seed=seed,
         params=_constrained(library, bound, trained),
         history=watch.history(ended),
-        seconds=time.perf_counter() - started,
-        messages=messages + watch.messages + [note for note in trainer.notes if note not in messages],
-        state=_state(name, seed, ended.step, trainer, ended.state, ended.run, state),
+        seconds=seconds(),
+        messages=messages + watch.messages + [note for note in trainer.notes if note not in messages] + keeper.notes,
+        state=_state(name, seed, ended.step, trainer, ended.state, ended.run, states),
         _bound=bound,
         _trained=trained,
         _data=training if held_out is None else call,
     )
+    if interrupt:
+        raise Interrupted(f"Interrupted at step {step} of {how.steps}.", keeper.onwards, found)
+    return found
 
 
 def refit(
@@ -520,14 +556,19 @@ def _check_values(bound: Any, chosen: Program, call: Call, example: Call) -> Non
                 )
 
 
-def _mode(asked: str, state: State | None) -> str:
+def _off_device(library: Any, run: Fit) -> Fit:
+    return replace(run, _trained=library.off_device(run._trained))
+
+
+def _mode(asked: str, states: Sequence[State] | None) -> str:
     """A run goes on in the mode in which it began: another one rounds differently."""
-    return state.mode if state is not None and asked == "auto" else asked
+    return states[0].mode if states is not None and asked == "auto" else asked
 
 
-def _start(trainer: Any, state: State | None, backend: str, seed: int, steps: int) -> tuple[Any, int]:
-    if state is None:
+def _start(trainer: Any, states: Sequence[State] | None, backend: str, seed: int, steps: int) -> tuple[Any, int]:
+    if states is None:
         return trainer.initial(), 0
+    state = states[0]
     if (state.backend, state.seed) != (backend, seed):
         raise DataError(
             f"The state is of backend {state.backend!r} and seed {state.seed}, the fit of {backend!r} and {seed}; go "
@@ -535,7 +576,7 @@ def _start(trainer: Any, state: State | None, backend: str, seed: int, steps: in
         )
     if state.step > steps:
         raise DataError(f"The state is at step {state.step} already and steps = {steps}; ask for more.")
-    return trainer.unpack(without_early_stopping(state.arrays)), state.step
+    return trainer.unpack(*(without_early_stopping(s.arrays) for s in states)), state.step
 
 
 def _initials(
@@ -573,17 +614,17 @@ def _about_restarts(how: Recipe, trainer: Any, tree: Any, seeds: Sequence[int], 
     return []
 
 
-def _runs(how: Recipe, held_out: Call | None, seeds: Sequence[int], state: State | None) -> list[Run]:
+def _runs(how: Recipe, held_out: Call | None, seeds: Sequence[int], states: Sequence[State] | None) -> list[Run]:
     if how.patience is None:
         return [Run(None, most_skipped=how.skips) for _ in seeds]
     if held_out is None:
         raise RecipeError(
             f"Recipe {how.name!r} has patience = {how.patience}, which goes by validation; pass validation=0.1 or data."
         )
-    runs = [Run(EarlyStopping(how.patience, how.min_delta), most_skipped=how.skips) for _ in seeds]
-    if state is not None and runs[0].early is not None:
-        runs[0].early.unpack(state.arrays)
-    return runs
+    early = [EarlyStopping(how.patience, how.min_delta) for _ in seeds]
+    for stopping, state in zip(early, states or [], strict=False):
+        stopping.unpack(state.arrays)
+    return [Run(stopping, most_skipped=how.skips) for stopping in early]
 
 
 def _constrained(library: Any, bound: Any, params: Mapping[str, Any]) -> dict[str, Any]:
@@ -591,9 +632,15 @@ def _constrained(library: Any, bound: Any, params: Mapping[str, Any]) -> dict[st
 
 
 def _state(
-    name: str, seed: int, step: int, trainer: Any, arrays: Mapping[str, np.ndarray], run: int, state: State | None
+    name: str,
+    seed: int,
+    step: int,
+    trainer: Any,
+    arrays: Mapping[str, np.ndarray],
+    run: int,
+    states: Sequence[State] | None,
 ) -> State:
-    return State(name, seed, step, trainer.mode, arrays, run if state is None else state.restart)
+    return State(name, seed, step, trainer.mode, arrays, run if states is None else states[run].restart)
 
 
 def _values(number: float | Schedule | Turn, first: int, steps: int) -> np.ndarray:

@@ -140,12 +140,7 @@ class Fitted:
 
     def blank(self, rows: int) -> Call:
         """Zeros for every argument of the fit, none of them missing."""
-
-        def blank(name: str, a: Any) -> np.ndarray:
-            known = name.endswith(KNOWN)
-            return (np.ones if known else np.zeros)((rows, *np.shape(a)[1:]), np.asarray(a).dtype)
-
-        return self.example.map_named(self.program.arguments, blank)
+        return blank(self.example, self.program, rows)
 
     def repeated(self, call: Call, rows: int) -> Call:
         """The rows of a call, over again until there are enough."""
@@ -413,6 +408,15 @@ class Fitted:
                 f"Values of {wrong[0]!r} from {span.min():g} to {span.max():g} are outside the support of its "
                 f"distribution."
             )
+
+
+def blank(example: Call, program: Program, rows: int) -> Call:
+    """Zeros in the shapes and dtypes of a call, none of them missing."""
+
+    def zeros(name: str, a: Any) -> np.ndarray:
+        return (np.ones if name.endswith(KNOWN) else np.zeros)((rows, *np.shape(a)[1:]), np.asarray(a).dtype)
+
+    return example.map_named(program.arguments, zeros)
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 BEST, PROGRESS = "early_stopping/best/", "early_stopping/progress"
 """Where a state keeps the best parameters so far, and (best loss, its step, checks since)."""
+LOOKS, ENDED = ("validation", "hard"), "ended/"
+"""What is recorded now and then, of a run; and where its state is kept if it has ended before the others."""
 
 
 class Moment:
@@ -134,6 +136,27 @@ class Run:
             self.diverged, count = first + int(over[0]), count[: over[0] + 1]
         self.skipped += (first + np.flatnonzero(count > 0)).tolist()
 
+    def pack(self) -> dict[str, np.ndarray]:
+        """What is recorded, and how the run ended; early stopping is in the state."""
+        found = {name: self.record(name) for name in RECORDS}
+        found |= {name: np.array(getattr(self, name), dtype=np.float64).reshape(-1, 2) for name in LOOKS}
+        found |= {"first": np.array(self.first), "told": np.array(self.told)}
+        if self.diverged is not None:
+            found["diverged"] = np.array(self.diverged)
+        if self.ended is not None:
+            step, arrays = self.ended
+            found |= {"ended": np.array(step)} | {ENDED + name: a for name, a in arrays.items()}
+        return found
+
+    def unpack(self, found: Mapping[str, np.ndarray]) -> None:
+        self.records = {name: [found[name]] if len(found[name]) else [] for name in RECORDS}
+        self.validation, self.hard = ([(int(step), loss) for step, loss in found[name].tolist()] for name in LOOKS)
+        self.first, self.told = int(found["first"]), bool(found["told"])
+        self.skipped = (self.first + np.flatnonzero(found["skipped"] > 0)).tolist()
+        self.diverged = int(found["diverged"]) if "diverged" in found else None
+        held = {name.removeprefix(ENDED): a for name, a in found.items() if name.startswith(ENDED)}
+        self.ended = (int(found["ended"]), held) if "ended" in found else None
+
     def record(self, name: str) -> np.ndarray:
         return np.concatenate(self.records[name]) if self.records[name] else np.zeros(0)
 
@@ -212,13 +235,14 @@ class Watch:
         hard: Callable[[Any], np.ndarray] | None = None,
     ) -> None:
         self.runs, self.messages = list(runs), list[str]()
+        self.stopped = False
+        """Whether a callback has stopped the fit."""
         self._trainer, self._look, self._hard, self._callbacks = trainer, look, hard, callbacks
         self._params, self._state = params, state
-        self._stopped = False
 
     @property
     def over(self) -> bool:
-        return self._stopped or all(run.over for run in self.runs)
+        return self.stopped or all(run.over for run in self.runs)
 
     @property
     def lost(self) -> int | None:
@@ -231,11 +255,6 @@ class Watch:
         """Whether there is something to say of steps that are not finite: no run is left, or one has skipped its first.
         """
         return self.lost is not None or any(r.skipped and not r.told and r.diverged is None for r in self.runs)
-
-    def state(self, tree: Any, step: int, r: int) -> State:
-        """All of a run, early stopping included."""
-        early = self.runs[r].early
-        return self._state(self._trainer.pack(tree, r) | (early.pack() if early is not None else {}), step, r)
 
     @property
     def last(self) -> tuple[float, float | None]:
@@ -281,9 +300,14 @@ class Watch:
             lambda: self.state(tree, step, r),
         )
         callback(moment)
-        if moment.stopped and not self._stopped:
-            self._stopped = True
+        if moment.stopped and not self.stopped:
+            self.stopped = True
             self.messages.append(f"callback: stopped at step {step}")
+
+    def state(self, tree: Any, step: int, r: int) -> State:
+        """What a run goes on from at this step."""
+        early = self.runs[r].early
+        return self._state(self._trainer.pack(tree, r) | ({} if early is None else early.pack()), step, r)
 
     def finish(self, step: int, tree: Any) -> Ended:
         """The best run at the end, after a last look if steps were made since the one before."""

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from ppl_lvm.algorithm import Schedule, Turn
-from ppl_lvm.backends.base import Again, innermost
+from ppl_lvm.backends.base import SKIPPED, Again, innermost
 from ppl_lvm.errors import NonFiniteError
 from ppl_lvm.monitor import Run, Watch
 
@@ -123,11 +123,12 @@ class Inquiry:
         said = f"At step {step}, {run.said(step)}."
         if run.most_skipped:
             said += f" So it was in every step to {run.diverged}, one more than most_skipped = {run.most_skipped}."
+        before = state(step, r)
         return NonFiniteError(
             f"{said} {cause} {ADVICE} error.state is the run before that step: fit(..., state=error.state) goes on "
             f"from there, with on_nonfinite='skip' past it.",
             step=step,
-            state=state(step, r),
+            state=replace(before, arrays={**before.arrays, SKIPPED: np.zeros_like(before.arrays[SKIPPED])}),
             cause=cause,
         )
 

@@ -118,9 +118,14 @@ def solve_triangular(lower: Array, b: Array, transposed: bool = False) -> Array:
     return _of(lower).solve_triangular(lower, b, transposed)
 
 
-def scan(step: Callable[[Any, Any], tuple[Any, Any]], init: Any, xs: tuple[Array, ...]) -> tuple[Any, Any]:
-    """`carry, y = step(carry, x)` over the first axis of arrays: the last carry and all y, stacked."""
-    return _of(xs[0]).scan(step, init, xs)
+def scan(
+    step: Callable[[Any, Any], tuple[Any, Any]], init: Any, xs: tuple[Array, ...], reverse: bool = False
+) -> tuple[Any, Any]:
+    """`carry, y = step(carry, x)` over the first axis of arrays: the last carry and all y, stacked.
+
+    In reverse the last entries come first; every y stays at the place of its x.
+    """
+    return _of(xs[0]).scan(step, init, xs, reverse)
 
 
 def steps_are_dear(like: Array) -> bool:

@@ -7,7 +7,8 @@ import time
 import numpy as np
 
 FEWEST, MOST = 100, 1000
-SECONDS = 0.5
+"""Numbers of rows that a compiled loop is made for, in steps: no fewer, and no more."""
+FIRST, SECONDS = 10, 0.5
 ENTRIES = 4_000_000
 """Numbers of rows that are handed to a compiled loop at once, beyond the fewest steps."""
 
@@ -44,12 +45,12 @@ class Order:
 class Pace:
     """Steps between two looks at the loss: many where steps are short, so that the looks cost little beside them.
 
-    Whatever the clock says, the steps are the same ones; it decides when the progress bar moves and how late a loss
-    that is not finite is seen.
+    Whatever the clock says, the steps are the same ones; it decides when the progress bar moves, and how late a loss
+    that is not finite, a checkpoint that is due and Ctrl-C are seen.
     """
 
     def __init__(self, most: int = MOST) -> None:
-        self.steps, self._most, self._since = min(FEWEST, most), most, time.perf_counter()
+        self.steps, self._most, self._since = min(FIRST, most), most, time.perf_counter()
 
     def took(self, steps: int) -> None:
         """So many steps since the last look."""
@@ -57,5 +58,5 @@ class Pace:
         if steps == self.steps and now - self._since < SECONDS / 2:
             self.steps = min(2 * self.steps, self._most)
         elif now - self._since > SECONDS:
-            self.steps = max(self.steps // 2, min(FEWEST, self._most))
+            self.steps = max(self.steps // 2, 1)
         self._since = now

@@ -7,11 +7,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from ppl_lvm import lookup, predict
+from ppl_lvm import lookup, predict, saving, store
 from ppl_lvm.backends.base import ROWS, Call, Plan
 from ppl_lvm.data import as_given, check_missing, is_batches, of_sequences, read
 from ppl_lvm.errors import DataError, PplLvmError, ProgramError
@@ -24,6 +25,16 @@ if TYPE_CHECKING:
     from xarray import DataTree
 
     from ppl_lvm.recipe import Recipe
+
+
+class _Described(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    backend: Literal["pyro", "numpyro"]
+    seed: int = Field(ge=0)
+    step: int = Field(ge=0)
+    mode: str
+    restart: int = Field(ge=0)
 
 
 @dataclass(frozen=True)
@@ -42,31 +53,45 @@ class State:
     restart: int = 0
     """Which of several restarts from this seed it is."""
 
-    def save(self, path: str | Path) -> None:
-        """Writes a safetensors file (no pickle)."""
-        from safetensors.numpy import save_file
+    @property
+    def described(self) -> dict[str, Any]:
+        """All but the arrays, as a manifest has it."""
+        names = ("backend", "seed", "step", "mode", "restart")
+        return {name: getattr(self, name) for name in names}
 
-        described = {"backend": self.backend, "seed": str(self.seed), "step": str(self.step), "mode": self.mode}
-        described["restart"] = str(self.restart)
-        save_file({n: np.array(a, order="C") for n, a in self.arrays.items()}, str(path), metadata=described)
+    @staticmethod
+    def of(described: object, arrays: Mapping[str, np.ndarray]) -> State:
+        """The state that was `described` so, with its arrays.
+
+        Raises:
+            DataError: it describes no state.
+        """
+        try:
+            return State(**_Described.model_validate(described).model_dump(), arrays=arrays)
+        except ValidationError as cause:
+            first = cause.errors()[0]
+            raise DataError(
+                f"What was saved describes no state of a fit: {'.'.join(map(repr, first['loc']))}: {first['msg']}."
+            ) from cause
+
+    def save(self, path: str | Path) -> None:
+        """Writes a folder of safetensors and JSON (no pickle), or replaces the state that it holds.
+
+        Raises:
+            StorageError: it cannot be written, or the folder holds something else.
+        """
+        store.write(path, "state", self.described, {"state": self.arrays})
 
     @staticmethod
     def load(path: str | Path) -> State:
         """Reads what `save` wrote.
 
         Raises:
-            DataError: the file is no state.
+            StorageError: the folder holds no state, or it was damaged or changed.
+            DataError: what it holds describes no state.
         """
-        from safetensors import SafetensorError, safe_open
-
-        try:
-            with safe_open(str(path), framework="numpy") as file:
-                described = file.metadata() or {}
-                arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
-            seed, step, restart = (int(described[name]) for name in ("seed", "step", "restart"))
-            return State(described["backend"], seed, step, described["mode"], arrays, restart)
-        except (SafetensorError, KeyError, ValueError) as error:
-            raise DataError(f"{path} is not a saved state of a fit ({error}); pass a file of State.save.") from error
+        found = store.read(path, "state")
+        return State.of(found.content, found.arrays.get("state", {}))
 
 
 @dataclass(frozen=True)
@@ -148,6 +173,38 @@ class Fit:
     def row_params(self) -> frozenset[str]:
         """Parameters that have an entry for every row of the fit; `refit` trains them for other rows."""
         return frozenset(self._bound.row_params)
+
+    @property
+    def masked(self) -> bool:
+        """Whether entries of its data may be missing."""
+        assert self._example is not None
+        return bool(self._example.known)
+
+    def save(self, path: str | Path, overwrite: bool = False) -> None:
+        """Writes the fit to a folder of safetensors, JSON and JSON lines (no pickle), which `ppl_lvm.load` reads.
+
+        Parameters, state, history and recipe are in it, the program's name, options and source, and a fingerprint of
+        the training data, but not the data. The folder is complete or not there, whenever the process is killed.
+
+        Args:
+            path: a folder of its own, made if it is not there.
+            overwrite: replaces what was saved there before; until the new one is complete, the old one stays.
+
+        Raises:
+            StorageError: something was saved there before, the folder holds other files, it cannot be written, or an
+                option of the program cannot be stored.
+
+        Example:
+            >>> import tempfile
+            >>> from ppl_lvm import fit, load
+            >>> run = fit("probabilistic_pca", data=np.ones((20, 4)), backend="pyro", steps=5)
+            >>> with tempfile.TemporaryDirectory() as folder:
+            ...     run.save(f"{folder}/run")
+            ...     again = load(f"{folder}/run")
+            >>> again.decode({"z": np.zeros(2)})["x"].shape
+            (1, 1, 4)
+        """
+        saving.save(self, path, overwrite)
 
     def without_data(self) -> Fit:
         """The same fit without its training rows: every method then needs `data`, or a number of rows."""
@@ -572,13 +629,11 @@ class Fit:
     def _call(self, data: object) -> Call:
         if data is None:
             if self._data is None:
-                raise DataError("The fit holds no training rows (without_data); pass data=.")
+                raise DataError("The fit holds no training rows (it was loaded, or is without_data); pass data=.")
             if self._data.sample:
                 raise DataError("The fit was made from batches, whose rows it does not keep; pass data=.")
             return self._data
-        assert self._example is not None
-        masked = bool(self._example.known)
-        call = read(data, self.program, "mask" if masked else None)
+        call = read(data, self.program, "mask" if self.masked else None)
         self._fitted.check(call, not isinstance(data, Call) and of_sequences(data))
         check_missing(call, self._bound, self.program)
         if self._bound.row_params and ROWS not in call.kwargs:

@@ -259,14 +259,28 @@ def recipe(
         )
     if "stages" in overrides:
         draft.check_key("stages")
-    tables = overrides.pop("stages", draft.stages)
+    return _built(draft, overrides.pop("stages", draft.stages), overrides)
+
+
+def named(table: Mapping[str, Any]) -> Recipe:
+    """The recipe that `Recipe.to_dict` gave, of which nothing but the library's own algorithms is looked up.
+
+    Raises:
+        RecipeError: it names others, which would have to be imported or run, or is no recipe.
+    """
+    draft = _Draft.read(table, "custom", None)
+    return _built(draft, draft.stages, {})
+
+
+def _built(draft: "_Draft", tables: object, overrides: Mapping[str, Any]) -> Recipe:
     if not isinstance(tables, Sequence) or isinstance(tables, str):
         raise draft.wrong("stages", tables, "should be a list of tables, each with the keys that a stage replaces")
     folder = draft.folder
     stages = [draft.stage(i, table, folder) for i, table in enumerate(tables)]
-    for each in (draft, *stages):
-        each.folder = Path.cwd()  # files named in overrides are the caller's, not the recipe's
-        each.apply(overrides)
+    if overrides:
+        for each in (draft, *stages):
+            each.folder = Path.cwd()  # files named in overrides are the caller's, not the recipe's
+            each.apply(overrides)
     return draft.build(tuple(stage.build(()) for stage in stages))
 
 
@@ -297,7 +311,7 @@ def _key_of(asked: object) -> Kind | None:
 def _locate(asked: str | Path) -> Path:
     if isinstance(asked, Path) or lookup.is_path(asked, ".toml"):
         path = Path(asked)
-        if not path.is_file():
+        if not lookup.is_file(path):
             raise RecipeError(f"There is no recipe file {path}; names of recipes: {', '.join(recipes())}.")
         return path.resolve()
     found = recipes()
@@ -312,7 +326,11 @@ def _locate(asked: str | Path) -> Path:
 def _parse(path: Path) -> dict[str, Any]:
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as cause:
+    except OSError as cause:
+        raise RecipeError(f"Cannot read {path}: {cause.strerror or cause}.") from cause
+    except RecursionError as cause:
+        raise RecipeError(f"{path} nests tables or arrays too deep to be a recipe.") from cause
+    except ValueError as cause:  # of TOML, of UTF-8, of a number with thousands of digits
         raise RecipeError(f"{path} is not valid TOML: {cause}.") from cause
 
 
@@ -345,7 +363,8 @@ class _Draft:
     estimator: dict[str, _Choice | None]
     optimizer: dict[str, _Choice]
     """By pattern of parameter names; a single one has none, ""."""
-    folder: Path
+    folder: Path | None
+    """Where files that it names are; None: it may name none."""
     stages: Sequence[Any] = ()
     lead: Kind = "objective"
     """Whether what stands in `objective` is one, or a method in its place."""
@@ -362,7 +381,7 @@ class _Draft:
         return cls(fields, _Choice.of(given.algorithm), chosen, optimizer, Path.cwd(), lead=lead, guide=guide)
 
     @classmethod
-    def read(cls, table: Mapping[str, Any], name: str, folder: Path) -> Self:
+    def read(cls, table: Mapping[str, Any], name: str, folder: Path | None) -> Self:
         fields = {"name": name} | {key: table[key] for key in _FIELDS if key in table}
         for key in table:
             if key not in Recipe.model_fields:
@@ -399,7 +418,7 @@ class _Draft:
                 f"its options in its own table, as in method = {{ name = \"nuts\", draws = 1000 }}."
             )
 
-    def stage(self, number: int, table: object, folder: Path) -> Self:
+    def stage(self, number: int, table: object, folder: Path | None) -> Self:
         """A draft of one stage: this one with the keys of a table replaced."""
         where = f"stages[{number}]"
         if isinstance(table, Recipe):

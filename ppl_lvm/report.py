@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
+from ppl_lvm import saving, store
 from ppl_lvm.datasets import Dataset
-from ppl_lvm.errors import DataError, PplLvmError
+from ppl_lvm.errors import DataError, PplLvmError, StorageError
 from ppl_lvm.to_arviz import PosteriorDraws, attribute, versions
 
 if TYPE_CHECKING:
@@ -21,11 +22,12 @@ if TYPE_CHECKING:
     from xarray import DataTree
 
 FORMAT = "ppl_lvm run 1"
-PARAMETERS = "parameters.safetensors"
+FIT = "fit"
+"""The fit itself, as `run.save` writes it."""
 FILES = (
     "metrics.json",
     "posterior.nc",
-    PARAMETERS,
+    FIT,
     "history.csv",
     "validation.csv",
     "hard.csv",
@@ -82,9 +84,9 @@ class Run(Protocol):
     @property
     def messages(self) -> Sequence[str]: ...
     @property
-    def params(self) -> Mapping[str, np.ndarray]: ...
-    @property
     def row_params(self) -> Collection[str]: ...
+
+    def save(self, path: Path) -> None: ...
 
     def log_likelihood(self, data: np.ndarray | None, draws: int = ..., seed: int = ...) -> LogLikelihood: ...
     def posterior(self, draws: int, data: np.ndarray | None = ..., seed: int = ...) -> PosteriorDraws: ...
@@ -271,7 +273,7 @@ def check_folder(out: Path) -> None:
         return
     if not out.is_dir():
         raise PplLvmError(f"A run is a folder, but {str(out)!r} is a file; give another name.")
-    foreign = sorted({entry.name for entry in out.iterdir()} - {*FILES})
+    foreign = sorted({entry.name for entry in out.iterdir()} - {*FILES}) + store.foreign(out / FIT)
     if foreign:
         raise PplLvmError(
             f"The folder {str(out)!r} holds {foreign[0]!r}, which no run wrote, and a run replaces the "
@@ -302,9 +304,9 @@ def write(
     posterior.nc holds `posterior_draws` draws for the held-out rows (ArviZ DataTree), metrics.json the
     figures with the recipe, the fit's messages and versions, held_out.csv the log-likelihood of each held-out row,
     history.csv the losses, validation.csv those of validation rows, hard.csv those under hard draws of a fit with
-    relaxed ones, parameters.safetensors the parameters, which
-    `starting` reads back. Pictures: history.png; latent.png for a program with latents per row; reconstructions.png
-    and samples.png for data with an `image_shape`. What was left out is in metrics.json, `left_out`, with the reason.
+    relaxed ones, and `fit` the fit itself, which `ppl_lvm.load` and `starting` read. Pictures:
+    history.png; latent.png for a program with latents per row; reconstructions.png and samples.png for data with an
+    `image_shape`. What was left out is in metrics.json, `left_out`, with the reason.
     `metrics` saves measuring again.
 
     Raises:
@@ -331,21 +333,22 @@ def write(
 
 
 def starting(folder: Path) -> dict[str, np.ndarray]:
-    """The parameters in a run folder, by name, for `fit(..., start=)`.
+    """The parameters of a saved fit, or of the one in a run folder, by name, for `fit(..., start=)`.
+
+    Parameters of rows are left out: they are those of other rows.
 
     Raises:
         DataError: the folder holds none.
     """
-    from safetensors import SafetensorError
-    from safetensors.numpy import load_file
-
-    path = Path(folder) / PARAMETERS
     try:
-        return load_file(path)
-    except (OSError, SafetensorError) as error:
+        found = store.read(folder if store.exists(folder) else Path(folder) / FIT, saving.KIND)
+    except StorageError as error:
         raise DataError(
-            f"{str(path)!r} cannot be read ({error}); give a run folder, as `ppl-lvm fit` writes it."
+            f"{str(folder)!r} cannot be started from ({str(error).rstrip('.')}); give a run folder, as `ppl-lvm fit` "
+            f"writes it, or one of run.save."
         ) from error
+    of_rows = found.content.get("row_params", [])
+    return {name: array for name, array in found.arrays.get(saving.PARAMS, {}).items() if name not in of_rows}
 
 
 def left_out(folder: Path) -> list[str]:
@@ -382,8 +385,6 @@ def _only(units: Mapping[str, int]) -> str:
 
 
 def _fill(folder: Path, run: Run, dataset: Dataset, metrics: Metrics, posterior_draws: int) -> None:
-    from safetensors.numpy import save_file
-
     from ppl_lvm import pictures
 
     # A method has a posterior for the rows that it was fitted to and may have none for others: those are shown then.
@@ -431,9 +432,7 @@ def _fill(folder: Path, run: Run, dataset: Dataset, metrics: Metrics, posterior_
     if "hard_loss" in run.history:
         of_checks = {"step": run.history["hard_step"], "loss": run.history["hard_loss"]}
         _write_csv(folder / "hard.csv", of_checks)
-    # Parameters of rows are those of the held-out rows here, and say nothing of others.
-    kept = {name: np.array(value, order="C") for name, value in run.params.items() if name not in run.row_params}
-    save_file(kept, folder / PARAMETERS)
+    run.save(folder / FIT)
     if metrics.row_log_likelihood is not None:
         of_rows = {"row": np.arange(len(metrics.row_log_likelihood)), "log_likelihood": metrics.row_log_likelihood}
         _write_csv(folder / "held_out.csv", of_rows)

@@ -180,6 +180,11 @@ class Sampled(Fit):
     def _rows_of(self, data: object) -> Call:
         """The rows that are asked for, if there is a posterior of them."""
         call, own = self._call(data), self._data
+        if own is None and "new_rows" in self.lacks:
+            raise DataError(
+                f"The fit was loaded without its rows, and its draws are of these alone: {self.lacks['new_rows']}; or "
+                f"load(path, data=rows), with the rows of the fit."
+            )
         pairs = [] if own is None else list(zip(call.leaves, own.leaves, strict=False))
         same = own is not None and len(call.leaves) == len(own.leaves) == len(pairs)
         if not (same and all(a is b or np.array_equal(a, b) for a, b in pairs)) and "new_rows" in self.lacks:
@@ -286,7 +291,7 @@ def sample(
         seconds=time.perf_counter() - began,
         messages=[*messages, *outcome.notes],
         state=State(backend, seed, 0, name, {}),
-        lacks=_lacks(method, bound, outcome),
+        lacks=lacks_of(method, bound, outcome),
         _bound=bound,
         _trained={**sampler.states, **outcome.params},
         _data=data,
@@ -317,7 +322,8 @@ def _check_sites(bound: Any, data: Call, name: str) -> None:
         )
 
 
-def _lacks(method: Method, bound: Any, outcome: Outcome) -> dict[str, str]:
+def lacks_of(method: Method, bound: Any, outcome: Outcome) -> dict[str, str]:
+    """What a fit by a method cannot give, each with the reason."""
     lacks = {
         "log_weight": "draws have no density of their own row, so they are not weighted",
         "state": "a method runs to its end; ask for more draws or steps in a new fit",

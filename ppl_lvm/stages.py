@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from ppl_lvm.errors import DataError
+from ppl_lvm.checkpoint import Checkpoint, Stage
+from ppl_lvm.errors import DataError, Interrupted
 from ppl_lvm.posterior import Fit, State
 from ppl_lvm.recipe import Recipe
 
@@ -16,27 +17,44 @@ STEPS = ("step", "validation_step", "hard_step", "skipped_step")
 
 
 def in_stages(
-    how: Recipe, once: Callable[..., Fit], start: Fit | Mapping[str, Any] | None, state: State | None
+    how: Recipe,
+    once: Callable[..., Fit],
+    start: Fit | Mapping[str, Any] | None,
+    state: State | None,
+    checkpoint: Checkpoint,
 ) -> Fit:
-    """`once(recipe=stage, start=last)` for every stage; the last fit, with the history of all.
+    """`once(recipe=stage, start=last)` for every stage that is not over; the last fit, with the history of all.
 
     Raises:
         DataError: a state was given, which belongs to one stage.
+        Interrupted: with the history of all so far.
     """
     if state is not None:
         raise DataError(
             f"A state goes on inside one stage, and recipe {how.name!r} has {len(how.stages)}; fit the stage alone, "
             f"recipe=run.recipe.stages[-1] with state=run.state."
         )
-    runs: list[Fit] = []
-    for stage in how.stages:
-        runs.append(once(recipe=stage, start=runs[-1] if runs else start))
+    kept = checkpoint.of_stages(how.to_dict(), start)
+    done = kept.done
+    last = start if not done else None  # the state in the checkpoint has what a stage begins with
+    for stage in how.stages[len(done) :]:
+        try:
+            last = once(recipe=stage, start=last, checkpoint=kept)
+        except Interrupted as stop:
+            kept.stage(stop.fit)
+            raise stop.of(_whole(how, stop.fit, done)) from None
+        kept.stage(last)
+    assert isinstance(last, Fit)
+    return _whole(how, last, done)
+
+
+def _whole(how: Recipe, last: Fit, done: list[Stage]) -> Fit:
     return replace(
-        runs[-1],
+        last,
         recipe=how,
-        history=_joined([run.history for run in runs]),
-        seconds=sum(run.seconds for run in runs),
-        messages=[f"stage {i}: {message}" for i, run in enumerate(runs) for message in run.messages],
+        history=_joined([stage.history for stage in done]),
+        seconds=sum(stage.seconds for stage in done),
+        messages=[f"stage {i}: {message}" for i, stage in enumerate(done) for message in stage.messages],
     )
 
 

@@ -14,7 +14,7 @@ import pandas as pd
 import pytest
 from typer.testing import CliRunner, Result
 
-from ppl_lvm import cli, report
+from ppl_lvm import cli, load, report, saving, store
 from ppl_lvm.catalogue import available, estimators, guides, objectives
 from ppl_lvm.datasets import datasets
 from ppl_lvm.errors import LegalityError
@@ -74,6 +74,10 @@ class FakeRun:
         self, threshold: float = 0.01, draws: int = 100, data: np.ndarray | None = None
     ) -> dict[str, int]:
         return {"z": 6}
+
+    def save(self, path: Path) -> None:
+        """As far as parameters are read from it."""
+        store.write(path, saving.KIND, {"row_params": sorted(self.row_params)}, {saving.PARAMS: self.params})
 
 
 @dataclass
@@ -243,9 +247,9 @@ def test_fit_runs_stages_and_passes_settings_on(engine: Engine) -> None:
         **{"validation": 0.25, "missing": "mask", "dtype": "float64"},
         **{"compile": "eager", "device": "cpu", "data_plate": "data"},
     }
-    assert Path("runs/vae-elbo-iwae-low_rank-0/parameters.safetensors").is_file()
-    done("fit", "vae", "--data", "rows.npy", "--start", "runs/vae-elbo-iwae-low_rank-0", "--out", "b")
-    np.testing.assert_array_equal(engine.fitted[1].settings["start"]["w"], np.zeros(2))
+    for start in ("runs/vae-elbo-iwae-low_rank-0", "runs/vae-elbo-iwae-low_rank-0/fit"):
+        done("fit", "vae", "--data", "rows.npy", "--start", start, "--out", "b")
+        np.testing.assert_array_equal(engine.fitted[-1].settings["start"]["w"], np.zeros(2))
 
 
 def test_data_come_from_every_kind_of_file_and_from_functions(engine: Engine) -> None:
@@ -410,6 +414,21 @@ def test_the_engine_itself_fits_and_fills_a_run_folder(
     assert sorted(path.name for path in Path("a").iterdir()) == sorted(
         {*report.FILES} - {"reconstructions.png", "samples.png", "validation.csv", "hard.csv"}
     )
+
+
+def test_a_run_folder_is_evaluated_and_started_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    np.save("rows.npy", np.random.default_rng(0).normal(size=(25, 4)))
+    short = ("--data", "rows.npy", "--backend", "pyro", "--set", "steps=3", "--draws", "20")
+    done("fit", "probabilistic_pca", *short, "--seed", "4", "--out", "a")
+    measured = json.loads(Path("a/metrics.json").read_text())["log_likelihood"]
+    assert f"{measured:.3f}" in done("evaluate", "a", "--data", "rows.npy", "--draws", "20")
+    assert f"{measured:.3f}" in done("evaluate", "a/fit", "--data", "rows.npy", "--draws", "20")
+    done("fit", "probabilistic_pca", *short, "--start", "a", "--out", "b")
+    assert "start: took" in " ".join(load("b/fit").messages)
+    assert "no folder 'elsewhere/fit'" in refused("evaluate", "elsewhere", "--data", "rows.npy")
+    Path("a/fit/notes.txt").write_text("mine")
+    assert "holds 'notes.txt', which no run wrote" in refused("fit", "probabilistic_pca", *short, "--out", "a")
 
 
 def test_several_processes_give_what_one_gives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

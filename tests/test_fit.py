@@ -13,7 +13,7 @@ import torch
 
 from ppl_lvm import Fit, State, fit, program, programs, recipe
 from ppl_lvm.backends import _numpyro_train, _pyro_train
-from ppl_lvm.errors import BackendError, DataError, LegalityError, PplLvmError, ProgramError
+from ppl_lvm.errors import BackendError, DataError, LegalityError, PplLvmError, ProgramError, StorageError
 from ppl_lvm.pace import Order, Pace, most_steps
 
 BACKENDS = ("pyro", "numpyro")
@@ -106,8 +106,8 @@ def test_a_continued_run_ends_with_the_same_bits(
     """Seven steps of three batches an epoch, stopped after four: inside an epoch, optimiser and baseline under way."""
     whole = short("discrete_vae", backend, steps=7, compile=mode, estimator=estimator)
     first = short("discrete_vae", backend, steps=4, compile=mode, estimator=estimator)
-    first.state.save(tmp_path / "state.safetensors")
-    held = State.load(tmp_path / "state.safetensors")
+    first.state.save(tmp_path / "state")
+    held = State.load(tmp_path / "state")
     rest = short("discrete_vae", backend, steps=7, compile=mode, estimator=estimator, state=held)
     assert rest.history["step"].tolist() == [4, 5, 6]
     np.testing.assert_array_equal(rest.history["loss"], whole.history["loss"][4:])
@@ -124,9 +124,10 @@ def test_a_state_of_another_fit_is_refused(backend: str, tmp_path: Path) -> None
         short("vae", backend, steps=3, state=state)
     with pytest.raises(BackendError, match="same program"):
         short("probabilistic_pca", backend, steps=9, state=state)
-    (tmp_path / "no").write_bytes(b"not a state")
-    with pytest.raises(DataError, match="not a saved state"):
+    with pytest.raises(StorageError, match="no folder"):
         State.load(tmp_path / "no")
+    with pytest.raises(DataError, match="no state of a fit: 'step'"):
+        State.of(state.described | {"step": -1}, state.arrays)
 
 
 @on_both
@@ -177,12 +178,12 @@ def test_short_steps_are_looked_at_less_often(monkeypatch: pytest.MonkeyPatch) -
     now = 0.0
     monkeypatch.setattr("ppl_lvm.pace.time.perf_counter", lambda: now)
     pace, taken = Pace(), []
-    for seconds_of_a_step in [1e-4] * 6 + [1e-2] * 5:
+    for seconds_of_a_step in [1e-4] * 9 + [1e-2] * 4 + [10.0] * 8:
         taken.append(pace.steps)
         now += pace.steps * seconds_of_a_step
         pace.took(pace.steps)
-    assert taken == [100, 200, 400, 800, 1000, 1000, 1000, 500, 250, 125, 100]
-    assert Pace(most=50).steps == 50
+    assert taken == [10, 20, 40, 80, 160, 320, 640, 1000, 1000, 1000, 500, 250, 125, 62, 31, 15, 7, 3, 1, 1, 1]
+    assert Pace(most=5).steps == 5
     # What is handed over at once is bounded: 1,000 batches of 10^5 rows would be 800 MB.
     assert [most_steps(rows) for rows in (0, 128, 8_000, 100_000)] == [1000, 1000, 500, 100]
 

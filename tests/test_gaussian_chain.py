@@ -13,6 +13,7 @@ import torch
 from scipy.stats import multivariate_normal
 
 from ppl_lvm.errors import DataError
+from ppl_lvm.structured import gaussian_chain
 from ppl_lvm.structured.gaussian_chain import GaussianChain, observed
 from ppl_lvm.structured.scan import Method
 
@@ -211,7 +212,7 @@ def of_everything(leaves: dict[str, Any], noise: Any, method: Method) -> Any:
     q = GaussianChain(**leaves, method=method, validate=False)
     moments, z = q.moments(), q.sample(noise)
     xp: Any = torch if isinstance(noise, torch.Tensor) else jnp
-    return q.log_normalizer() + xp.sum(xp.sin(moments.mean)) + xp.sum(moments.cov**2) + xp.sum(xp.cos(z))
+    return xp.sum(q.log_normalizer()) + xp.sum(xp.sin(moments.mean)) + xp.sum(moments.cov**2) + xp.sum(xp.cos(z))
 
 
 def differentiated(library: str, given: Arrays, noise: np.ndarray, method: Method) -> tuple[float, Arrays]:
@@ -238,6 +239,23 @@ def test_parallel_is_sequential_with_values_and_gradients(T: int) -> None:
             if n in ("cov", "noise", "precision"):  # symmetric: what a gradient says of the other part is nothing
                 one, other = (g + np.swapaxes(g, -1, -2) for g in (one, other))
             np.testing.assert_allclose(one, other, atol=1e-8, rtol=1e-8, err_msg=n)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_conditionals_of_wide_chains_are_found_in_the_scan(monkeypatch: pytest.MonkeyPatch, shared: bool) -> None:
+    given = arguments(5, 3, () if shared else (2,), seed=3)
+    if shared:
+        given |= {n: given[n][:1] for n in ("transition", "noise")} | {"precision": given["precision"][-1:]}
+    noise = np.random.default_rng(0).normal(size=(5, *given["mean"].shape))
+    value, gradient = differentiated("torch", given, noise, "parallel")
+    monkeypatch.setattr(gaussian_chain, "WIDE", 3)
+    again, other = differentiated("jax", given, noise, "sequential")
+    np.testing.assert_allclose(again, value, rtol=1e-10)
+    for n in NAMES:
+        one, two = gradient[n], other[n]
+        if n in ("cov", "noise", "precision"):
+            one, two = (g + np.swapaxes(g, -1, -2) for g in (one, two))
+        np.testing.assert_allclose(one, two, atol=EXACT, rtol=1e-9, err_msg=n)
 
 
 @pytest.mark.parametrize(

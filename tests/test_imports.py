@@ -18,7 +18,8 @@ SLOW = {"matplotlib", "sklearn", "scipy", "pandas", "xarray", "arviz_base", "arv
 # functions and `catalogue` an algorithm by name at run time: no arrow. A new module is entered here.
 ARROWS = {
     "errors": set[str](),
-    "lookup": {"errors"},
+    "process": set[str](),
+    "lookup": {"errors", "process"},
     "ops": {"errors"},
     "nets": {"errors"},
     "datasets": {"errors", "lookup"},
@@ -35,9 +36,10 @@ ARROWS = {
     "recipe": {"algorithm", "catalogue", "errors", "lookup"},
     "backend_of": {"errors"},
     "program": {"algorithm", "backend_of", "errors", "lookup", "nets", "ops"},
-    "backends": {"algorithm", "draws", "errors", "latents", "nets", "ops", "program", "structured"},
+    "backends": {"algorithm", "draws", "errors", "latents", "nets", "ops", "process", "program", "structured"},
     "legality": {"algorithm", "backends", "catalogue", "draws", "errors", "estimators"},  # "auto" prefers some by name
     "matrix": {"algorithm", "backends", "catalogue", "draws", "legality"},
+    "store": {"errors"},
     "to_arviz": {"errors"},
     "data": {"backends", "errors", "lookup", "program"},
     "memory": {"errors"},
@@ -45,7 +47,13 @@ ARROWS = {
     "fitted": {"backends", "errors", "lookup", "memory", "program"},
     "predict": {"backends", "errors", "fitted"},
     "posterior": {
-        *("backends", "data", "errors", "fitted", "legality", "lookup", "predict", "program", "sinks", "to_arviz"),
+        *("backends", "data", "errors", "fitted", "legality", "lookup", "predict", "program", "saving", "sinks"),
+        *("store", "to_arviz"),
+    },
+    "saving": {"algorithm", "backends", "catalogue", "errors", "lookup", "program", "store", "to_arviz"},
+    "loading": {
+        *("algorithm", "backends", "catalogue", "data", "errors", "fitted", "lookup", "posterior", "program", "recipe"),
+        *("sampled", "saving", "store", "to_arviz"),
     },
     "sampled": {"backends", "errors", "fitted", "posterior", "predict", "program"},
     "disentanglement": {"errors"},
@@ -56,11 +64,14 @@ ARROWS = {
     "pace": set[str](),
     "arguments": {"errors", "posterior", "recipe", "to_arviz"},
     "validation": {"algorithm", "backends", "errors"},
-    "stages": {"errors", "posterior", "recipe"},
+    "interrupts": set[str](),
+    "fingerprint": set[str](),
+    "checkpoint": {"backends", "errors", "fingerprint", "monitor", "posterior", "store", "to_arviz"},
+    "stages": {"checkpoint", "errors", "posterior", "recipe"},
     "fit": {
-        *("algorithm", "arguments", "backend_of", "backends", "data", "draws", "errors", "legality", "lookup"),
-        *("memory", "monitor", "nonfinite", "ops", "pace", "parameters", "posterior", "program", "progress", "recipe"),
-        *("sampled", "stages", "to_arviz", "validation"),
+        *("algorithm", "arguments", "backend_of", "backends", "checkpoint", "data", "draws", "errors", "fingerprint"),
+        *("interrupts", "legality", "lookup", "memory", "monitor", "nonfinite", "ops", "pace", "parameters"),
+        *("posterior", "program", "progress", "recipe", "sampled", "stages", "store", "to_arviz", "validation"),
     },
     "facades": {
         *("algorithm", "backends", "catalogue", "draws", "errors", "estimators", "legality", "lookup", "ops"),
@@ -68,19 +79,20 @@ ARROWS = {
     },
     "pictures": {"datasets", "errors", "to_arviz"},
     "report": {
-        *("algorithm", "datasets", "errors", "fit", "pictures", "posterior", "program", "recipe", "to_arviz"),
+        *("algorithm", "datasets", "errors", "fit", "pictures", "posterior", "program", "recipe", "saving", "store"),
+        "to_arviz",
     },
     "listing": {"catalogue", "datasets", "errors", "lookup", "program", "recipe"},
     "jobs": {"errors"},
     "cells": {"datasets", "errors", "fit", "program", "recipe", "report"},
     "comparison": {"report"},
     "cli": {
-        *("algorithm", "catalogue", "cells", "comparison", "datasets", "errors", "fit", "jobs", "listing", "lookup"),
-        *("matrix", "posterior", "program", "recipe", "report", "to_arviz"),
+        *("algorithm", "catalogue", "cells", "checkpoint", "comparison", "datasets", "errors", "fit", "jobs"),
+        *("listing", "loading", "lookup", "matrix", "posterior", "program", "recipe", "report", "store", "to_arviz"),
     },
     "": {
-        *("algorithm", "catalogue", "draws", "errors", "facades", "fit", "nets", "posterior"),
-        *("program", "recipe"),
+        *("algorithm", "catalogue", "draws", "errors", "facades", "fit", "loading", "nets"),
+        *("posterior", "program", "recipe"),
     },
 }
 ALONE = {"objectives", "estimators", "guides", "methods"}

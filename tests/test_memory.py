@@ -30,11 +30,6 @@ def made(backend: str) -> Fit:
     return MADE[backend]
 
 
-def opened(path: Path) -> Any:
-    """As ArviZ opens it."""
-    return xarray.open_datatree(path, engine="h5netcdf")
-
-
 def run_out(backend: str) -> Exception:
     """What a backend raises where memory runs out, as it words it itself."""
     if backend == "pyro":
@@ -231,7 +226,8 @@ def test_a_written_posterior_is_that_in_memory(backend: str, monkeypatch: pytest
     run = made(backend)
     for n in ("fitted", "posterior"):
         monkeypatch.setattr(f"ppl_lvm.{n}.ENTRIES", 16 * 3 * 5)  # blocks of five rows
-    found, tree = run.posterior(40), opened(run.write_posterior(tmp_path / "a.nc", 40))
+    found = run.posterior(40)
+    tree: Any = xarray.open_datatree(run.write_posterior(tmp_path / "a.nc", 40))
     z = tree["posterior"]["z"]
     assert z.dims == ("chain", "draw", "data", "z_dim_0")
     np.testing.assert_array_equal(z.values[0], found.values["z"])
@@ -249,7 +245,7 @@ def test_a_written_posterior_is_that_in_memory(backend: str, monkeypatch: pytest
 
 def test_batches_are_written_one_after_the_other(tmp_path: Path) -> None:
     run = made("pyro")
-    tree = opened(run.write_posterior(tmp_path / "a.nc", 500, Rows([5, 5, 2])))
+    tree: Any = xarray.open_datatree(run.write_posterior(tmp_path / "a.nc", 500, Rows([5, 5, 2])))
     z, exact = tree["posterior"]["z"].values[0], run.posterior(500).values["z"]
     assert z.shape == (500, 12, 1) and len(np.unique(z)) == z.size
     np.testing.assert_allclose(z.mean(0), exact.mean(0), atol=5 * exact.std() * (2 / 500) ** 0.5)

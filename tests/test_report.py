@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from xarray import DataTree
 
-from ppl_lvm import comparison, pictures
+from ppl_lvm import comparison, pictures, saving, store
 from ppl_lvm.datasets import Dataset, load
 from ppl_lvm.datasets._base import sequences
 from ppl_lvm.errors import DataError, PplLvmError
@@ -110,6 +110,10 @@ class FakeRun:
         self, threshold: float = 0.01, draws: int = 100, data: np.ndarray | None = None
     ) -> dict[str, int]:
         return {"z": 2}
+
+    def save(self, path: Path) -> None:
+        """As far as parameters are read from it."""
+        store.write(path, saving.KIND, {"row_params": sorted(self.row_params)}, {saving.PARAMS: self.params})
 
 
 @pytest.fixture(scope="module")

@@ -115,18 +115,21 @@ def solve_triangular(lower: Array, b: Array, transposed: bool) -> Array:
 FEW_STEPS = 200
 
 
-def scan(step: Callable[[Any, Any], tuple[Any, Any]], init: Any, xs: tuple[Array, ...]) -> tuple[Any, Any]:
+def scan(
+    step: Callable[[Any, Any], tuple[Any, Any]], init: Any, xs: tuple[Array, ...], reverse: bool
+) -> tuple[Any, Any]:
     # Where values are at hand, as when a program is looked at, JAX would compile the scan anew at every look.
     steps = xs[0].shape[0]
     if not 0 < steps <= FEW_STEPS or _traced((init, xs)):
-        return jax.lax.scan(step, init, xs)
-    carry, ys = init, []
-    for t in range(steps):
+        return jax.lax.scan(step, init, xs, reverse=reverse)
+    carry = init
+    ys: list[Any] = []
+    for t in reversed(range(steps)) if reverse else range(steps):
         carry, y = step(carry, jax.tree.map(lambda x, t=t: x[t], xs))
-        if t == 0 and _traced((carry, y)):  # through what the step closes over
-            return jax.lax.scan(step, init, xs)
+        if not ys and _traced((carry, y)):  # through what the step closes over
+            return jax.lax.scan(step, init, xs, reverse=reverse)
         ys.append(y)
-    return carry, jax.tree.map(lambda *parts: xp.stack(parts), *ys)
+    return carry, jax.tree.map(lambda *parts: xp.stack(parts), *(reversed(ys) if reverse else ys))
 
 
 def _traced(tree: Any) -> bool:

@@ -19,6 +19,7 @@ from ppl_lvm.backends._numpyro_state import is_key
 from ppl_lvm.backends.base import (
     MOST_SKIPPED,
     RECORDS,
+    SKIPPED,
     Again,
     Call,
     Descent,
@@ -43,8 +44,6 @@ from ppl_lvm.errors import BackendError
 Bound = NumPyroBound
 Tree = dict[str, Any]
 STEPS = Steps()
-SKIPPED = "skipped"
-"""Of a tree: `skipped_in_a_row`. It is no part of a packed state, which is one before a step that was skipped."""
 
 _TRANSFORMS: dict[str, Callable[[], optax.GradientTransformation]] = {
     "adam": optax.scale_by_adam,
@@ -191,7 +190,10 @@ class Trainer:
         return body
 
     def initial(self) -> Tree:
-        trees = [self._initial(values) for values in self._initials]
+        return self._together([self._initial(values) for values in self._initials])
+
+    def _together(self, trees: list[Tree]) -> Tree:
+        """Trees of one run each as a tree of all."""
         with precision(self._bound.dtype):
             return trees[0] if len(trees) == 1 else jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
 
@@ -325,20 +327,22 @@ class Trainer:
         return jax.tree.map(lambda a: a[run], tree) if self._several else tree
 
     def pack(self, tree: Tree, run: int = 0) -> dict[str, np.ndarray]:
-        return _packed(self._of_run(tree, run))
+        one = self._of_run(tree, run)
+        return arrays_of({n: part for n, part in one.items() if n != SKIPPED}) | {SKIPPED: to_numpy(one[SKIPPED])}
 
-    def unpack(self, arrays: Mapping[str, np.ndarray]) -> Tree:
+    def unpack(self, *runs: Mapping[str, np.ndarray]) -> Tree:
+        return self._together([self._unpacked(arrays) for arrays in runs])
+
+    def _unpacked(self, arrays: Mapping[str, np.ndarray]) -> Tree:
         template = self._initial(self._initials[0])
         skipped = template.pop(SKIPPED)
-        leaves, structure = jax.tree_util.tree_flatten_with_path(template)
-        names = [jax.tree_util.keystr(path) for path, _ in leaves]
-        check_state(arrays, _packed(template))
-        with precision(self._bound.dtype):
-            held = [_like(leaf, arrays[n]) for n, (_, leaf) in zip(names, leaves, strict=True)]
-            return jax.tree_util.tree_unflatten(structure, held) | {SKIPPED: skipped}
+        check_state(arrays, arrays_of(template) | {SKIPPED: to_numpy(skipped)})
+        own = {n: a for n, a in arrays.items() if n != SKIPPED}
+        skipped = jnp.asarray(arrays[SKIPPED], skipped.dtype)
+        return _filled(template, own, self._bound.dtype, "state") | {SKIPPED: skipped}
 
     def params_of(self, arrays: Mapping[str, np.ndarray]) -> Mapping[str, Any]:
-        tree = self.unpack(arrays)
+        tree = self._unpacked(arrays)
         return {**tree["params"], **tree["mutable"]}
 
 
@@ -347,9 +351,24 @@ def _like(leaf: jax.Array, array: np.ndarray) -> jax.Array:
     return jax.random.wrap_key_data(owned(array), impl=jax.random.key_impl(leaf)) if is_key(leaf) else owned(array)
 
 
-def _packed(tree: Tree) -> dict[str, np.ndarray]:
-    leaves, _ = jax.tree_util.tree_flatten_with_path({n: part for n, part in tree.items() if n != SKIPPED})
+def arrays_of(tree: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """A tree of arrays as arrays by name."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
     return {jax.tree_util.keystr(path): to_numpy(leaf) for path, leaf in leaves}
+
+
+def values_of(bound: NumPyroBound, arrays: Mapping[str, np.ndarray]) -> Mapping[str, Any]:
+    """The parameters and states of a program whose `arrays_of` these are."""
+    return _filled({**bound.initial, **bound.states}, arrays, bound.dtype, "saved program")
+
+
+def _filled(template: Any, arrays: Mapping[str, np.ndarray], dtype: str, what: str) -> Any:
+    """A tree like the template with these leaves."""
+    check_state(arrays, arrays_of(template), what)
+    leaves, structure = jax.tree_util.tree_flatten_with_path(template)
+    with precision(dtype):
+        held = [_like(leaf, arrays[jax.tree_util.keystr(path)]) for path, leaf in leaves]
+        return jax.tree_util.tree_unflatten(structure, held)
 
 
 def _name(optimizer: Algorithm) -> str:

@@ -11,7 +11,7 @@ import contextlib
 import os
 import shutil
 import warnings
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -27,6 +27,7 @@ from ppl_lvm.backends._pyro_handlers import kept_generators, sealed, seed_genera
 from ppl_lvm.backends.base import (
     MOST_SKIPPED,
     RECORDS,
+    SKIPPED,
     Again,
     Call,
     Descent,
@@ -45,6 +46,7 @@ from ppl_lvm.backends.base import (
 from ppl_lvm.backends.hiding import Hiding
 from ppl_lvm.backends.pyro import PyroBound
 from ppl_lvm.errors import BackendError
+from ppl_lvm.process import TURN
 
 Bound = PyroBound
 Tree = dict[str, Any]
@@ -74,8 +76,11 @@ def to_numpy(x: Any) -> np.ndarray:
     return x.detach().cpu().numpy() if isinstance(x, Tensor) else np.asarray(x)
 
 
-def on(device: str) -> contextlib.AbstractContextManager[Any]:
+@contextlib.contextmanager
+def on(device: str) -> Iterator[None]:
     """What is made inside this block is on a device: "cpu", "gpu", "cuda:0".
+
+    Other threads wait until its end, as torch notes the device for all of them too.
 
     Raises:
         BackendError: there is no such device.
@@ -85,7 +90,8 @@ def on(device: str) -> contextlib.AbstractContextManager[Any]:
     name = "cuda:0" if name == "cuda" else name
     if name not in there:
         raise BackendError(f"device={device!r} was asked for; PyTorch has {', '.join(there)} here.")
-    return torch.device(name)
+    with TURN, torch.device(name):
+        yield
 
 
 def off_device(params: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
@@ -182,7 +188,7 @@ class Trainer:
                 found |= moves
             gradients = [found[n] for u in descent.units.values() for n in u.names]
             total = bound.structure.plate_size or (bound.structure.rows if rows is None else rows)
-            skipped = skipped_in_a_row(given["skipped"], given["numbers"][MOST_SKIPPED], result.loss, norm)
+            skipped = skipped_in_a_row(given[SKIPPED], given["numbers"][MOST_SKIPPED], result.loss, norm)
             states = [torch.where(skipped == 0, result.states[s], old) for s, old in given["states"].items()]
             return [result.loss / total, norm, skipped, *gradients, *states]
 
@@ -275,9 +281,8 @@ class Trainer:
             unit: _OPTIMIZERS[u.optimizer.name]([every[n] for n in u.names])  # type: ignore[attr-defined]
             for unit, u in self._descent.units.items()
         }
-        # Of 32 bits, as fused optimisers take it; no part of a packed state, which is one before a skipped step.
-        skipped = torch.zeros((), dtype=torch.float32)
-        return {"params": params, "own": own, "states": states, "optimizer": optimizers, "skipped": skipped}
+        skipped = torch.zeros((), dtype=torch.float32)  # as fused optimisers take it
+        return {"params": params, "own": own, "states": states, "optimizer": optimizers, SKIPPED: skipped}
 
     def run(
         self,
@@ -314,7 +319,7 @@ class Trainer:
         found, norms, counts = [], [], []
         with sealed(self._bound.dtype), kept_generators(), torch.no_grad():
             for i in range(n):
-                inputs = fixed | {key: tree[key] for key in ("params", "own", "states", "skipped")}
+                inputs = fixed | {key: tree[key] for key in ("params", "own", "states", SKIPPED)}
                 inputs["numbers"] = {name: v[i] for name, v in scalars.items()}
                 if where is not None:
                     inputs["index"] = where[i]
@@ -331,7 +336,7 @@ class Trainer:
                 values, following = [], tree
                 moves = ("model", "guide") if self._descent.model_first else (None,)
                 before = {id(t): t.clone() for t in _moving(tree)} if len(moves) > 1 else {}
-                skipped = tree["skipped"]
+                skipped = tree[SKIPPED]
                 # The optimisers work in place, so a second run is at what the first has moved.
                 for moving in moves:
                     seed_generators(_step_seed(seed, start + i))
@@ -409,7 +414,7 @@ class Trainer:
                     parameter.grad = None if still else gradient
             if not still:
                 optimizer.step()
-        return {**tree, "states": dict(zip(tree["states"], rest, strict=True)), "skipped": skipped}
+        return {**tree, "states": dict(zip(tree["states"], rest, strict=True)), SKIPPED: skipped}
 
     def loss(
         self,
@@ -438,30 +443,37 @@ class Trainer:
     def pack(self, tree: list[Tree], run: int = 0) -> dict[str, np.ndarray]:
         return _packed(tree[run])
 
-    def unpack(self, arrays: Mapping[str, np.ndarray]) -> list[Tree]:
+    def unpack(self, *runs: Mapping[str, np.ndarray]) -> list[Tree]:
+        return [self._unpacked(arrays) for arrays in runs]
+
+    def _unpacked(self, arrays: Mapping[str, np.ndarray]) -> Tree:
         tree = self._initial(self._initials[0])
-        check_state({n: a for n, a in arrays.items() if not n.startswith("optimizer/")}, _packed(tree))
+        every, moments = merged(tree["params"], tree["own"]), dict[str, np.ndarray]()
+        for unit, u in self._descent.units.items():
+            for name in u.names:
+                # An optimiser that works in place would write past the end of moments of another size.
+                moments |= arrays_of(_moments(u.optimizer, f"optimizer/{unit}/{name}", every[name]))
+        needed = _packed(tree) | {n: a for n, a in moments.items() if n in arrays}
+        check_state(arrays, needed)
         device = torch.get_default_device()
-        held = {n: torch.from_numpy(np.array(v)).to(device) for n, v in arrays.items()}
+        # In memory of torch's own: BLAS adds up in another order where NumPy's happens to be aligned otherwise.
+        held = {n: torch.tensor(v, device=device) for n, v in arrays.items()}
         params = {n: held[f"params/{n}"] for n in tree["params"]}
         own = {s: {n: held[f"own/{s}/{n}"] for n in ps} for s, ps in tree["own"].items()}
         states = {s: held[f"states/{s}"] for s in tree["states"]}
         tree = self._with_optimizers(params, own, states)
         for unit, u in self._descent.units.items():
-            optimizer, moments = tree["optimizer"][unit], dict[int, dict[str, Tensor]]()
+            optimizer, found = tree["optimizer"][unit], dict[int, dict[str, Tensor]]()
             for i, name in enumerate(u.names):
-                prefix = f"optimizer/{unit}/{name}/"
-                moments[i] = {n.removeprefix(prefix): v for n, v in held.items() if n.startswith(prefix)}
-            optimizer.load_state_dict(
-                {
-                    "state": {i: state for i, state in moments.items() if state},
-                    "param_groups": optimizer.state_dict()["param_groups"],
-                }
-            )
-        return [tree]
+                prefix = f"optimizer/{unit}/{name}"
+                known = [n for n in _moments(u.optimizer, prefix, every[name]) if n in held]
+                if known:
+                    found[i] = {n.removeprefix(f"{prefix}/"): held[n] for n in known}
+            optimizer.load_state_dict({"state": found, "param_groups": optimizer.state_dict()["param_groups"]})
+        return {**tree, SKIPPED: held[SKIPPED]}
 
     def params_of(self, arrays: Mapping[str, np.ndarray]) -> Mapping[str, Tensor]:
-        return self.unpack(arrays)[0]["params"]
+        return self._unpacked(arrays)["params"]
 
 
 def _clipped(
@@ -492,7 +504,7 @@ def _moving(tree: Tree) -> list[Tensor]:
 def _packed(tree: Tree) -> dict[str, np.ndarray]:
     arrays = {f"params/{n}": p for n, p in tree["params"].items()}
     arrays |= {f"own/{s}/{n}": p for s, ps in tree["own"].items() for n, p in ps.items()}
-    arrays |= {f"states/{s}": v for s, v in tree["states"].items()}
+    arrays |= {f"states/{s}": v for s, v in tree["states"].items()} | {SKIPPED: tree[SKIPPED]}
     known = {id(p): n for n, p in merged(tree["params"], tree["own"]).items()}
     for unit, optimizer in tree["optimizer"].items():
         for parameter, state in optimizer.state.items():
@@ -500,7 +512,26 @@ def _packed(tree: Tree) -> dict[str, np.ndarray]:
                 continue
             prefix = f"optimizer/{unit}/{known[id(parameter)]}"
             arrays |= {f"{prefix}/{n}": v for n, v in state.items() if isinstance(v, Tensor)}
-    return {n: v.detach().cpu().numpy().copy() for n, v in arrays.items()}
+    return arrays_of(arrays)
+
+
+def _moments(optimizer: Any, prefix: str, parameter: Tensor) -> dict[str, Tensor]:
+    """What an optimiser keeps of a parameter once it has moved it."""
+    if optimizer.name not in ("adam", "adamw"):
+        return {}
+    kept = {"step": torch.zeros((), dtype=torch.float32), "exp_avg": parameter, "exp_avg_sq": parameter}
+    return {f"{prefix}/{n}": v for n, v in kept.items()}
+
+
+def arrays_of(values: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
+    """Tensors by name as arrays that nothing else changes."""
+    return {n: v.detach().cpu().numpy().copy() for n, v in values.items()}
+
+
+def values_of(bound: PyroBound, arrays: Mapping[str, np.ndarray]) -> Mapping[str, Tensor]:
+    """The parameters of a program whose `arrays_of` these are."""
+    check_state(arrays, arrays_of(bound.initial), "saved program")
+    return {n: torch.from_numpy(np.array(arrays[n])).to(torch.get_default_device()) for n in bound.initial}
 
 
 def _step_seed(seed: int, step: int) -> int:

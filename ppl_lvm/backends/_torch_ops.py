@@ -135,12 +135,15 @@ def solve_triangular(lower: Tensor, b: Tensor, transposed: bool) -> Tensor:
     return torch.linalg.solve_triangular(lower.mT if transposed else lower, b, upper=transposed)
 
 
-def scan(step: Callable[[Any, Any], tuple[Any, Any]], init: Any, xs: tuple[Tensor, ...]) -> tuple[Any, Any]:
+def scan(
+    step: Callable[[Any, Any], tuple[Any, Any]], init: Any, xs: tuple[Tensor, ...], reverse: bool
+) -> tuple[Any, Any]:
     carry, ys = init, []
-    for t in range(xs[0].shape[0]):
+    steps = range(xs[0].shape[0])
+    for t in reversed(steps) if reverse else steps:
         carry, y = step(carry, tuple(x[t] for x in xs))
         ys.append(y)
-    return carry, tree_map(lambda *parts: torch.stack(parts), *ys)
+    return carry, tree_map(lambda *parts: torch.stack(parts), *(reversed(ys) if reverse else ys))
 
 
 def steps_are_dear(like: Tensor) -> bool:

@@ -6,10 +6,12 @@ backend's are, and `ops` tells them apart.
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import itertools
+import traceback
 from collections import OrderedDict
-from collections.abc import Callable, Container, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
@@ -30,9 +32,10 @@ from ppl_lvm.algorithm import (
 )
 from ppl_lvm.backends.marginal import Group, groups
 from ppl_lvm.draws import Draws, Plate
-from ppl_lvm.errors import BackendError, DataError, LegalityError, ProgramError
+from ppl_lvm.errors import BackendError, DataError, LegalityError, PplLvmError, ProgramError
 from ppl_lvm.latents import Discrete, Latent, PlateOf, Sketch, check_plates
 from ppl_lvm.ops import Array
+from ppl_lvm.process import TURN
 
 if TYPE_CHECKING:
     from ppl_lvm.program import Program
@@ -587,6 +590,25 @@ def as_float(kinds: Mapping[str, str] | None, name: str, kind: str) -> bool:
     return kinds[name] == "f" if name in kinds else kind in "iu"
 
 
+def check_range(name: str, values: np.ndarray, dtype: str | None) -> np.ndarray:
+    """The data, unless they are out of range where they go: floats of `dtype`, or as None says integers of 32 bits.
+
+    Raises:
+        DataError: they would become infinite, or other integers.
+    """
+    wider = values.dtype.kind in "fiu" and values.dtype.itemsize > (4 if dtype is None else np.dtype(dtype).itemsize)
+    if not wider or not values.size or (dtype is None and values.dtype.kind == "f"):
+        return values
+    most = float(np.iinfo(np.int32).max if dtype is None else np.finfo(dtype).max)
+    if max(float(values.max()), -float(values.min())) > most:
+        far = values.flat[int(np.abs(values.astype(np.float64)).argmax())]
+        raise DataError(
+            f"Argument {name!r} holds {far:g}, which is out of the range of {dtype or 'int32'}; rescale the data, or "
+            f"pass dtype='float64'."
+        )
+    return values
+
+
 def given_rows(call: Callable[..., Any], ppl: Any, asked: bool = False) -> Callable[..., Any]:
     """`call`, which gets the row indices if it asks for them: by an argument, or through its namespace `ppl`.
 
@@ -943,21 +965,75 @@ def check_param(name: str, known: Any, offered: Any) -> None:
 
 
 def density(site: Mapping[str, Any], log_prob: Callable[[Any], Any]) -> Any:
-    """`log_prob(site)`, or an error that says so where value and distribution do not fit each other."""
+    """`log_prob(site)`, or an error that says so where value, distribution and plates do not fit each other."""
+    check_fits(site)
     try:
-        return log_prob(site)
+        found = log_prob(site)
     except (RuntimeError, TypeError, ValueError) as error:
-        fn, shape = site["fn"], tuple(site["value"].shape)
-        drawn = (*fn.batch_shape, *fn.event_shape)
-        try:
-            np.broadcast_shapes(shape, drawn)
-        except ValueError:
-            sizes = {f.name: f.size for f in site["cond_indep_stack"]}
+        value = site["value"]
+        raise ProgramError(
+            f"Site {site['name']!r} has no density: {_kind(site['fn'])} at a value of shape {tuple(value.shape)} and "
+            f"dtype {value.dtype} says {said(error)}."
+        ) from error
+    for frame in site["cond_indep_stack"]:
+        size = found.shape[frame.dim] if frame.dim is not None and len(found.shape) >= -frame.dim else 1
+        if size not in (1, frame.size):
             raise ProgramError(
-                f"Site {site['name']!r} has a value of shape {shape}, and its distribution draws {tuple(drawn)} in "
-                f"plates {sizes}; size plates and parameters by the data (len(x))."
-            ) from error
+                f"Site {site['name']!r} has densities of shape {tuple(found.shape)} in plate {frame.name!r}, which is "
+                f"dimension {frame.dim} and has {frame.size} rows; make further axes of a value part of one event "
+                f"(to_event), or give them a plate."
+            )
+    return found
+
+
+def check_fits(site: Mapping[str, Any]) -> None:
+    """Refuses a value of another shape than its distribution's."""
+    fn, shape = site["fn"], tuple(site["value"].shape)
+    drawn = (*fn.batch_shape, *fn.event_shape)
+    try:
+        np.broadcast_shapes(shape, drawn)
+    except ValueError as error:
+        sizes = {f.name: f.size for f in site["cond_indep_stack"]}
+        raise ProgramError(
+            f"Site {site['name']!r} has a value of shape {shape}, and its distribution draws {tuple(drawn)} in plates "
+            f"{sizes}; size plates and parameters by the data (len(x))."
+        ) from error
+
+
+def said(error: BaseException) -> str:
+    """The first line of another library's error, with its kind."""
+    line = next((line.strip() for line in str(error).splitlines() if line.strip()), "nothing")
+    return f"{type(error).__name__}: {line.rstrip('.')}"
+
+
+@contextlib.contextmanager
+def first_run(program: Program, batch: Call) -> Iterator[None]:
+    """The first run of a program on data of some shapes: what it raises then says on what, and where in its code.
+
+    Raises:
+        ProgramError: the program raised what is no error of ours.
+    """
+    try:
+        yield
+    except PplLvmError:
         raise
+    except Exception as error:
+        named = batch.own.named(program.arguments)
+        shapes = ", ".join(f"{n} {a.dtype} {tuple(a.shape)}" for n, a in named.items() if hasattr(a, "shape"))
+        frames = traceback.extract_tb(error.__traceback__)
+        files = {c.__code__.co_filename for c in _functions(program) if hasattr(c, "__code__")}
+        own = [f for f in frames if f.filename in files]
+        where = f" at {own[-1].filename}:{own[-1].lineno}" if own else ""
+        raise ProgramError(
+            f"Program {program.name!r} failed{where} when it was first run, on {shapes or 'no data'}: {said(error)}."
+        ) from error
+
+
+def _functions(program: Program) -> Iterator[Any]:
+    for call in (program.model, program.guide):
+        while isinstance(call, partial):
+            call = call.func
+        yield getattr(call, "__func__", call)
 
 
 CHECK_DATA = "Check units and options such as total_count."
@@ -1121,20 +1197,25 @@ class Steps:
         self._kept: OrderedDict[Hashable, Any] = OrderedDict()
 
     def get(self, key: Hashable, build: Callable[[], Any]) -> Any:
-        if key in self._kept:
-            self._kept.move_to_end(key)
-        else:
-            self._kept[key] = build()
-            while len(self._kept) > self._size:
-                self._kept.popitem(last=False)
-        return self._kept[key]
+        with TURN:
+            if key in self._kept:
+                self._kept.move_to_end(key)
+            else:
+                self._kept[key] = build()
+                while len(self._kept) > self._size:
+                    self._kept.popitem(last=False)
+            return self._kept[key]
 
     def renew(self, key: Hashable, build: Callable[[], Any]) -> Any:
-        self._kept.pop(key, None)
-        return self.get(key, build)
+        with TURN:
+            self._kept.pop(key, None)
+            return self.get(key, build)
 
 
-RECORDS = ("loss", "gradient_norm", "skipped")
+SKIPPED = "skipped"
+"""`skipped_in_a_row`, of a trainer's tree, of its packed state and of its records."""
+
+RECORDS = ("loss", "gradient_norm", SKIPPED)
 """What a step records: the loss per row, the norm of all trained gradients before clipping, and `skipped_in_a_row`."""
 
 MOST_SKIPPED = "loop.most_skipped"
@@ -1224,24 +1305,23 @@ class Trainer(Protocol):
     def pack(self, tree: Any, run: int = 0) -> dict[str, np.ndarray]:
         """All state of one run as arrays that nothing else changes."""
 
-    def unpack(self, arrays: Mapping[str, np.ndarray]) -> Any:
-        """A tree of one run."""
+    def unpack(self, *runs: Mapping[str, np.ndarray]) -> Any:
+        """A tree of these runs, each as `pack` gave it."""
 
     def params_of(self, arrays: Mapping[str, np.ndarray]) -> Mapping[str, Any]:
         """The parameters among what `pack` gave."""
 
 
-def check_state(found: Mapping[str, np.ndarray], needed: Mapping[str, np.ndarray]) -> None:
-    """Refuses a saved state whose arrays are not those of this fit."""
-    wrong = sorted(
-        n
-        for n in {*found, *needed}
-        if n not in found or n not in needed or np.shape(found[n]) != np.shape(needed[n])
-    )
+def check_state(found: Mapping[str, np.ndarray], needed: Mapping[str, np.ndarray], what: str = "state") -> None:
+    """Refuses saved arrays that are not those of this fit."""
+    kinds = [{n: (a.dtype.name, a.shape) for n, a in arrays.items()} for arrays in (found, needed)]
+    wrong = sorted(n for n in {*found, *needed} if kinds[0].get(n) != kinds[1].get(n))
     if wrong:
+        pair = (known.get(wrong[0]) for known in kinds)
+        had, wants = ("not there" if kind is None else f"{kind[0]} of shape {kind[1]}" for kind in pair)
         raise BackendError(
-            f"The state does not fit: missing, unknown or of another shape are {wrong[:5]}; continue with the same "
-            f"program, recipe and backend."
+            f"The {what} does not fit: missing, unknown or of another shape or dtype are {wrong[:5]} ({wrong[0]!r} is "
+            f"{had}, and should be {wants}); continue with the same program, recipe, backend and dtype."
         )
 
 

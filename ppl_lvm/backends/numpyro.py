@@ -65,6 +65,7 @@ from ppl_lvm.backends.base import (
     Steps,
     Structure,
     as_float,
+    check_range,
     check_scale,
     check_sites,
     check_value,
@@ -74,6 +75,7 @@ from ppl_lvm.backends.base import (
     example_kinds,
     features,
     find_data_plate,
+    first_run,
     given_rows,
     inner_axis,
     inner_name,
@@ -139,14 +141,15 @@ class NumPyroBound:
                 batch = self.batch(example.with_rows(size))
             self._model = given_rows(partial(program.model, ppl) if program.portable else program.model, ppl, asked)
             self._guide: Callable[..., Any] = prior_of(self._model)
-            if family is not None:
-                latents = self._latents(batch, key, data_plate)
-                self._guide = given_rows(written(family, ppl, latents, program.arguments), ppl)
-            elif guide is not None and program.portable:
-                self._guide = given_rows(partial(guide, ppl), ppl)
-            elif guide is not None:
-                self._guide = given_rows(self._own(guide), None, asked)
-            self._probe(batch, key, data_plate)
+            with first_run(program, batch):
+                if family is not None:
+                    latents = self._latents(batch, key, data_plate)
+                    self._guide = given_rows(written(family, ppl, latents, program.arguments), ppl)
+                elif guide is not None and program.portable:
+                    self._guide = given_rows(partial(guide, ppl), ppl)
+                elif guide is not None:
+                    self._guide = given_rows(self._own(guide), None, asked)
+                self._probe(batch, key, data_plate)
         self.row_params = row_params(program, ppl, self.initial, self.total)
 
     def on(self, example: Call) -> NumPyroBound:
@@ -163,7 +166,11 @@ class NumPyroBound:
 
         def convert(name: str, a: Any) -> Array:
             a = np.asarray(a) if not isinstance(a, jax.Array) else a
-            return owned(a, self.dtype if as_float(self._kinds, name, a.dtype.kind) else None)
+            dtype = self.dtype if as_float(self._kinds, name, a.dtype.kind) else None
+            # Without 64 bits, JAX cuts longer integers off in silence.
+            if isinstance(a, np.ndarray) and (dtype is not None or self.dtype == "float32"):
+                check_range(name, a, dtype)
+            return owned(a, dtype)
 
         with precision(self.dtype):
             return call.map_named(self.program.arguments, convert)

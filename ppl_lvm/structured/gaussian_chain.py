@@ -56,24 +56,36 @@ class Moments(NamedTuple):
 
 
 class _Forward(NamedTuple):
-    """`q(z_t | potentials up to t)`; batches of covariances as wide as those of the matrices, not of the vectors."""
+    """`q(z_t | potentials up to t)`; batches of roots as wide as those of the matrices, not of the vectors."""
 
     mean: Array
-    cov: Array
     root: Array
-    """`root root' = cov`; no more is said of it."""
+    """`root root'` is the covariance; no more is said of it."""
+
+
+class _InTurn(NamedTuple):
+    """What a pass from step to step finds; of what nobody asks for XLA computes nothing."""
+
+    all: _Forward
+    last: _Forward
+    log_z: Array
+    conditionals: Arrays
+    """E, g and cov, of wide chains."""
 
 
 class _Backward(NamedTuple):
-    """`z_t | z_{t+1} = E z_{t+1} + g + L noise` of all steps but the last; L is lower, and `cov = LL'`."""
+    """`z_t | z_{t+1} = E z_{t+1} + g + L noise` of all steps but the last, with a lower L and `cov = LL'`."""
 
     E: Array
     g: Array
-    L: Array
     cov: Array
     last_g: Array
-    last_L: Array
     last_cov: Array
+
+
+WIDE = 16
+"""States from which on conditionals are found inside the scan, where it takes a call for every step anyway: matrices of
+this size are quicker while they are still at hand, smaller ones are quicker in a stack."""
 
 
 @dataclass(frozen=True)
@@ -177,7 +189,7 @@ class GaussianChain:
     def filter(self) -> Filtered:
         """`q(z_t | potentials up to t)` at every step, and `log Z`."""
         f = self._forward
-        cov = ops.xp(f.cov).broadcast_to(f.cov, (self.steps, *self.batch_shape, self.dim, self.dim))
+        cov = ops.xp(f.root).broadcast_to(f.root @ f.root.mT, (self.steps, *self.batch_shape, self.dim, self.dim))
         return Filtered(f.mean, cov, self._log_z)
 
     @cached_property
@@ -188,12 +200,12 @@ class GaussianChain:
     def _forward(self) -> _Forward:
         if self._in_parallel:
             return ops.remember(self.mean, self._kept, "forward", self._forward_in_parallel)
-        return self._forward_in_turn[0]
+        return self._forward_in_turn.all
 
     @property
     def _log_z(self) -> Array:
         if not self._in_parallel:
-            return self._forward_in_turn[1]
+            return self._forward_in_turn.log_z
 
         def found() -> Array:
             start, levels = self._tree
@@ -202,7 +214,7 @@ class GaussianChain:
         return ops.remember(self.mean, self._kept, "log_z", found)
 
     @property
-    def _forward_in_turn(self) -> tuple[_Forward, Array]:
+    def _forward_in_turn(self) -> _InTurn:
         return ops.remember(self.mean, self._kept, "forward", self._pass_forward)
 
     @property
@@ -245,22 +257,27 @@ class GaussianChain:
             xp = ops.xp(mean)
             after = states(_through, (mean, root), levels, self.steps - 1)
             mean, root = (xp.concat(pair, axis=0) for pair in zip((mean, root), after, strict=True))
-        return _Forward(mean[..., 0], root @ root.mT, root)
+        return _Forward(mean[..., 0], root)
 
-    def _pass_forward(self) -> tuple[_Forward, Array]:
+    def _pass_forward(self) -> _InTurn:
         (mean, W, log_z), rest = self._first_and_rest()
+        wide = self.dim >= WIDE and not ops.steps_are_dear(self.mean)
+        roots = (ops.cholesky(rest[2]),) if wide else ()
 
         def step(carry: Arrays, x: Arrays) -> tuple[Arrays, Arrays]:
             mean, W, total = carry
-            F, b, Q, J, e = x
-            V = F @ W.mT
-            mean, W, gain = _updated(F @ mean + b, ops.cholesky(V @ V.mT + Q), J, e)
-            return (mean, W, total + gain), (mean, W)
+            F, b, Q, J, e, *root = x
+            V, ahead = F @ W.mT, F @ mean + b
+            lower = ops.cholesky(V @ V.mT + Q)
+            back = _back(mean, W.mT, V, ahead, lower, *root) if wide else ()
+            mean, W, gain = _updated(ahead, lower, J, e)
+            return (mean, W, total + gain), (mean, W, *back)
 
-        (_, _, total), (means, Ws) = in_turn(step, (mean[0], W[0], log_z[0]), rest, self.steps - 1)
+        last, (means, Ws, *back) = in_turn(step, (mean[0], W[0], log_z[0]), rest + roots, self.steps - 1)
         xp = ops.xp(mean)
         mean, W = xp.concat([mean, means], axis=0), xp.concat([W, Ws], axis=0)
-        return _Forward(mean[..., 0], W.mT @ W, W.mT), total[..., 0, 0]
+        at_last = _Forward(last[0][None, ..., 0], last[1][None].mT)
+        return _InTurn(_Forward(mean[..., 0], W.mT), at_last, last[2][..., 0, 0], tuple(back))
 
     def times(self, precision: Array, shift: Array) -> GaussianChain:
         """q times more potentials of the same form."""
@@ -293,21 +310,22 @@ class GaussianChain:
         n, xp = self.steps - 1, ops.xp(last[0])
         if n == 0:
             return last
-        backwards = tuple(xp.flip(e, axis=0) for e in elements)
 
         def act(state: Arrays, element: Arrays) -> Arrays:
             return combine((None, *state), element)[1:]
 
         if self._in_parallel:
+            backwards = tuple(xp.flip(e, axis=0) for e in elements)
             found = states(act, last, pairs(combine, backwards, n), n)
+            found = tuple(xp.flip(f, axis=0) for f in found)
         else:
 
             def step(carry: Arrays, x: Arrays) -> tuple[Arrays, Arrays]:
                 after = act(carry, x)
                 return after, after
 
-            _, found = in_turn(step, tuple(x[0] for x in last), backwards, n)
-        return tuple(xp.concat([xp.flip(f, axis=0), x], axis=0) for f, x in zip(found, last, strict=True))
+            _, found = in_turn(step, tuple(x[0] for x in last), elements, n, reverse=True)
+        return tuple(xp.concat(pair, axis=0) for pair in zip(found, last, strict=True))
 
     def sample(self, noise: Array) -> Array:
         """A draw of all steps from standard normal noise `[T, ..., D]`, differentiable in the chain.
@@ -315,16 +333,18 @@ class GaussianChain:
         Batch axes of the noise in front of the chain's are draws.
         """
         draws, b = noise.ndim - 2, self._backward
-        E, g, L = behind_steps(b.E, 2, draws), behind_steps(b.g, 1, draws), behind_steps(b.L, 2, draws)
-        last_g, last_L = behind_steps(b.last_g, 1, draws), behind_steps(b.last_L, 2, draws)
+        E, g = behind_steps(b.E, 2, draws), behind_steps(b.g, 1, draws)
+        L, last_L = (behind_steps(x, 2, draws) for x in self._roots(b))
+        last_g = behind_steps(b.last_g, 1, draws)
         last, rest = times(last_L, noise[-1:]) + last_g, times(L, noise[:-1]) + g
         return self._from_the_last(_then, (last[..., None],), (E, rest[..., None]))[0][..., 0]
 
     def noise_of(self, z: Array) -> Array:
         """The noise `[T, ..., D]` that `sample` makes z from."""
         b, xp, draws = self._backward, ops.xp(z), z.ndim - 2
-        E, g, L = behind_steps(b.E, 2, draws), behind_steps(b.g, 1, draws), behind_steps(b.L, 2, draws)
-        last_g, last_L = behind_steps(b.last_g, 1, draws), behind_steps(b.last_L, 2, draws)
+        E, g = behind_steps(b.E, 2, draws), behind_steps(b.g, 1, draws)
+        L, last_L = (behind_steps(x, 2, draws) for x in self._roots(b))
+        last_g = behind_steps(b.last_g, 1, draws)
         parts = [(L, z[:-1] - times(E, z[1:]) - g), (last_L, z[-1:] - last_g)]
         return xp.concat([ops.solve_triangular(lower, r[..., None])[..., 0] for lower, r in parts], axis=0)
 
@@ -389,18 +409,25 @@ class GaussianChain:
         """The conditionals of q from the last step to the first."""
         return ops.remember(self.mean, self._kept, "backward", self._conditionals)
 
+    def _roots(self, of: _Backward) -> tuple[Array, Array]:
+        """L of the conditionals and of the last step."""
+        return ops.remember(self.mean, self._kept, "roots", lambda: (ops.cholesky(of.cov), ops.cholesky(of.last_cov)))
+
     def _conditionals(self) -> _Backward:
-        f, c = self._forward, self._aligned()
-        before, F, root = f.mean[:-1], c.transition, f.root[:-1]
-        V = F @ root
-        lower = ops.cholesky(V @ V.mT + c.noise)
-        E = ops.solve_triangular(lower, ops.solve_triangular(lower, V @ root.mT), transposed=True).mT
-        # Neither a difference of covariances nor an inverse of `noise`, which may be tiny.
-        rest, own = root - E @ V, E @ ops.cholesky(c.noise)
-        cov = rest @ rest.mT + own @ own.mT
-        g = before - times(E, times(F, before) + c.bias)
-        last = f.cov[-1:]
-        return _Backward(E, g, ops.cholesky(cov), cov, f.mean[-1:], ops.cholesky(last), last)
+        c = self._aligned()
+        found: Arrays = ()
+        if self._in_parallel:
+            f = self._forward
+            last = _Forward(f.mean[-1:], f.root[-1:])
+        else:
+            f, last, _, found = self._forward_in_turn
+        if not found:
+            F, root, mean = c.transition, f.root[:-1], f.mean[:-1, ..., None]
+            V = F @ root
+            lower = ops.cholesky(V @ V.mT + c.noise)
+            found = _back(mean, root, V, F @ mean + c.bias[..., None], lower, ops.cholesky(c.noise))
+        E, g, cov = found
+        return _Backward(E, g[..., 0], cov, last.mean, last.root @ last.root.mT)
 
 
 def steps_in_front(
@@ -481,9 +508,20 @@ def _through(state: Arrays, element: Arrays) -> Arrays:
     return A @ mean + b, ops.cholesky(V @ V.mT + C), *(total + gain + c for total in log_z)
 
 
+def _back(mean: Array, root: Array, V: Array, ahead: Array, lower: Array, noise_root: Array) -> Arrays:
+    """E, g and cov of `z | next = E next + g + noise`, `z ~ N(mean, root root')`, `next ~ N(ahead, lower lower')`.
+
+    V is the root carried over to the next step, `lower lower' = V V' + noise_root noise_root'`.
+    """
+    E = ops.solve_triangular(lower, ops.solve_triangular(lower, V @ root.mT), transposed=True).mT
+    # Neither a difference of covariances nor an inverse of the noise, which may be tiny.
+    rest, own = root - E @ V, E @ noise_root
+    return E, mean - E @ ahead, rest @ rest.mT + own @ own.mT
+
+
 def _then_moments(later: Arrays, earlier: Arrays) -> Arrays:
     E, g, L = earlier
-    return *_then(later[:2], (E, g)), E @ later[2] @ E.mT + L
+    return *_then(later[:2], (E, g)), E @ (later[2] @ E.mT) + L
 
 
 def _then(later: Arrays, earlier: Arrays) -> Arrays:

@@ -225,7 +225,7 @@ class MarkovChain:
                 now = ops.logsumexp(x[0] + after[..., None, :], -1)
                 return now, now
 
-            found = xp.flip(ops.scan(step, last, (xp.flip(leaving, axis=0),))[1], axis=0)
+            found = ops.scan(step, last, (leaving,), reverse=True)[1]
         return xp.concat([found, last[None]], axis=0)
 
     def _log_joint(self, z: Array) -> Array:

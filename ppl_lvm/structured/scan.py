@@ -119,7 +119,9 @@ def states(act: Act, start: Sequence[Array], levels: Sequence[Arrays], n: int) -
     return found
 
 
-def in_turn(step: Callable[[Any, Arrays], tuple[Any, Any]], init: Any, xs: Sequence[Array], n: int) -> tuple[Any, Any]:
+def in_turn(
+    step: Callable[[Any, Arrays], tuple[Any, Any]], init: Any, xs: Sequence[Array], n: int, reverse: bool = False
+) -> tuple[Any, Any]:
     """`ops.scan` over n steps, of arrays of which some have one entry for all."""
     own = [i for i, x in enumerate(xs) if x.shape[0] == n]
 
@@ -129,7 +131,7 @@ def in_turn(step: Callable[[Any, Arrays], tuple[Any, Any]], init: Any, xs: Seque
             given[i] = x
         return step(carry, tuple(given))
 
-    return ops.scan(with_shared, init, tuple(xs[i] for i in own))
+    return ops.scan(with_shared, init, tuple(xs[i] for i in own), reverse)
 
 
 def _every_other(elements: Arrays, first: int, stop: int) -> Arrays:
