@@ -15,7 +15,7 @@ CHECK := build/wheel-check
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-all lint types docs wheel-check clean
+.PHONY: help venv demo test test-all test-oldest lint types docs wheel-check clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' Makefile
@@ -56,6 +56,22 @@ test: lint types  ## lint, types and the fast tests
 
 test-all: lint types  ## the same with the slow tests
 	$(PYTEST)
+
+# What users call, on both backends: recipes, programs, data, fits, evaluations, reports; the rest of the suite looks at
+# what does not depend on versions, or at a newer flax.
+OLDEST := build/oldest
+OLDEST_TESTS := recipe program data fit loop posterior nets parity objectives bad_input to_arviz report cli methods
+
+test-oldest: export OMP_NUM_THREADS := 1
+test-oldest: export JAX_PLATFORMS ?= cpu
+test-oldest: export MPLBACKEND := agg
+test-oldest: venv  ## fast tests of what users call with the lowest versions that pyproject.toml declares (torch as tested)
+	mkdir -p $(OLDEST)
+	$(BIN)/python .ci/oldest.py > $(OLDEST)/constraints.txt
+	test -x $(OLDEST)/venv/bin/python || $(PYTHON) -m venv $(OLDEST)/venv
+	$(OLDEST)/venv/bin/pip install --progress-bar off -c $(OLDEST)/constraints.txt '.[all]' hypothesis pytest pandas
+	$(OLDEST)/venv/bin/pip uninstall -q -y ppl_lvm
+	$(OLDEST)/venv/bin/python -m pytest -q -m 'not slow' $(OLDEST_TESTS:%=tests/test_%.py)
 
 docs: export OMP_NUM_THREADS := 1
 docs: export MKL_NUM_THREADS := 1

@@ -70,12 +70,11 @@ def resolve(kind: Kind, asked: str, folder: Path | None, asker: str) -> type[Alg
             f"names is imported or run; give the recipe itself, as in load(path, recipe=...)."
         )
     elif lookup.is_path(source, ".py"):
+        if not source.endswith(".py"):
+            raise RecipeError(f"{asker} asks for the {kind} {asked!r}; a file of Python ends in .py.")
         module = lookup.load(folder / source, RecipeError)
     else:
-        try:
-            module = importlib.import_module(source)
-        except ImportError as cause:
-            raise RecipeError(f"{asker} asks for the {kind} {asked!r}, but: {cause}.") from cause
+        module = lookup.imported(source, RecipeError, f"{asker} asks for the {kind} {asked!r}")
     return _class_in(module, kind, name, asker)
 
 

@@ -68,7 +68,7 @@ class Progress:
         cls, step: int, tree: Any, watch: Watch, said: Mapping[str, list[str]], seconds: float, batches: Batches | None
     ) -> Progress:
         """Where a loop is."""
-        states = [watch.state(step, tree, r) for r in range(len(watch.runs))]
+        states = [watch.state(tree, step, r) for r in range(len(watch.runs))]
         seen = None if batches is None else batches.seen
         return cls(states, [run.pack() for run in watch.runs], said, watch.stopped, seconds, seen)
 

@@ -32,7 +32,7 @@ def pad(sequences: Iterable[Any]) -> tuple[np.ndarray, np.ndarray]:
         >>> values.tolist(), mask.tolist()
         ([[1.0, 2.0], [3.0, 0.0]], [[True, True], [True, False]])
     """
-    arrays = [_numpy(s) for s in sequences]
+    arrays = [_numpy(s, f"sequence {i}") for i, s in enumerate(sequences)]
     if not arrays:
         raise DataError("There are no sequences to pad; pass at least one array [T, ...].")
     for i, a in enumerate(arrays):
@@ -67,7 +67,8 @@ def read(data: object, program: Program, missing: Missing = None, notes: list[st
     if missing not in (None, "mask"):
         raise DataError(f"missing={missing!r} was asked for; it is None (refuse NaN) or 'mask' (leave it out).")
     wanted = _Arguments.of(program)
-    columns = _cells(wanted.call(data, notes), missing)
+    given = wanted.call(data, notes)
+    columns = _cells(given, missing)
     named = {name or f"number {i}": c for (name, i), c in columns.items()}
     lengths = {n: len(c.values) for n, c in named.items()}
     if len({*lengths.values()}) > 1:
@@ -77,11 +78,11 @@ def read(data: object, program: Program, missing: Missing = None, notes: list[st
         raise DataError(f"The data have no rows: their first axis, the rows, is empty in shapes {shapes}.")
     masks: dict[str, np.ndarray] = {f"{n}{KNOWN}": c.known for n, c in named.items() if c.known is not None}
     derived = wanted.derived(named)
-    in_order = not derived or all(name is None for name, _ in columns)
-    args = [c.values for (_, i), c in columns.items() if i is not None and in_order]
-    kwargs = {n: c.values for (n, i), c in columns.items() if n is not None and not (i is not None and in_order)}
-    nothing = {n: None for n in wanted.nothing(data)}
-    return Call(tuple(args), {**kwargs, **nothing, **derived, **masks})
+    in_order = not derived or all(name is None for name, _ in given)
+    every = {key: columns[key].values if key in columns else None for key in given}  # None stays in its place
+    args = [a for (_, i), a in every.items() if i is not None and in_order]
+    kwargs = {n: a for (n, i), a in every.items() if n is not None and not (i is not None and in_order)}
+    return Call(tuple(args), {**kwargs, **derived, **masks})
 
 
 def of_sequences(data: object) -> bool:
@@ -154,7 +155,7 @@ def _column(given: object, name: str, missing: Missing) -> _Column:
     if sequences is not None:
         values, steps = pad(sequences)
     else:
-        values = _numpy(given)
+        values = _numpy(given, name)
     if values.dtype.kind not in NUMBERS:
         raise DataError(
             f"Argument {name!r} has dtype {values.dtype}; data must be numbers. Encode categories as integers, and "
@@ -162,6 +163,7 @@ def _column(given: object, name: str, missing: Missing) -> _Column:
         )
     if values.ndim == 0:
         raise DataError(f"Argument {name!r} is the number {values}; its first axis must be rows, as in [{values}].")
+    values = _usual(values, name)
     known = None
     if steps is not None:
         known = np.broadcast_to(steps.reshape(steps.shape + (1,) * (values.ndim - 2)), values.shape)
@@ -189,13 +191,43 @@ def _column(given: object, name: str, missing: Missing) -> _Column:
     return _Column(values, None if known is None else np.array(known), steps)
 
 
-def _numpy(a: Any) -> np.ndarray:
-    """An array of NumPy's from one of torch or JAX, a column of a frame, or numbers in lists."""
-    if hasattr(a, "detach"):
-        a = a.detach().cpu()
-    if not hasattr(a, "dtype") or not hasattr(a, "shape") or hasattr(a, "to_numpy"):
-        a = _of_column(a)
-    return np.asarray(a.filled(0) if isinstance(a, np.ma.MaskedArray) else a)
+def _numpy(a: Any, name: str) -> np.ndarray:
+    """An array of NumPy's from one of torch or JAX, a column of a frame, or numbers in lists.
+
+    Raises:
+        DataError: NumPy cannot hold it.
+    """
+    given = type(a).__name__
+    try:
+        if hasattr(a, "detach"):
+            a = a.detach().cpu()
+            if a.is_floating_point() and a.element_size() < 4:  # some of these NumPy does not have
+                a = a.float()
+        if not hasattr(a, "dtype") or not hasattr(a, "shape") or hasattr(a, "to_numpy"):
+            a = _of_column(a)
+        return np.asarray(a.filled(0) if isinstance(a, np.ma.MaskedArray) else a)
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        said = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise DataError(
+            f"Argument {name!r} is a {given} that makes no array of numbers ({said}); pass a dense array, rows first."
+        ) from error
+
+
+def _usual(values: np.ndarray, name: str) -> np.ndarray:
+    """The same numbers in a dtype that both libraries have: of this machine's byte order, no longer than 64 bits."""
+    kind, size = values.dtype.kind, values.dtype.itemsize
+    if kind == "f" and size > 8:
+        with np.errstate(over="ignore"):  # what is infinite then is refused as such
+            return values.astype(np.float64)
+    if kind == "f" and size < 4:
+        return values.astype(np.float32)
+    if kind == "u" and size > 1:
+        if values.size and values.max() > np.iinfo(np.int64).max:
+            raise DataError(
+                f"Argument {name!r} holds {values.max()}, which is no 64-bit integer with a sign; pass it as floats."
+            )
+        return values.astype(np.int64)
+    return values.astype(values.dtype.newbyteorder("="), copy=False)
 
 
 def _of_column(a: Any) -> Any:
@@ -213,7 +245,7 @@ def _of_column(a: Any) -> Any:
 
 def _sequences(given: object, name: str) -> list[np.ndarray] | None:
     """The sequences in a list of arrays, or in an array of arrays; None where it is something else."""
-    listed = isinstance(given, list) or (isinstance(given, np.ndarray) and given.dtype == object)
+    listed = isinstance(given, list) or (isinstance(given, np.ndarray) and given.dtype == object and given.ndim > 0)
     if not listed or not len(given):  # type: ignore[arg-type]
         return None
     if any(isinstance(a, str | bytes | Mapping | tuple) or a is None for a in given):  # type: ignore[attr-defined]
@@ -221,7 +253,7 @@ def _sequences(given: object, name: str) -> list[np.ndarray] | None:
             f"Argument {name!r} is a list of {type(given[0]).__name__}s; a list holds one array [T, ...] for each "  # type: ignore[index]
             f"sequence. Batches come from an object that is gone through again at every epoch, such as a DataLoader."
         )
-    arrays = [_numpy(a) for a in given]  # type: ignore[attr-defined]
+    arrays = [_numpy(a, f"{name}[{i}]") for i, a in enumerate(given)]  # type: ignore[arg-type,var-annotated]
     return arrays if all(a.ndim for a in arrays) else None
 
 
@@ -238,6 +270,8 @@ class _Arguments:
     """Nothing but these names is taken."""
     indexed: bool = False
     """The engine gives the row indices."""
+    native: bool = False
+    """Its own code says what None means."""
 
     @classmethod
     def of(cls, program: Program) -> _Arguments:
@@ -259,6 +293,7 @@ class _Arguments:
             frozenset(p.name for p in [*positional, *named] if p.default is p.empty),
             not any(p.kind in (kinds.VAR_KEYWORD, kinds.VAR_POSITIONAL) for p in parameters),
             program.takes_rows,
+            not program.portable,
         )
 
     @property
@@ -281,7 +316,7 @@ class _Arguments:
         elif not isinstance(data, Mapping | tuple) and isinstance(getattr(data, "name", None), str):
             data = self._of_series(data)
         if isinstance(data, Mapping):
-            self._check_names([str(n) for n in data])
+            self._check_names([str(n) for n in data], [str(n) for n, a in data.items() if a is None])
             return {(str(n), None): a for n, a in data.items()}
         values = data if isinstance(data, tuple) else (data,)
         given = self.data if len(values) <= len(self.data) else list(self.names[: self.positional])
@@ -292,25 +327,30 @@ class _Arguments:
             )
         names = [*given, *[None] * len(values)]
         if self.closed:
-            self._check_names([n for n in names[: len(values)] if n is not None])
+            given_ = {n: a for n, a in zip(names, values, strict=False) if n is not None}
+            self._check_names(list(given_), [n for n, a in given_.items() if a is None])
         return {(names[i], i): a for i, a in enumerate(values)}
 
-    def _check_names(self, given: Sequence[str]) -> None:
+    def _check_names(self, given: Sequence[str], nothing: Sequence[str] = ()) -> None:
+        """Refuses names that there are not, and the lack of others; `nothing` are those that were given as None."""
         for name in given:
             if self.closed and name not in self.names:
                 raise DataError(
                     f"Program {self.program!r} has no argument {name!r}. {lookup.valid(name, self.names, 'Arguments')}"
                 )
-        lacking = [n for n in self.data if n in self.required and n not in given]
+        there = [n for n in given if self.native or n not in nothing]
+        lacking = [n for n in self.data if n in self.required and n not in there]
         if lacking:
             raise DataError(
                 f"Program {self.program!r} needs data for {', '.join(map(repr, lacking))}; given were "
-                f"{', '.join(map(repr, given)) or 'none'}."
+                f"{', '.join(map(repr, there)) or 'none'}."
             )
 
     def _of_frame(self, frame: Any, notes: list[str] | None) -> object:
         names = [str(c) for c in getattr(frame, "column_names", None) or frame.columns]
         columns = dict(zip(names, getattr(frame, "column_names", None) or frame.columns, strict=True))
+        if not names:
+            raise DataError("The frame has no columns; pass one with a column for each variable.")
         needed = [n for n in self.data if n in self.required]
         found = [n for n in names if n in self.names]
         if not found and len(needed or self.data) == 1:
@@ -341,10 +381,6 @@ class _Arguments:
             f"The series {series.name!r} is no argument of program {self.program!r}. "
             f"{lookup.valid(series.name, self.names, 'Arguments')}"
         )
-
-    def nothing(self, data: object) -> list[str]:
-        """Arguments that were given as None."""
-        return [str(n) for n, a in data.items() if a is None] if isinstance(data, Mapping) else []
 
     def derived(self, given: Mapping[str, _Column]) -> dict[str, np.ndarray]:
         """`x_mask`, and `x_lengths` or `lengths`, where the program takes them and they were not given."""

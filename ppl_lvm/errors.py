@@ -49,3 +49,22 @@ class Interrupted(KeyboardInterrupt):
     def of(self, fit: Any) -> Interrupted:
         """The same of another fit."""
         return Interrupted(self.where, self.onwards, fit)
+
+
+class NonFiniteError(PplLvmError):
+    """A loss or a gradient is not finite, and the fit cannot go on as it was asked to.
+
+    Attributes:
+        step: the first step where it is not.
+        state: all of the run before that step, what `fit(state=)` goes on from.
+        cause: what the step shows when it is run again: `guilty` (site, density, rows, parameters of its distribution),
+            `gradients` (parameters whose gradient is not finite) and `rows`.
+    """
+
+    def __init__(self, message: str, *, step: int, state: Any, cause: Any) -> None:
+        super().__init__(message)
+        self.step, self.state, self.cause = step, state, cause
+
+
+class TooLargeError(PplLvmError):
+    """What was asked for does not fit in memory."""

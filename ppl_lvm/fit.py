@@ -11,15 +11,16 @@ from typing import Any
 
 import numpy as np
 
-from ppl_lvm import backends, interrupts, legality, progress
+from ppl_lvm import backends, interrupts, legality, memory, progress
 from ppl_lvm.algorithm import GuideFamily, Schedule, Turn
 from ppl_lvm.arguments import check_kinds, check_loop
-from ppl_lvm.backends.base import Call, numbers_of, parameter_groups
+from ppl_lvm.backends.base import MOST_SKIPPED, Call, numbers_of, parameter_groups
 from ppl_lvm.backends.hiding import Hiding
 from ppl_lvm.checkpoint import Checkpoint, Progress, describe
 from ppl_lvm.data import Batches, Missing, check_missing, check_observed, is_batches, observe, read
-from ppl_lvm.errors import DataError, Interrupted, LegalityError, PplLvmError, ProgramError, RecipeError
+from ppl_lvm.errors import DataError, Interrupted, LegalityError, ProgramError, RecipeError
 from ppl_lvm.monitor import EarlyStopping, Moment, Run, Watch, restart_seeds, run_seed, without_early_stopping
+from ppl_lvm.nonfinite import Inquiry
 from ppl_lvm.pace import FEWEST, Order, Pace, most_steps
 from ppl_lvm.parameters import descent, starting_values
 from ppl_lvm.posterior import Fit, State
@@ -111,7 +112,7 @@ def fit(
 
     Raises:
         RecipeError, ProgramError, DataError, LegalityError, BackendError: before training starts.
-        PplLvmError: the loss is not finite; says at which step and at which sites.
+        NonFiniteError: a loss or a gradient is not finite; says at which step, sites and rows; has the state before.
         StorageError: the checkpoint is of another fit, or cannot be read or written.
         Interrupted: Ctrl-C (a KeyboardInterrupt); `error.fit` is the fit so far. A second Ctrl-C ends it at once.
 
@@ -123,7 +124,8 @@ def fit(
         (20,)
     """
     started = time.perf_counter()
-    check_kinds(seed, device, observed, state, start, callbacks)
+    words = {"dtype": dtype, "compile": compile, "data_plate": data_plate, "missing": missing}
+    check_kinds(seed, device, observed, state, start, callbacks, validation, backend, progress_bar, **words)
     seed = int(seed)  # one of NumPy's cannot be written down
     if isinstance(guide, str | GuideFamily):
         guide, overrides = None, {"guide": guide, **overrides}
@@ -212,8 +214,10 @@ def fit(
     tree, step = _start(trainer, states, name, seed, how.steps)
     messages += _about_restarts(how, trainer, tree, seeds, state)
 
+    numbers = {**numbers_of(how.objective, plan, moved.optimizers, moved.turns), MOST_SKIPPED: how.skips}
+    first = {k: float(_values(v, 0, 1)[0]) for k, v in numbers.items()}
+    messages += memory.foretold(library, trainer, tree, bound.batch(example), first, plan)
     held = bound.batch(training)
-    numbers = numbers_of(how.objective, plan, moved.optimizers, moved.turns)
     looked = None if held_out is None else HeldOut(library, chosen, held_out, bound, rows, seed)
     hard = None
     if plan.relaxed:
@@ -240,6 +244,7 @@ def fit(
     def now() -> Progress:
         return Progress.of(step, tree, watch, said, seconds(), batches)
 
+    inquiry = Inquiry(trainer, bound, library.to_numpy, numbers, batches is not None)
     orders = list[Order]()
     if batched and rows is not None and how.batch_size is not None:
         orders = [Order(rows, how.batch_size, s) for s in seeds]
@@ -258,12 +263,11 @@ def fit(
             elif batched:
                 index = np.stack([np.resize(o.batches(step, n), (room, o.size)) for o in orders])
             values = {k: np.resize(_values(v, step, n), room) for k, v in numbers.items()}
-            tree, chunk = trainer.run(tree, held, index, values, step, n)
+            with memory.of_step(library, plan, bound.structure.rows):
+                tree, chunk = trainer.run(tree, held, index, values, step, n)
             watch.add({k: library.to_numpy(v).astype(np.float64) for k, v in chunk.items()}, step)
-            if watch.lost is not None:
-                r = watch.lost
-                batch = None if index is None else index[r]
-                _stop(watch.runs[r], step, bound, trainer.params(tree, r), plan, held, batch, library.key_of(seeds[r]))
+            if watch.wrong:
+                inquiry.report(watch, tree, step, n, held, index, partial(watch.state, tree))
             step += n
             pace.took(n)
             if step % how.check_every == 0:
@@ -613,7 +617,7 @@ def _about_restarts(how: Recipe, trainer: Any, tree: Any, seeds: Sequence[int], 
 
 def _runs(how: Recipe, held_out: Call | None, seeds: Sequence[int], states: Sequence[State] | None) -> list[Run]:
     if how.patience is None:
-        return [Run(None) for _ in seeds]
+        return [Run(None, most_skipped=how.skips) for _ in seeds]
     if held_out is None:
         raise RecipeError(
             f"Recipe {how.name!r} has patience = {how.patience}, which goes by validation; pass validation=0.1 or data."
@@ -621,7 +625,7 @@ def _runs(how: Recipe, held_out: Call | None, seeds: Sequence[int], states: Sequ
     early = [EarlyStopping(how.patience, how.min_delta) for _ in seeds]
     for stopping, state in zip(early, states or [], strict=False):
         stopping.unpack(state.arrays)
-    return [Run(stopping) for stopping in early]
+    return [Run(stopping, most_skipped=how.skips) for stopping in early]
 
 
 def _constrained(library: Any, bound: Any, params: Mapping[str, Any]) -> dict[str, Any]:
@@ -645,31 +649,3 @@ def _values(number: float | Schedule | Turn, first: int, steps: int) -> np.ndarr
         return np.full(steps, number, dtype=np.float64)
     return np.array([number.at(step) for step in range(first, first + steps)], dtype=np.float64)
 
-
-def _stop(
-    run: Run,
-    first: int,
-    bound: Any,
-    params: Mapping[str, Any],
-    plan: Any,
-    held: Call,
-    index: np.ndarray | None,
-    key: Any,
-) -> None:
-    """Raises with the step of the first non-finite loss and the sites that are not finite there or later."""
-    assert run.diverged is not None
-    i = run.diverged - first
-    loss = run.records["loss"][-1][i]
-    batch = held if index is None else held.map(lambda a: a[index[i]])
-    table = bound.evaluate(params, batch, key, plan)
-    guilty = [
-        f"{name} ({label})"
-        for name, row in table.items()
-        for label in ("log_p", "log_q")
-        if row[label] is not None and not np.isfinite(np.asarray(row[label])).all()
-    ]
-    raise PplLvmError(
-        f"The loss at step {run.diverged} is {loss}. Densities that are not finite at the parameters it left behind: "
-        f"{guilty or 'none'}. Lower the learning rate, or bound the scales of these sites; a covariance that is "
-        f"singular gives NaN, a small multiple of the identity added to it does not."
-    )

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
-from ppl_lvm import backends, lookup
+from ppl_lvm import backends, lookup, memory
 from ppl_lvm.backends.base import KNOWN, ROWS, Call, Plan, nested
 from ppl_lvm.backends.forward import Anatomy, Forward
-from ppl_lvm.errors import DataError, ProgramError
+from ppl_lvm.errors import DataError, ProgramError, TooLargeError
 from ppl_lvm.program import Program
 
 ENTRIES = 2**24
@@ -21,6 +21,16 @@ ENTRIES = 2**24
 
 CHUNK = 2**20
 """The same for log weights."""
+
+MOST_BYTES = 256
+"""Bytes that a number of a row takes at most, with all that is computed from it, in programs that need no measuring."""
+
+MOST_SHAPES = 16
+"""Shapes of data that a fit keeps the program bound to, the last ones."""
+
+HALVED = "; their noise is another one than where they fit"
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -54,6 +64,9 @@ class Fitted:
     """The arguments of the fit without their rows: shapes `[0, ...]` and dtypes."""
     marginal: Mapping[str, int] = field(default_factory=dict)
     """Auxiliary sites that the objective summed out of the guide's density, and so does every density of the fit."""
+    notes: list[str] = field(default_factory=list, repr=False)
+    """Gets a line about what had to be cut as memory ran out."""
+    _weight: float | None = field(default=None, repr=False)
     _bounds: dict[Any, Any] = field(default_factory=dict, repr=False)
     _anatomy: list[Anatomy] = field(default_factory=list, repr=False)
 
@@ -145,8 +158,14 @@ class Fitted:
         part = slice(block.first, block.first + block.rows)
         return {n: v[part] if self.structure.sites[n].local else v for n, v in values.items()}
 
-    def blocks(self, call: Call, draws: int = 16, whole: bool = False) -> Iterator[Block]:
-        """Blocks of rows small enough for that many draws of each at once, with a bound for the block's shape."""
+    def blocks(
+        self, call: Call, work: Callable[[Block], T], draws: int = 16, whole: bool = False, before: int = 0
+    ) -> Iterator[T]:
+        """`work(block)` for blocks of rows small enough for that many draws of each at once.
+
+        A block of which one draw does not fit in memory is halved, and the work on it begun anew. `before` is how many
+        blocks of other rows there were, from whose noise theirs is set apart.
+        """
         if self.structure.plate_size is not None:
             raise ProgramError(
                 f"The program subsamples plate {self.structure.data_plate!r} itself, so rows cannot be asked "
@@ -154,14 +173,24 @@ class Fitted:
             )
         if self.structure.data_plate is None or not call.leaves or whole or self.globals_look_at_rows:
             bound = self.bound_for(call)
-            yield Block(0, 0, call, bound, bound.batch(call))
+            yield work(Block(before, 0, call, bound, bound.batch(call)))
             return
-        rows = len(call.leaves[0])
+        rows, number, first = len(call.leaves[0]), before, 0
         size = max(1, min(rows, ENTRIES // (draws * self.width(call))))
-        for number, first in enumerate(range(0, rows, size)):
+        while first < rows:
             part = call.map(operator.itemgetter(slice(first, first + size)))
             bound = self.bound_for(part)
-            yield Block(number, first, part, bound, bound.batch(part))
+            block = Block(number, first, part, bound, bound.batch(part))
+            try:
+                found = work(block)
+            except TooLargeError:
+                if block.rows == 1:
+                    raise
+                size = math.ceil(block.rows / 2)
+                self._say(f"memory: a draw of {block.rows:,} rows at once did not fit, and went on with {size:,}")
+                continue
+            yield found
+            number, first = number + 1, first + block.rows
 
     @property
     def globals_look_at_rows(self) -> bool:
@@ -176,22 +205,93 @@ class Fitted:
         key = _shape(call)
         if key not in self._bounds:
             self._bounds[key] = self.bound.on(call)
+            while len(self._bounds) > MOST_SHAPES:
+                del self._bounds[next(iter(self._bounds))]
         return self._bounds[key]
 
     # Draws.
 
     def chunks(
-        self, draws: int, block: Block, seed: int, entries: int, particles: int = 1, apart: tuple[int, ...] = ()
-    ) -> Iterator[Chunk]:
-        """Chunks of draws; they are equal, as every size would be compiled anew: the last one has too many.
+        self,
+        draws: int,
+        block: Block,
+        seed: int,
+        entries: int,
+        work: Callable[[Chunk], T],
+        particles: int = 1,
+        apart: tuple[int, ...] = (),
+    ) -> Iterator[tuple[Chunk, T]]:
+        """Chunks of draws, each with `work(chunk)`, which gives arrays of numpy.
 
+        They are equal, as every size would be compiled anew: the last one has too many. They are as large as the limit
+        of memory lets them be by what shapes tell; where memory runs out all the same, they are halved and go on.
         `apart` sets the noise apart from that of other runs on the same block.
+
+        Raises:
+            TooLargeError: one draw does not fit.
         """
-        check_draws(draws)
         most = max(1, entries // (block.rows * self.width(block.call) * particles))
-        size = math.ceil(draws / math.ceil(draws / most))
-        for i, first in enumerate(range(0, draws, size)):
-            yield Chunk(first, size, min(size, draws - first), self.key(seed, block.number, i, *apart))
+        most = min(most, self._fitting(block, min(most, draws) * particles) // particles)
+        size = math.ceil(draws / math.ceil(draws / max(1, most)))
+        library, first, i = backends.load(self.backend), 0, 0
+        while first < draws:
+            chunk = Chunk(first, size, min(size, draws - first), self.key(seed, block.number, i, *apart))
+            try:
+                found = work(chunk)
+            except Exception as error:
+                if not library.out_of_memory(error):
+                    raise
+                of = f"{size * particles:,} draws of {block.rows:,} rows at once"
+                if size == 1:
+                    raise TooLargeError(f"{of} do not fit in memory ({memory.first_line(error)}).") from error
+                size = math.ceil(size / 2)
+                self._say(f"memory: {of} did not fit, and went on with {size * particles:,}")
+                continue
+            yield chunk, found
+            first, i = first + size, i + 1
+
+    def check_room(self, draws: int, rows: int, names: Iterable[str], way: str = "") -> None:
+        """Refuses a result `[draws, rows, ...]` of these sites that the machine has no memory for.
+
+        Raises:
+            TooLargeError: it is larger than all memory there is, beside what else is held.
+        """
+        anatomy, sites = self.anatomy, self.structure.sites
+        of_rows = sum(
+            math.prod(anatomy.shapes[n]) * np.dtype(anatomy.dtypes[n]).itemsize for n in names if sites[n].local
+        )
+        size, there = draws * rows * of_rows, memory.machine()
+        if size > there:
+            most = there // max(1, 2 * rows * of_rows)
+            fewer = f"{most:,} draws would fit" if most else "not one draw of all rows would fit, so ask for fewer rows"
+            raise TooLargeError(
+                f"{draws:,} draws of {rows:,} rows are {memory.said(size)} of values, and there are "
+                f"{memory.said(there)} of memory; {fewer}{way}."
+            )
+
+    def _say(self, message: str) -> None:
+        """One message about what was halved: the last one."""
+        self.notes[:] = [n for n in self.notes if not n.startswith("memory: ")] + [message + HALVED]
+
+    def _fitting(self, block: Block, draws: int) -> int:
+        """How many draws of a block fit in the limit of memory, of those that are wanted."""
+        limit = memory.limit(backends.load(self.backend).device_memory())
+        numbers = draws * block.rows * self.width(block.call)
+        if numbers * MOST_BYTES <= limit:
+            return draws
+        return int(min(draws, limit // max(1.0, self.weight * block.rows)))
+
+    @property
+    def weight(self) -> float:
+        """Bytes that a draw of a row takes while it is evaluated; found once, at the fit's own number of rows."""
+        if self._weight is None:
+            rows = max(1, self.structure.rows)
+            call = self.blank(rows)
+            bound, guess = self.bound_for(call), 8.0 * self.width(call)
+            held = bound.batch(call)
+            two, four = (bound.peak(self.trained, held, self.plan(bound, draws)) for draws in (2, 4))
+            self._weight = guess if two is None or four is None else max(guess, (four - two) / 2 / rows)
+        return self._weight
 
     def plan(self, bound: Any, draws: int) -> Plan:
         """Draws in the inner axis, or in the outer one where every draw has its own globals."""
@@ -215,17 +315,19 @@ class Fitted:
 
     def global_draws(self, call: Call, draws: int, seed: int) -> dict[str, np.ndarray]:
         """`[draws, ...]` of every global latent from the guide; they are the same for all rows."""
-        check_draws(draws)
         names = self.globals
         if not names:
             return {}
-        block = next(self.blocks(call))
-        found = []
-        # Torch's noise is one stream: with the same key, rows' latents would be drawn from the noise of the globals.
-        for chunk in self.chunks(draws, block, seed, ENTRIES, apart=(1,)):
-            table = block.bound.evaluate(self.trained, block.held, chunk.key, self.plan(block.bound, chunk.size))
-            found.append({n: self.numpy(table[n]["value"])[: chunk.wanted] for n in names})
-        return joined(found, 0)
+
+        def of_block(block: Block) -> dict[str, np.ndarray]:
+            def work(chunk: Chunk) -> dict[str, np.ndarray]:
+                table = block.bound.evaluate(self.trained, block.held, chunk.key, self.plan(block.bound, chunk.size))
+                return {n: self.numpy(table[n]["value"])[: chunk.wanted] for n in names}
+
+            # Torch's noise is one stream: with the same key, rows' latents would be drawn from that of the globals.
+            return joined([found for _, found in self.chunks(draws, block, seed, ENTRIES, work, apart=(1,))], 0)
+
+        return next(self.blocks(call, of_block))
 
     def simulate(
         self,
@@ -338,11 +440,6 @@ class Chunk:
 
 def _shape(call: Call) -> tuple[Any, ...]:
     return tuple((np.shape(a), np.asarray(a).dtype.str) for a in call.leaves)
-
-
-def check_draws(draws: int) -> None:
-    if draws < 1:
-        raise DataError(f"draws = {draws}; ask for one or more.")
 
 
 def joined(parts: list[dict[str, np.ndarray]], axis: int) -> dict[str, np.ndarray]:

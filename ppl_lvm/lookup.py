@@ -1,6 +1,7 @@
 """Finding things by name: files by globbing, Python files as modules, near misses among valid names."""
 
 import hashlib
+import importlib
 import sys
 import traceback
 from collections.abc import Iterable
@@ -9,6 +10,7 @@ from pathlib import Path
 from types import ModuleType
 
 from ppl_lvm.errors import PplLvmError
+from ppl_lvm.process import TURN
 
 PACKAGE = Path(__file__).resolve().parent
 PREFIX = "_ppl_lvm_file_"
@@ -44,6 +46,14 @@ def is_path(asked: str, suffix: str) -> bool:
     return asked.endswith(suffix) or "/" in asked or "\\" in asked
 
 
+def is_file(path: Path) -> bool:
+    """Whether there is such a file; not where no file could be called so (too long, zeros, halves of characters)."""
+    try:
+        return path.is_file()
+    except (OSError, ValueError):
+        return False
+
+
 def valid(asked: str, names: Iterable[str], what: str) -> str:
     """The end of an error message about an unknown name: the likely one, and all valid ones."""
     names = sorted(names)
@@ -66,28 +76,47 @@ def load(path: Path, error: type[PplLvmError]) -> ModuleType:
     Raises:
         error: the file cannot be read, or raised while it was executed; the message names file and line.
     """
-    path = path.resolve()
     try:
+        path = path.resolve()
         source = path.read_bytes()
-    except OSError as cause:
-        raise error(f"Cannot read {path}: {cause.strerror or cause}.") from cause
+    except (OSError, ValueError) as cause:  # what no file could be called is a ValueError
+        raise error(f"Cannot read {str(path)!r}: {getattr(cause, 'strerror', None) or cause}.") from cause
     name = f"{PREFIX}{path.stem}_{digest(str(path).encode() + source)}"
-    if name in sys.modules:
-        return sys.modules[name]
-    module = ModuleType(name)
-    module.__file__ = str(path)
-    module.__dict__[SOURCE_HASH] = digest(source)
-    sys.modules[name] = module  # classes with annotations look their module up there
+    with TURN:  # a module that another thread has begun to execute is half of one
+        if name in sys.modules:
+            return sys.modules[name]
+        module = ModuleType(name)
+        module.__file__ = str(path)
+        module.__dict__[SOURCE_HASH] = digest(source)
+        sys.modules[name] = module  # classes with annotations look their module up there
+        try:
+            exec(compile(source, str(path), "exec"), module.__dict__)
+        except BaseException as cause:
+            del sys.modules[name]
+            if isinstance(cause, Exception | SystemExit):
+                raise error(f"{path}{_line(path, cause)} raised {type(cause).__name__}: {cause}") from cause
+            raise
+        return module
+
+
+def imported(name: str, error: type[PplLvmError], asker: str) -> ModuleType:
+    """The module of this dotted name, imported.
+
+    Raises:
+        error: there is none, or it raised while it was executed; `asker` says in the message who asked.
+    """
+    if not all(part.isidentifier() for part in name.split(".")):
+        raise error(f"{asker}, but {name!r} is no name of a module; a file is given as path/to/file.py.")
     try:
-        exec(compile(source, str(path), "exec"), module.__dict__)
-    except Exception as cause:
-        del sys.modules[name]
-        raise error(f"{path}{_line(path, cause)} raised {type(cause).__name__}: {cause}") from cause
-    return module
+        return importlib.import_module(name)
+    except ImportError as cause:
+        raise error(f"{asker}, but: {cause}.") from cause
+    except (Exception, SystemExit) as cause:
+        raise error(f"{asker}, but module {name} raised {type(cause).__name__}: {cause}") from cause
 
 
-def _line(path: Path, cause: Exception) -> str:
-    if isinstance(cause, SyntaxError):
+def _line(path: Path, cause: BaseException) -> str:
+    if isinstance(cause, SyntaxError) and cause.lineno is not None:
         return f", line {cause.lineno},"
     lines = [
         frame.lineno for frame in traceback.extract_tb(cause.__traceback__) if frame.filename == str(path)

@@ -112,22 +112,35 @@ class Run:
     validation: list[tuple[int, float]] = field(default_factory=list)
     hard: list[tuple[int, float]] = field(default_factory=list)
     """The loss of hard draws, where those of the fit are relaxed."""
+    most_skipped: int = 0
+    """How many steps in a row may be skipped as their loss or gradient is not finite."""
+    skipped: list[int] = field(default_factory=list)
+    """Steps whose loss or gradient is not finite; they moved nothing."""
+    first: int = 0
+    """The step that its record begins with."""
+    told: bool = False
+    """Something was said about the first of them."""
     diverged: int | None = None
-    """The step of its first loss that is not finite."""
+    """The step that was one too many of them in a row."""
     ended: tuple[int, Mapping[str, np.ndarray]] | None = None
     """Step and state where early stopping ended it; runs beside it may go on."""
 
     def add(self, chunk: Mapping[str, np.ndarray], first: int) -> None:
+        if not self.records["loss"]:
+            self.first = first
         for name, values in chunk.items():
             self.records[name].append(values)
-        wrong = np.flatnonzero(~np.isfinite(chunk["loss"]))
-        if self.diverged is None and len(wrong):
-            self.diverged = first + int(wrong[0])
+        count = chunk["skipped"]
+        over = np.flatnonzero(count > self.most_skipped)
+        if len(over):
+            self.diverged, count = first + int(over[0]), count[: over[0] + 1]
+        self.skipped += (first + np.flatnonzero(count > 0)).tolist()
 
     def pack(self) -> dict[str, np.ndarray]:
         """What is recorded, and how the run ended; early stopping is in the state."""
         found = {name: self.record(name) for name in RECORDS}
         found |= {name: np.array(getattr(self, name), dtype=np.float64).reshape(-1, 2) for name in LOOKS}
+        found |= {"first": np.array(self.first), "told": np.array(self.told)}
         if self.diverged is not None:
             found["diverged"] = np.array(self.diverged)
         if self.ended is not None:
@@ -138,12 +151,22 @@ class Run:
     def unpack(self, found: Mapping[str, np.ndarray]) -> None:
         self.records = {name: [found[name]] if len(found[name]) else [] for name in RECORDS}
         self.validation, self.hard = ([(int(step), loss) for step, loss in found[name].tolist()] for name in LOOKS)
+        self.first, self.told = int(found["first"]), bool(found["told"])
         self.diverged = int(found["diverged"]) if "diverged" in found else None
+        last = None if self.diverged is None else self.diverged + 1 - self.first
+        self.skipped = (self.first + np.flatnonzero(found["skipped"][:last] > 0)).tolist()
         held = {name.removeprefix(ENDED): a for name, a in found.items() if name.startswith(ENDED)}
         self.ended = (int(found["ended"]), held) if "ended" in found else None
 
     def record(self, name: str) -> np.ndarray:
         return np.concatenate(self.records[name]) if self.records[name] else np.zeros(0)
+
+    def said(self, step: int) -> str:
+        """What is not finite at a step."""
+        i = step - self.first
+        loss, norm = (float(self.record(name)[i]) for name in ("loss", "gradient_norm"))
+        gradient = f"the gradient's norm is {norm:g}, and the loss {loss:g}"
+        return gradient if np.isfinite(loss) else f"the loss is {loss:g}"
 
     @property
     def over(self) -> bool:
@@ -163,12 +186,16 @@ class Run:
             last = self.validation[-1][1]
             return last if self.early is None else min(last, self.early.best)
         loss = self.record("loss")
-        return float(loss[-max(1, len(loss) // 10) :].mean()) if len(loss) else math.nan
+        tail = loss[-max(1, len(loss) // 10) :]
+        tail = tail[np.isfinite(tail)]
+        return float(tail.mean()) if len(tail) else math.nan
 
     def history(self, last: int) -> dict[str, np.ndarray]:
         loss = self.record("loss")
         found = {"step": np.arange(last - len(loss), last), "loss": loss}
         found["gradient_norm"] = self.record("gradient_norm")
+        if self.skipped:
+            found["skipped_step"] = np.array(self.skipped)
         if self.validation:
             steps, losses = zip(*self.validation, strict=True)
             found |= {"validation_step": np.array(steps), "validation": np.array(losses)}
@@ -225,6 +252,12 @@ class Watch:
         return None if len(steps) < len(self.runs) else steps.index(max(steps))
 
     @property
+    def wrong(self) -> bool:
+        """Whether there is something to say of steps that are not finite: no run is left, or one has skipped its first.
+        """
+        return self.lost is not None or any(r.skipped and not r.told and r.diverged is None for r in self.runs)
+
+    @property
     def last(self) -> tuple[float, float | None]:
         """The least loss of the runs, and the least validation loss if there is one."""
         losses = [run.records["loss"][-1][-1] for run in self.runs if run.diverged is None and run.records["loss"]]
@@ -237,7 +270,7 @@ class Watch:
             if not run.over:
                 run.add({name: values[r] for name, values in chunk.items()}, first)
                 if run.diverged is not None and len(self.runs) > 1:
-                    self.messages.append(f"restarts: {r} dropped, as its loss at step {run.diverged} is not finite")
+                    self.messages.append(f"restarts: {r} dropped: at step {run.diverged}, {run.said(run.diverged)}")
 
     def check(self, step: int, tree: Any) -> None:
         """Validation and early stopping at this step, then the callbacks."""
@@ -265,14 +298,14 @@ class Watch:
             run.validation[-1][1] if run.validation else None,
             r,
             lambda: self._params(self._trainer.pack(tree, r)),
-            lambda: self.state(step, tree, r),
+            lambda: self.state(tree, step, r),
         )
         callback(moment)
         if moment.stopped and not self.stopped:
             self.stopped = True
             self.messages.append(f"callback: stopped at step {step}")
 
-    def state(self, step: int, tree: Any, r: int) -> State:
+    def state(self, tree: Any, step: int, r: int) -> State:
         """What a run goes on from at this step."""
         early = self.runs[r].early
         return self._state(self._trainer.pack(tree, r) | ({} if early is None else early.pack()), step, r)
@@ -303,6 +336,11 @@ class Watch:
             self.messages.append(f"early stopping: stopped at step {at}: {run.early.reason}")
         if run.early is not None and kept is not None and not improved and run.early.step < at:
             self.messages.append(f"early stopping: kept the parameters of step {run.early.step}")
+        if run.skipped:
+            self.messages.append(
+                f"on_nonfinite: skipped {len(run.skipped)} of {len(run.record('loss'))} steps, as their loss or "
+                f"gradient is not finite (history['skipped_step'])"
+            )
         state = {**arrays, **(run.early.pack() if run.early is not None else {})}
         return Ended(best, at, arrays if kept is None or improved else kept, state)
 

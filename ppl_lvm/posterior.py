@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import itertools
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -11,12 +13,14 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ppl_lvm import lookup, predict, saving, store
+from ppl_lvm.asking import checked
 from ppl_lvm.backends.base import ROWS, Call, Plan
-from ppl_lvm.data import as_given, check_missing, of_sequences, read
+from ppl_lvm.data import as_given, check_missing, is_batches, of_sequences, read
 from ppl_lvm.errors import DataError, PplLvmError, ProgramError
 from ppl_lvm.fitted import CHUNK, ENTRIES, Block, Chunk, Fitted, joined
 from ppl_lvm.predict import Codes, Resampled
 from ppl_lvm.program import Program
+from ppl_lvm.sinks import Arrays, NetCDF
 
 if TYPE_CHECKING:
     from xarray import DataTree
@@ -163,7 +167,8 @@ class Fit:
             self._example = self._data.map(lambda a: np.asarray(a)[:0])
         objective = self.recipe.objective
         marginal = {} if objective is None else dict(objective.marginal or ())
-        self._fitted = Fitted(self.program, self.backend, self._bound, self._trained, self._example, marginal)
+        given = self.program, self.backend, self._bound, self._trained, self._example
+        self._fitted = Fitted(*given, marginal, self.messages)
 
     @property
     def row_params(self) -> frozenset[str]:
@@ -176,6 +181,7 @@ class Fit:
         assert self._example is not None
         return bool(self._example.known)
 
+    @checked
     def save(self, path: str | Path, overwrite: bool = False) -> None:
         """Writes the fit to a folder of safetensors, JSON and JSON lines (no pickle), which `ppl_lvm.load` reads.
 
@@ -209,6 +215,7 @@ class Fit:
 
     # Densities.
 
+    @checked
     def log_likelihood(self, data: object = None, draws: int = 5000, seed: int = 0) -> LogLikelihood:
         """`log (1/K) sum_k w_k` per row with `w = p(x, z) / q(z | x)` and K = `draws`, in nats.
 
@@ -225,15 +232,20 @@ class Fit:
         self._need("log_likelihood")
         fitted, call = self._fitted, self._call(data)
         given = fitted.global_draws(call, draws, seed)
-        blocks = []
-        for block in fitted.blocks(call):
-            total = np.full(block.rows, -np.inf)
-            for chunk in fitted.chunks(draws, block, seed, CHUNK):
-                log_w = self._log_w(block, chunk, fitted.plan(block.bound, chunk.size), given)
-                total = np.logaddexp(total, _log_sum_exp(log_w.reshape(chunk.size, -1)[: chunk.wanted], 0))
-            blocks.append(total - np.log(draws))
-        return LogLikelihood(np.concatenate(blocks))
 
+        def of_block(block: Block) -> np.ndarray:
+            def work(chunk: Chunk) -> np.ndarray:
+                log_w = self._log_w(block, chunk, fitted.plan(block.bound, chunk.size), given)
+                return _log_sum_exp(log_w.reshape(chunk.size, -1)[: chunk.wanted], 0)
+
+            total = np.full(block.rows, -np.inf)
+            for _, found in fitted.chunks(draws, block, seed, CHUNK, work):
+                total = np.logaddexp(total, found)
+            return np.asarray(total - np.log(draws))
+
+        return LogLikelihood(np.concatenate(list(fitted.blocks(call, of_block))))
+
+    @checked
     def pointwise(
         self, draws: int = 1000, data: object = None, particles: int = 100, seed: int = 0
     ) -> np.ndarray:
@@ -250,15 +262,17 @@ class Fit:
         self._need_globals("A log-likelihood for each draw of the globals")
         given = fitted.global_draws(call, draws, seed)
         K = particles if fitted.structure.drawn(local=True) else 1
-        blocks = []
-        for block in fitted.blocks(call):
-            chunks = []
-            for chunk in fitted.chunks(draws, block, seed, CHUNK, K):
-                log_w = self._log_w(block, chunk, fitted.plan_of(block.bound, K, chunk.size), given)
-                chunks.append(_log_sum_exp(log_w[: chunk.wanted], 1) - np.log(K))
-            blocks.append(np.concatenate(chunks))
-        return np.concatenate(blocks, 1)
 
+        def of_block(block: Block) -> np.ndarray:
+            def work(chunk: Chunk) -> np.ndarray:
+                log_w = self._log_w(block, chunk, fitted.plan_of(block.bound, K, chunk.size), given)
+                return np.asarray(_log_sum_exp(log_w[: chunk.wanted], 1) - np.log(K))
+
+            return np.concatenate([found for _, found in fitted.chunks(draws, block, seed, CHUNK, work, K)])
+
+        return np.concatenate(list(fitted.blocks(call, of_block)), 1)
+
+    @checked
     def loo(self, draws: int = 1000, data: object = None, particles: int = 100, seed: int = 0) -> Any:
         """ArviZ's leave-one-out estimate for draws of the globals from an approximate posterior (an `ELPDData`).
 
@@ -278,14 +292,14 @@ class Fit:
         stats, name = tree["sample_stats"], next(iter(tree["log_likelihood"].data_vars))
         ratio = np.asarray(stats["log_weight"])
         # Draws of the exact posterior have one ratio, whose tail has no shape that could be fitted.
+        options = {"var_name": name, "pointwise": True}
         if np.ptp(ratio) < 1e-6 * max(1.0, np.abs(ratio).max()):
-            return loo(tree, var_name=name, pointwise=True)
-        return loo_approximate_posterior(
-            tree, stats["log_p"], stats["log_q"], var_name=name, pointwise=True
-        )
+            return tails(draws, lambda: loo(tree, **options))
+        return tails(draws, lambda: loo_approximate_posterior(tree, stats["log_p"], stats["log_q"], **options))
 
     # Draws.
 
+    @checked
     def posterior(self, draws: int = 1000, data: object = None, seed: int = 0) -> Posterior:
         """`draws` from the guide for every row of `data` (None: the rows of the fit)."""
         call = self._call(data)
@@ -295,20 +309,111 @@ class Fit:
         self, call: Call, draws: int, seed: int, given: Mapping[str, np.ndarray], whole: bool = False
     ) -> Posterior:
         """Draws with their densities; `given` `[draws, ...]` has those of the globals, or of all latents (`whole`)."""
-        fitted, parts = self._fitted, []
-        for block in fitted.blocks(call, whole=whole):
-            chunks = [self._table(block, chunk, given) for chunk in fitted.chunks(draws, block, seed, ENTRIES)]
-            parts.append({k: joined([c[k] for c in chunks], 0) for k in chunks[0]})
+        fitted, rows = self._fitted, self._fitted.rows(call)
+        fitted.check_room(draws, rows, fitted.drawn, ", or write_posterior(path) writes them to a file")
+        sink = Arrays(draws, rows)
+        totals = list(fitted.blocks(call, partial(self._into, sink, draws, seed, given, 0), whole=whole))
         values = {n: fitted.squeezed(n, given[n], 1) for n in fitted.globals}
-        own = joined([p["value"] for p in parts], 1)
-        values = {n: values[n] if n in values else fitted.squeezed(n, own[n], 2) for n in fitted.drawn}
-        rows, lik = (joined([p[k] for p in parts], 1) for k in ("rows", "lik"))
-        total = parts[0]["total"]
+        values = {n: values[n] if n in values else sink.of["value", n] for n in fitted.drawn}
+        of_rows, total = sink.group("rows"), totals[0]
         dims = {n: self._dims(n, v.ndim - 1) for n, v in values.items()}
-        return Posterior(
-            values, dims, rows["log_p"], rows["log_q"], lik, total.get("log_p"), total.get("log_q")
-        )
+        log_p, log_q = of_rows["log_p"], of_rows["log_q"]
+        return Posterior(values, dims, log_p, log_q, sink.group("lik"), total.get("log_p"), total.get("log_q"))
 
+    def _into(
+        self,
+        sink: Arrays,
+        draws: int,
+        seed: int,
+        given: Mapping[str, np.ndarray],
+        row: int,
+        block: Block,
+    ) -> dict[str, np.ndarray]:
+        """Puts draws of a block's rows, the first of which is number `row + block.first`, into arrays.
+
+        Gives the densities of the globals, `[draws]`.
+        """
+        fitted = self._fitted
+
+        def work(chunk: Chunk) -> dict[str, dict[str, np.ndarray]]:
+            return self._table(block, chunk, given)
+
+        totals = []
+        for chunk, table in fitted.chunks(draws, block, seed, ENTRIES, work):
+            for group in ("value", "rows", "lik"):
+                for n, piece in table[group].items():
+                    own = fitted.squeezed(n, piece, 2) if group == "value" else piece
+                    sink.put(group, n, own, chunk.first, row + block.first)
+            totals.append(table["total"])
+        return joined(totals, 0)
+
+    @checked
+    def write_posterior(
+        self, path: str | Path, draws: int = 1000, data: object = None, seed: int = 0
+    ) -> Path:
+        """Draws as `posterior` makes them, written block by block to a netCDF file; memory does not grow with the rows.
+
+        `arviz.from_netcdf(path)` opens it. Groups are `posterior`, and `sample_stats` with `row_log_p`, `row_log_q`
+        and `row_log_weight` of each row's draw; without global latents `log_p`, `log_q`, `log_weight` of whole draws.
+
+        Args:
+            path: of the file; it is there when it is whole, and one that was there is replaced.
+            data: as for any method (None: the rows of the fit), or batches, of which one is held at a time.
+
+        Raises:
+            DataError: the file cannot be written.
+            ProgramError: the guide's global latents look at all rows, which batches do not hold together.
+        """
+        fitted, batched = self._fitted, is_batches(data)
+        parts = (self._call(batch) for batch in data) if batched else iter([self._call(data)])  # type: ignore[attr-defined]
+        if batched and fitted.globals_look_at_rows:
+            raise ProgramError(
+                "The guide draws global latents from all rows, and batches never are all of them; pass arrays."
+            )
+        first = next(parts, None)
+        if first is None:
+            raise DataError("The batches have no rows.")
+        given = fitted.global_draws(first, draws, seed)
+        rows = None if batched else fitted.rows(first)
+        ranks = {n: fitted.own_rank(n) + fitted.structure.sites[n].local for n in fitted.drawn}
+        dims = {n: self._dims(n, rank) for n, rank in ranks.items()}
+        plate, whole = fitted.structure.data_plate or "row", np.zeros((2, draws))
+        with NetCDF(path, draws, rows, plate, dims, self._attributes(draws)) as file:
+            row = blocks = 0
+            for call in itertools.chain([first], parts):
+                file.grow(fitted.rows(call))
+                work = partial(self._to_file, file, draws, seed, given, row)
+                for sums in fitted.blocks(call, work, before=blocks):
+                    whole += sums
+                    blocks += 1
+                row += fitted.rows(call)
+            for n in fitted.globals:
+                file.put("posterior", n, fitted.squeezed(n, given[n], 1), 0, None)
+            if not fitted.globals:
+                for n, total in (("log_p", whole[0]), ("log_q", whole[1]), ("log_weight", whole[0] - whole[1])):
+                    file.put("sample_stats", n, total, 0, None)
+        return file.path
+
+    def _to_file(
+        self, file: NetCDF, draws: int, seed: int, given: Mapping[str, np.ndarray], row: int, block: Block
+    ) -> np.ndarray:
+        """Writes the draws of a block; gives the sums over its rows of log p and log q, `[2, draws]`."""
+        sums = []
+
+        def work(chunk: Chunk) -> dict[str, dict[str, np.ndarray]]:
+            return self._table(block, chunk, given)
+
+        for chunk, table in self._fitted.chunks(draws, block, seed, ENTRIES, work):
+            at = chunk.first, row + block.first
+            for n, piece in table["value"].items():
+                file.put("posterior", n, self._fitted.squeezed(n, piece, 2), *at)
+            log_p, log_q = table["rows"]["log_p"], table["rows"]["log_q"]
+            for n, piece in (("row_log_p", log_p), ("row_log_q", log_q), ("row_log_weight", log_p - log_q)):
+                file.put("sample_stats", n, piece, *at)
+            sums.append(np.stack([log_p.sum(1), log_q.sum(1)]))
+        return np.concatenate(sums, 1)
+
+    @checked
     def predictive(self, draws: int = 100, data: object = None, seed: int = 0) -> dict[str, np.ndarray]:
         """Observed sites drawn anew: `x' ~ p(x' | z, g)` with `z, g ~ q(. | x)`; site -> `[draws, rows, ...]`.
 
@@ -316,6 +421,7 @@ class Fit:
         """
         return predict.predictive(self._fitted, self._call(data), draws, seed)
 
+    @checked
     def encode(self, data: object = None, draws: int = 100, seed: int = 0) -> Codes:
         """`E_q(z | x) z` and its standard deviation for the latents of each row: site -> `[rows, ...]`.
 
@@ -323,6 +429,7 @@ class Fit:
         """
         return predict.encode(self._fitted, self._call(data), draws, seed)
 
+    @checked
     def decode(
         self,
         values: Mapping[str, Any],
@@ -344,6 +451,7 @@ class Fit:
         call, _ = self._rows_for(values, data, rows)
         return predict.decode(self._fitted, values, call, draws, mean, seed)
 
+    @checked
     def impute(
         self, data: object, draws: int = 100, particles: int = 1000, fill: float = 0.0, seed: int = 0
     ) -> Resampled:
@@ -367,6 +475,7 @@ class Fit:
         call = self._fitted.check(read(data, self.program, "mask"))
         return predict.impute(self._fitted, call, draws, particles, fill, seed)
 
+    @checked
     def conditional(
         self,
         given: Mapping[str, Any],
@@ -388,6 +497,7 @@ class Fit:
         call, _ = self._rows_for(given, data, rows)
         return predict.conditional(self._fitted, given, call, draws, particles, seed)
 
+    @checked
     def do(
         self,
         values: Mapping[str, Any],
@@ -418,6 +528,7 @@ class Fit:
             self._need("counterfactuals")
         return predict.do(self._fitted, values, call, factual, draws, seed)
 
+    @checked
     def prior_predictive(
         self, rows: int = 100, seed: int = 0, data: object = None
     ) -> dict[str, np.ndarray]:
@@ -438,6 +549,7 @@ class Fit:
         made = predict.prior(self._fitted, call, 1, seed)
         return {n: v[0] for n, v in made.items()}
 
+    @checked
     def active_units(
         self, threshold: float = 0.01, draws: int = 100, data: object = None, seed: int = 0
     ) -> dict[str, int]:
@@ -454,6 +566,7 @@ class Fit:
             n: int((codes.mean[n].var(0) - (codes.sd[n] ** 2).mean(0) / draws > threshold).sum()) for n in codes.mean
         }
 
+    @checked
     def to_arviz(
         self,
         draws: int = 1000,
@@ -570,7 +683,7 @@ class Fit:
             raise DataError(f"The values are for different numbers of rows: {asked}.")
         wanted = next(iter(asked.values()), 1)
         if wanted < 1:
-            raise DataError("There are no rows.")
+            raise DataError("The values are for no rows.")
         unset = fitted.anatomy.needed - values.keys()
         if unset:
             readers = sorted(n for n, seen in fitted.anatomy.arguments.items() if seen & unset)
@@ -674,6 +787,27 @@ class Fit:
             "objective": type(self.recipe.objective).__name__,
             "estimator": {n: type(e).__name__ for n, e in plan.estimators.items()},
         }
+
+
+LEAST_TAIL = 25
+"""Draws of which a fifth is a tail that ArviZ fits a shape to."""
+
+
+def tails(draws: int, estimate: Callable[[], Any]) -> Any:
+    """What ArviZ makes of that many draws.
+
+    Raises:
+        DataError: they are too few, or their importance ratios have no tail.
+    """
+    if draws < LEAST_TAIL:
+        raise DataError(f"draws = {draws}; leave-one-out fits a shape to their tail, so ask for {LEAST_TAIL} or more.")
+    try:
+        return estimate()
+    except (ValueError, IndexError) as error:
+        raise DataError(
+            f"ArviZ finds no leave-one-out estimate from {draws} draws ({error}); ask for more of them, or look at "
+            f"run.pointwise(draws), whose rows it is made of."
+        ) from error
 
 
 def _log_sum_exp(x: np.ndarray, axis: int) -> np.ndarray:

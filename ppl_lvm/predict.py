@@ -15,7 +15,7 @@ import numpy as np
 from ppl_lvm.backends.base import Call
 from ppl_lvm.backends.forward import Forward
 from ppl_lvm.errors import DataError, ProgramError
-from ppl_lvm.fitted import ENTRIES, Block, Fitted, check_draws, joined
+from ppl_lvm.fitted import ENTRIES, Block, Chunk, Fitted, joined
 
 Values = Mapping[str, Any]
 Arrays = dict[str, np.ndarray]
@@ -55,22 +55,25 @@ def forward(
     `fixed` is as the user gives it; `given` are draws of globals, from the guide where it is None. `whole` takes all
     rows in one block.
     """
-    check_draws(draws)
     values = fitted.as_fixed(fixed or {}, fitted.rows(call))
     if given is None:
         given = {} if values.keys() >= set(fitted.globals) else fitted.global_draws(call, draws, seed)
-    given = dict(given)
+    known = dict(given)
     if how.prior:
-        left = frozenset(fitted.globals) - given.keys() - values.keys()
-        first = next(fitted.blocks(call, whole=whole))
-        given |= _forward(fitted, first, draws, seed, how, given, values, left, "value") if left else {}
-    given = {n: v for n, v in given.items() if n not in values}
-    blocks = []
-    for block in fitted.blocks(call, whole=whole):
+        left = frozenset(fitted.globals) - known.keys() - values.keys()
+
+        def first(block: Block) -> Arrays:
+            return _forward(fitted, block, draws, seed, how, known, values, left, "value")
+
+        known |= next(fitted.blocks(call, first, whole=whole)) if left else {}
+    known = {n: v for n, v in known.items() if n not in values}
+
+    def work(block: Block) -> Arrays:
         if block.number == 0:
             fitted.check_support(block, fitted.rows_in(block, values))
-        blocks.append(_forward(fitted, block, draws, seed, how, given, values, names, label))
-    return assembled(fitted, blocks)
+        return _forward(fitted, block, draws, seed, how, known, values, names, label)
+
+    return assembled(fitted, list(fitted.blocks(call, work, whole=whole)))
 
 
 def _forward(
@@ -85,11 +88,12 @@ def _forward(
     label: str,
 ) -> Arrays:
     """All draws of one block, chunk by chunk."""
-    chunks = []
-    for chunk in fitted.chunks(draws, block, seed, ENTRIES):
+
+    def work(chunk: Chunk) -> Arrays:
         made = fitted.simulate(block, chunk.key, chunk.size, how, chunk.of(given), fitted.rows_in(block, values))
-        chunks.append({n: v[: chunk.wanted] for n, v in made[label].items() if names is None or n in names})
-    return joined(chunks, 0)
+        return {n: v[: chunk.wanted] for n, v in made[label].items() if names is None or n in names}
+
+    return joined([found for _, found in fitted.chunks(draws, block, seed, ENTRIES, work)], 0)
 
 
 def assembled(fitted: Fitted, blocks: list[Arrays]) -> Arrays:
@@ -108,17 +112,20 @@ def predictive(fitted: Fitted, call: Call, draws: int, seed: int) -> Arrays:
 def encode(fitted: Fitted, call: Call, draws: int, seed: int) -> Codes:
     names = [n for n in fitted.sites("latent", local=True) if fitted.structure.sites[n].in_guide]
     given = fitted.global_draws(call, draws, seed)
-    means, sds = [], []
-    for block in fitted.blocks(call):
-        total: Arrays = {}
-        squares: Arrays = {}
-        for chunk in fitted.chunks(draws, block, seed, ENTRIES):
+
+    def of_block(block: Block) -> tuple[Arrays, Arrays]:
+        def work(chunk: Chunk) -> Arrays:
             table = block.bound.evaluate(
                 fitted.trained, block.held, chunk.key, fitted.plan(block.bound, chunk.size), chunk.of(given) or None
             )
-            for n in names:
-                x = fitted.numpy(table[n]["value"]).astype(np.float64)
-                x = x.reshape(chunk.size, *x.shape[2:])[: chunk.wanted]
+            values = {n: fitted.numpy(table[n]["value"]) for n in names}
+            return {n: x.reshape(chunk.size, *x.shape[2:])[: chunk.wanted] for n, x in values.items()}
+
+        total: Arrays = {}
+        squares: Arrays = {}
+        for _, found in fitted.chunks(draws, block, seed, ENTRIES, work):
+            for n, value in found.items():
+                x = value.astype(np.float64)
                 # Sums are taken around the first draw, so that small deviations survive a large mean.
                 if n not in total:
                     total[n], squares[n] = np.zeros_like(x[0]), np.zeros_like(x[0])
@@ -127,12 +134,13 @@ def encode(fitted: Fitted, call: Call, draws: int, seed: int) -> Codes:
                 total[n] += x.sum(0)
                 squares[n] += (x**2).sum(0)
         mean = {n: total[n] / draws for n in names}
-        sds.append({n: np.sqrt(np.maximum(squares[n] - draws * mean[n] ** 2, 0.0) / max(draws - 1, 1)) for n in names})
-        means.append({n: mean[n] + total["origin of " + n] for n in names})
+        sd = {n: np.sqrt(np.maximum(squares[n] - draws * mean[n] ** 2, 0.0) / max(draws - 1, 1)) for n in names}
+        return {n: mean[n] + total["origin of " + n] for n in names}, sd
 
-    def rows(parts: list[Arrays]) -> Arrays:
-        return {n: fitted.squeezed(n, v, 1) for n, v in joined(parts, 0).items()}
+    def rows(parts: Iterable[Arrays]) -> Arrays:
+        return {n: fitted.squeezed(n, v, 1) for n, v in joined(list(parts), 0).items()}
 
+    means, sds = zip(*fitted.blocks(call, of_block), strict=True)
     return Codes(rows(means), rows(sds))
 
 
@@ -187,7 +195,6 @@ def _readers(fitted: Fitted, values: Values) -> frozenset[str]:
 def conditional(
     fitted: Fitted, given: Values, call: Call, draws: int, particles: int, seed: int
 ) -> Resampled:
-    check_draws(particles)
     anatomy, fixed, shared = fitted.anatomy, frozenset(given), frozenset(fitted.globals)
     fitted.as_fixed(given, fitted.rows(call))
     related = (anatomy.ancestors(fixed & shared) | anatomy.descendants(fixed & shared)) & shared - fixed
@@ -262,34 +269,34 @@ def _resampled(
 
     Weights are the densities of the sites in `weighing`, or, where that is None, `p(z, x_seen) / q(z)`.
     """
-    check_draws(draws)
-    check_draws(particles)
     rng = np.random.default_rng([seed, 1])
     values = fitted.as_fixed(fixed, fitted.rows(call))
     shared = {n: v for n, v in fitted.global_draws(call, draws, seed).items() if n not in values}
     groups = draws if shared else 1
-    blocks, sizes = [], []
-    for block in fitted.blocks(call, particles):
+
+    def of_block(block: Block) -> tuple[Arrays, np.ndarray]:
         here, mask = fitted.rows_in(block, values), fitted.rows_in(block, masks or {})
         if block.number == 0:
             fitted.check_support(block, here)
-        picked, ess = [], []
-        for chunk in fitted.chunks(groups, block, seed, ENTRIES, particles):
+
+        def work(chunk: Chunk) -> tuple[Arrays, np.ndarray]:
             given = {n: np.repeat(v, particles, 0) for n, v in chunk.of(shared).items()}
             made = fitted.simulate(block, chunk.key, chunk.size * particles, how, given, here, mask)
             log_w = _log_weights(fitted, made, weighing).reshape(chunk.size, particles, block.rows)
             index, effective = pick(log_w, draws // groups, rng, block.first)
-            ess.append(effective[: chunk.wanted])
             kept = made["value"] if names is None else {n: made["value"][n] for n in names}
-            picked.append(
-                {
-                    n: _taken(v, index, fitted.structure.sites[n].local)[: chunk.wanted * index.shape[1]]
-                    for n, v in kept.items()
-                }
-            )
-        blocks.append(joined(picked, 0))
-        sizes.append(np.concatenate(ess).mean(0))
-    return Resampled(assembled(fitted, blocks), np.concatenate(sizes))
+            picked = {
+                n: _taken(v, index, fitted.structure.sites[n].local)[: chunk.wanted * index.shape[1]]
+                for n, v in kept.items()
+            }
+            return picked, effective[: chunk.wanted]
+
+        found = [made for _, made in fitted.chunks(groups, block, seed, ENTRIES, work, particles)]
+        picked, ess = zip(*found, strict=True)
+        return joined(list(picked), 0), np.concatenate(ess).mean(0)
+
+    blocks, sizes = zip(*fitted.blocks(call, of_block, particles), strict=True)
+    return Resampled(assembled(fitted, list(blocks)), np.concatenate(sizes))
 
 
 def _log_weights(

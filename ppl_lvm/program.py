@@ -8,7 +8,7 @@ from pathlib import Path
 from types import MethodType, ModuleType
 from typing import Any, Literal, Self
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import PydanticUserError, TypeAdapter, ValidationError
 
 from ppl_lvm import lookup
 from ppl_lvm.algorithm import GuideFamily, plain
@@ -125,6 +125,11 @@ def program(asked: str | Path | Program, /, **options: Any) -> Program:
                 )
             return asked
         return replace(program(Path(asked.path), **dict(asked.options) | options), observed=asked.observed)
+    if not isinstance(asked, str | Path):
+        raise ProgramError(
+            f"A program was asked for by {asked!r}, of type {type(asked).__name__}; give a name, a path to a Python "
+            f"file, or a Program."
+        )
     path = _locate(asked)
     module = lookup.load(path, ProgramError)
     where = f"Program {path.stem!r} ({path})"
@@ -160,18 +165,18 @@ def program(asked: str | Path | Program, /, **options: Any) -> Program:
         example=example,
         recipe=recipe,
         arguments=arguments,
-        summary=inspect.cleandoc(module.__doc__ or "").split("\n\n")[0].replace("\n", " "),
+        summary=inspect.cleandoc(str(module.__doc__ or "")).split("\n\n")[0].replace("\n", " "),
     )
 
 
 def _locate(asked: str | Path) -> Path:
     if isinstance(asked, Path) or lookup.is_path(asked, ".py"):
-        path = Path(asked).resolve()
-        if not path.is_file():
+        path = Path(asked)
+        if not lookup.is_file(path):
             raise ProgramError(
                 f"There is no program file {path}; names of programs: {', '.join(programs())}."
             )
-        return path
+        return path.resolve()
     found = programs()
     if asked not in found:
         raise ProgramError(
@@ -191,9 +196,18 @@ def _callable(module: ModuleType, role: str, where: str) -> Callable[..., Any]:
 
 def _signature(call: Callable[..., Any]) -> inspect.Signature:
     try:
-        return inspect.signature(call, eval_str=True)
-    except (TypeError, ValueError, NameError):  # a callable of C code, or annotations of a type checker only
+        written = inspect.signature(call)
+    except (TypeError, ValueError):  # a callable of C code
         return inspect.Signature()
+    try:
+        return inspect.signature(call, eval_str=True)
+    except Exception:  # annotations are code: names of a type checker only, or anything
+        return written.replace(
+            parameters=[
+                p.replace(annotation=p.empty) if isinstance(p.annotation, str) else p
+                for p in written.parameters.values()
+            ]
+        )
 
 
 _POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
@@ -264,6 +278,11 @@ def _check_value(option: inspect.Parameter, value: object, where: str) -> object
         wanted = Any if option.default in (None, option.empty) else type(option.default)
     try:
         return TypeAdapter(wanted).validate_python(value, strict=True)
+    except PydanticUserError as cause:
+        raise ProgramError(
+            f"{where}: option {option.name!r} is annotated with {wanted!r}, by which no value can be checked; use int, "
+            f"float, str, bool, a tuple of them, or Any."
+        ) from cause
     except ValidationError as cause:
         said = "; or ".join(error["msg"].replace("Input should", "should", 1) for error in cause.errors())
         default = "" if option.default is option.empty else f" (default {option.default!r})"

@@ -3,7 +3,7 @@
 import copy
 import inspect
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, TypeGuard, TypeVar, get_args
@@ -99,6 +99,9 @@ class Recipe(BaseModel):
             validation data. None trains to the end and keeps the last.
         min_delta: what a check must be better by to count as an improvement, in nats per row.
         restarts: runs from different seeds, the best of which is kept.
+        on_nonfinite: "stop" ends the fit at the first step whose loss or gradient is not finite, with the state before
+            it kept; "skip" leaves the step out: nothing moves, and the fit goes on with the next one.
+        most_skipped: with "skip", steps in a row that may be left out; one more ends the fit.
         stages: recipes that are run one after the other, each from the parameters of the last; in a table, the
             keys that a stage replaces: `stages = [{ steps = 100, freeze = ["guide"] }, { objective = "iwae" }]`.
 
@@ -122,6 +125,8 @@ class Recipe(BaseModel):
     patience: int | None = Field(default=None, ge=1)
     min_delta: float = Field(default=0.0, ge=0.0, allow_inf_nan=False)
     restarts: int = Field(default=1, ge=1)
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    most_skipped: int = Field(default=10, ge=1)
     stages: tuple[InstanceOf["Recipe"], ...] = ()
 
     @field_validator("estimator", "optimizer", mode="after")
@@ -162,6 +167,11 @@ class Recipe(BaseModel):
         return chosen
 
     @property
+    def skips(self) -> int:
+        """Steps in a row whose loss or gradient may be not finite."""
+        return self.most_skipped if self.on_nonfinite == "skip" else 0
+
+    @property
     def optimizers(self) -> dict[str, Optimizer]:
         """Every optimiser by its pattern; a single one has "*"."""
         return {"*": self.optimizer} if isinstance(self.optimizer, Optimizer) else self.optimizer
@@ -190,7 +200,8 @@ class Recipe(BaseModel):
             "batch_size": self.batch_size,
             "optimizer": plain["*"] if isinstance(self.optimizer, Optimizer) else plain,
         }
-        rest = ("alternate", "freeze", "hide", "check_every", "patience", "min_delta", "restarts")
+        rest = ["alternate", "freeze", "hide", "check_every", "patience", "min_delta", "restarts", "on_nonfinite"]
+        rest += ["most_skipped"]
         changed = [name for name in rest if getattr(self, name) != type(self).model_fields[name].default]
         table |= {name: getattr(self, name) for name in changed}
         if self.freeze:
@@ -300,7 +311,7 @@ def _key_of(asked: object) -> Kind | None:
 def _locate(asked: str | Path) -> Path:
     if isinstance(asked, Path) or lookup.is_path(asked, ".toml"):
         path = Path(asked)
-        if not path.is_file():
+        if not lookup.is_file(path):
             raise RecipeError(f"There is no recipe file {path}; names of recipes: {', '.join(recipes())}.")
         return path.resolve()
     found = recipes()
@@ -314,6 +325,7 @@ def _locate(asked: str | Path) -> Path:
 
 def _parse(path: Path) -> dict[str, Any]:
     try:
+<<<<<<< HEAD
         with path.open("rb") as file:
             content = file.read(LONGEST + 1)
     except OSError as cause:
@@ -324,6 +336,14 @@ def _parse(path: Path) -> dict[str, Any]:
         return tomllib.loads(content.decode())
     # Besides what it calls a decode error: numbers of thousands of digits, and brackets within brackets without end.
     except (ValueError, RecursionError) as cause:
+=======
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as cause:
+        raise RecipeError(f"Cannot read {path}: {cause.strerror or cause}.") from cause
+    except RecursionError as cause:
+        raise RecipeError(f"{path} nests tables or arrays too deep to be a recipe.") from cause
+    except ValueError as cause:  # of TOML, of UTF-8, of a number with thousands of digits
+>>>>>>> main
         raise RecipeError(f"{path} is not valid TOML: {cause}.") from cause
 
 
@@ -339,9 +359,14 @@ class _Choice:
         return cls(type(instance), {name: getattr(instance, name) for name in type(instance).model_fields})
 
 
+<<<<<<< HEAD
 LONGEST, DEEPEST = 2**20, 32
 """The most bytes of a file, and tables and lists within each other."""
 
+=======
+MOST = 2**31 - 1
+"""Of a whole number in a recipe."""
+>>>>>>> main
 _LEADS: tuple[Kind, ...] = ("objective", "method")
 """A recipe has one of these."""
 _SECTIONS = (*_LEADS, "guide", "estimator", "optimizer")
@@ -483,7 +508,7 @@ class _Draft:
         return {str(p): self.choose_estimator(value, f"estimator.{p}") for p, value in given.items()}
 
     def choose_estimator(self, given: object, where: str) -> _Choice | None:
-        if given is None or given == "auto" or given == {"name": "auto"}:
+        if given is None or (isinstance(given, str | Mapping) and given in ("auto", {"name": "auto"})):
             return None
         return self.choose("estimator", given, where)
 
@@ -640,6 +665,9 @@ class _Draft:
 
     def checked(self, kind: type[Checked], options: Mapping[str, Any], where: str) -> Checked:
         """An instance of a pydantic class; what pydantic complains of becomes a RecipeError."""
+        for key, value in options.items():
+            if any(abs(number) > MOST for number in _whole_numbers(value)):
+                raise self.wrong(f"{where}{key}", value, f"should be {MOST:,} at most")
         try:
             return kind(**options)
         except ValidationError as cause:
@@ -666,6 +694,16 @@ class _Draft:
 
     def wrong(self, where: str, value: object, expected: str) -> RecipeError:
         return RecipeError(f"Recipe {self.fields['name']!r}: {where} is {value!r}, but it {expected}.")
+
+
+def _whole_numbers(value: object) -> Iterator[int]:
+    if isinstance(value, Mapping):
+        value = tuple(value.values())
+    if isinstance(value, list | tuple):
+        for item in value:
+            yield from _whole_numbers(item)
+    elif isinstance(value, int):
+        yield value
 
 
 def _is_schedule(value: object) -> TypeGuard[Mapping[str, Any]]:

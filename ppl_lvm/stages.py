@@ -13,7 +13,7 @@ from ppl_lvm.errors import DataError, Interrupted
 from ppl_lvm.posterior import Fit, State
 from ppl_lvm.recipe import Recipe
 
-STEPS = ("step", "validation_step", "hard_step")
+STEPS = ("step", "validation_step", "hard_step", "skipped_step")
 
 
 def in_stages(

@@ -2,7 +2,7 @@
 
 import json
 import platform
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -76,21 +76,25 @@ def to_arviz(
     named = {name: list(own) for name, own in dims.items()}
     for name in groups.get("log_likelihood", {}):
         named.setdefault(name, [rows])
-    taken = {*variables, *SAMPLE_DIMS, "sample"}
-    stored = {
-        _stored_name(name): [f"{dim}_plate" if dim in taken else dim for dim in map(_stored_name, own)]
-        for name, own in named.items()
-    }
     return from_dict(
         tree,
         sample_dims=list(SAMPLE_DIMS),
-        dims=stored,
+        dims=stored_dims(variables, named),
         attrs={"/": {name: attribute(value) for name, value in attrs.items()}},
     )
 
 
+def stored_dims(variables: Iterable[str], dims: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
+    """Stored name of a variable -> names of its dimensions after draws, none of which is called like a variable."""
+    taken = {*map(stored_name, variables), *SAMPLE_DIMS, "sample"}
+    return {
+        stored_name(name): [f"{dim}_plate" if dim in taken else dim for dim in map(stored_name, own)]
+        for name, own in dims.items()
+    }
+
+
 def _storable(values: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    renamed = {_stored_name(name): value for name, value in values.items()}
+    renamed = {stored_name(name): value for name, value in values.items()}
     if len(renamed) < len(values):
         raise DataError(
             f"The sites {', '.join(values)} are not distinct once '/' is written as '.'; rename one."
@@ -98,7 +102,7 @@ def _storable(values: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     return renamed
 
 
-def _stored_name(name: str) -> str:
+def stored_name(name: str) -> str:
     return name.replace("/", ".")
 
 

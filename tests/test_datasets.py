@@ -335,7 +335,7 @@ def test_a_function_returns_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         load(f"{path}:row")
     with pytest.raises(DataError, match=r"There is no file '.*absent.py'"):
         load(f"{tmp_path}/absent.py:rows")
-    with pytest.raises(DataError, match="module 'no_such_module' is not found"):
+    with pytest.raises(DataError, match="No module named 'no_such_module'"):
         load("no_such_module:rows")
 
 

@@ -774,7 +774,7 @@ def test_nothing_of_the_process_has_changed() -> None:
 
     merge = nnx.merge
     before = (jax.config.jax_enable_x64, numpyro.distributions.distribution.validation_enabled)  # type: ignore[attr-defined]
-    with pytest.raises(RuntimeError, match="on purpose"):
+    with pytest.raises(ProgramError, match="RuntimeError: on purpose"):
         fit(local_model, broken, rows(4, 1)[:, 0], "elbo", steps=1, **WHOLE)
     fit(local_model, autoguide.AutoNormal(local_model), rows(4, 1)[:, 0], "elbo", steps=1, **WHOLE)
     after = (jax.config.jax_enable_x64, numpyro.distributions.distribution.validation_enabled)  # type: ignore[attr-defined]

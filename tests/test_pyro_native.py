@@ -628,7 +628,7 @@ def test_after_errors_everything_is_as_before() -> None:
     weights = [p.detach().clone() for p in net.parameters()]
     torch.set_default_dtype(torch.float32)
     for program in (failing, AutoNormal(failing)):
-        with pytest.raises(RuntimeError, match="broken on purpose"):
+        with pytest.raises(ProgramError, match="RuntimeError: broken on purpose"):
             fitted(Example(local_model, program, LOCAL_ROWS), steps=1)
         assert torch.get_default_dtype() == torch.float32
     torch.set_default_dtype(dtype)

@@ -198,7 +198,7 @@ def test_a_native_program_is_given_by_the_caller(backend: Backend, tmp_path: Pat
         load(path, program=(model, guide), backend=OTHER[backend])
 
     def other(x: Array) -> None:
-        return guide(x)  # type: ignore[operator]
+        return guide(x)
 
     with pytest.raises(StorageError, match=r"the guide has changed since:\n(.|\n)*\+    def other"):
         load(path, program=(model, other))

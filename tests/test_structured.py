@@ -180,6 +180,6 @@ def test_a_fit_with_a_singular_noise_stops_and_says_so(backend: Backend) -> None
             ppl.sample("z", chain(ppl, precision=precision, shift=shift))
 
     singular = Program("singular", model, guide, portable=True, arguments=("x",))
-    said = r"step 0 is nan.*'z \(log_p\)', 'z \(log_q\)'.*covariance that is singular.*multiple of the identity"
+    said = r"At step 0, the loss is nan.*'z' \(log_p\).*'z' \(log_q\).*is singular.*multiple of the identity"
     with pytest.raises(PplLvmError, match=said):
         fit(singular, data=X[..., :2].astype(np.float32), recipe="elbo", backend=backend, steps=3, batch_size=None)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ppl_lvm.backends.base import Call
+from ppl_lvm.backends.base import Call, check_fits
 from ppl_lvm.errors import ProgramError
 
 if TYPE_CHECKING:
@@ -87,6 +87,7 @@ class Run:
             msg["value"] = missing.merge(known, value, msg["value"])
             msg["fn"] = missing.apart(fn, ~known)
         elif not self._guide and msg["is_observed"]:
+            check_fits(msg)
             known = self._laid(name, entries, tuple(msg["value"].shape))
             msg["value"] = missing.merge(known, msg["value"], missing.neutral(fn, msg["value"]))
             msg["fn"] = missing.apart(fn, known)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -165,6 +166,34 @@ def outside(bound: NumPyroBound, params: Params, batch: Call, fixed: Values) -> 
         handler = Handler(constrained, key, take, observed=observed, side="model", still=True, unrolled=True)
         bound._trace(bound._model, handler, batch)
     return wrong
+
+
+def distributions(
+    bound: NumPyroBound, params: Params, batch: Call, values: Values
+) -> dict[tuple[str, str], list[Any]]:
+    """See `Bound.distributions`."""
+    found: dict[tuple[str, str], list[Any]] = {}
+    with precision(bound.dtype), evaluation():
+        key, constrained = jax.random.key(0), {**bound.states, **bound.constrain(params)}
+
+        def of(side: str, msg: Message) -> Any:
+            found.setdefault((msg["name"], side), []).append(msg["fn"])
+            return msg["value"]
+
+        def latent(side: str, msg: Message) -> Any:
+            of(side, msg)
+            if msg["name"] not in values:
+                return draw(msg["fn"], message_key(key, msg), bound.program.portable)
+            value: Any = bound._to_site(jnp.asarray(values[msg["name"]]), bound.structure.sites[msg["name"]])
+            return of_step(value, msg)
+
+        plates: Mapping[str, Any] = {}
+        for side, program in (("guide", bound._guide), ("model", bound._model)):
+            options: dict[str, Any] = {"side": side, "still": True, "unrolled": True}
+            options["observed"] = partial(of, side)
+            handler = Handler(constrained, key, partial(latent, side), plates, **options)
+            plates = plates_of(bound._trace(program, handler, batch))
+    return found
 
 
 def anatomy(bound: NumPyroBound, batch: Call) -> Anatomy:

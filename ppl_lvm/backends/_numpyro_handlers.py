@@ -22,6 +22,7 @@ from ppl_lvm.backends._numpyro_scan import Scan, enter
 from ppl_lvm.backends._numpyro_state import containers, still, with_noise
 from ppl_lvm.backends.base import Chain, check_param
 from ppl_lvm.errors import ProgramError
+from ppl_lvm.process import TURN
 
 Array = jax.Array
 Params = Mapping[str, Any]
@@ -33,8 +34,10 @@ def precision(dtype: str) -> Iterator[None]:
     """float64, and no checks of distributions' arguments, inside this block only; the process's settings stay.
 
     A check stops on the first value that is not finite; the loop stops there too, and names step and site.
+
+    Other threads wait.
     """
-    with jax.enable_x64(dtype == "float64"), numpyro.validation_enabled(False):
+    with TURN, jax.enable_x64(dtype == "float64"), numpyro.validation_enabled(False):
         yield
 
 

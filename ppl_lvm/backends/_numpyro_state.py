@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ppl_lvm.errors import LegalityError, ProgramError
+from ppl_lvm.process import TURN
 
 Array = jax.Array
 States = Mapping[str, Any]
@@ -139,8 +140,11 @@ def _still_method(
 
 @contextlib.contextmanager
 def evaluation() -> Iterator[None]:
-    """Networks of flax that are called in this block run in evaluation; `still` does it for equinox."""
-    with contextlib.ExitStack() as stack:
+    """Networks of flax that are called in this block run in evaluation; `still` does it for equinox.
+
+    Other threads wait, as they call the same functions of flax.
+    """
+    with TURN, contextlib.ExitStack() as stack:
         linen: Any = sys.modules.get("flax.linen")
         nnx: Any = sys.modules.get("flax.nnx")
         if linen is not None:

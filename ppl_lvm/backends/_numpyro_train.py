@@ -13,11 +13,14 @@ import numpy as np
 import optax
 
 from ppl_lvm.algorithm import Algorithm, Objective
-from ppl_lvm.backends import _jax_natural
+from ppl_lvm.backends import _jax_memory, _jax_natural
 from ppl_lvm.backends._numpyro_handlers import site_key
 from ppl_lvm.backends._numpyro_state import is_key
 from ppl_lvm.backends.base import (
+    MOST_SKIPPED,
     RECORDS,
+    SKIPPED,
+    Again,
     Call,
     Descent,
     Gradients,
@@ -29,6 +32,8 @@ from ppl_lvm.backends.base import (
     losses,
     merged,
     own_name,
+    rows_of,
+    skipped_in_a_row,
     static_key,
     with_numbers,
 )
@@ -82,6 +87,18 @@ def off_device(params: Mapping[str, Any]) -> Mapping[str, Any]:
     return params
 
 
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out."""
+    found = isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(error)
+    return found or isinstance(error, MemoryError)
+
+
+def device_memory() -> int | None:
+    """Bytes of the device that the default one is, where it has memory of its own."""
+    device = next(iter(jnp.zeros(()).devices()))
+    return None if device.platform == "cpu" else (device.memory_stats() or {}).get("bytes_limit")
+
+
 class Trainer:
     """See `backends.base.Trainer`. Modes: "compiled" (a jitted loop) and "eager" (one operation at a time).
 
@@ -123,26 +140,27 @@ class Trainer:
             *(plan.K, plan.M, descent.static_key(), shapes, names, rows is None, bound.constants, hiding.key),
         )
         body = self._body(bound, plan, objective)
+        self._again: Callable[..., Any] | None = None
         if self.mode == "compiled":
             self._chunk = STEPS.get(self._cached, lambda: jax.jit(_chunk(body)))
         else:
             self._chunk = _one_by_one(body)
 
     def _body(self, bound: NumPyroBound, plan: Plan, objective: Objective) -> Callable[..., Any]:
-        factors = self._factors
-        hiding = self._hiding
+        # A compiled step is kept when its trainer, which holds data, is gone: it must not be reached from here.
+        factors, hiding, descent, transforms = self._factors, self._hiding, self._descent, self._transforms
 
         def body(
             tree: Tree, batch: Call, numbers: Mapping[str, Any], key: Any, rows: Any
         ) -> tuple[Tree, dict[str, Any]]:
             here, planned = with_numbers(objective, plan, numbers)
-            batch = hiding.hidden(batch, lambda n, a: jax.random.uniform(site_key(key, f"${n}"), a.shape[:1], float))
+            batch = _hidden(hiding, batch, key)
 
             def natural(unit: str, values: Any, gradient: Any) -> Any:
-                rate = numbers[f"{self._descent.units[unit].place}.learning_rate"]
+                rate = numbers[f"{descent.units[unit].place}.learning_rate"]
                 return _jax_natural.displaced(bound, batch, factors[unit], values, gradient, rate)
 
-            descend = _descend(self._descent, self._transforms, natural)
+            descend = _descend(descent, transforms, natural)
 
             def gradients(params: Any) -> Gradients:
                 states, own, mutable = tree["states"], tree["own"], tree["mutable"]
@@ -150,23 +168,26 @@ class Trainer:
                 return bound.gradients(params, batch, key, planned, here, **options)
 
             step = gradients(tree["params"])
-            before, found = merged(tree["params"], tree["own"]), merged(step.params, step.own)
-            if self._descent.model_first:
-                moved, *_ = descend(before, found, tree["optimizer"], numbers)
-                groups = self._descent.groups
+            values, found = merged(tree["params"], tree["own"]), merged(step.params, step.own)
+            if descent.model_first:
+                moved, *_ = descend(values, found, tree["optimizer"], numbers)
+                groups = descent.groups
                 step_ = gradients({n: moved[n] if groups[n] == "model" else p for n, p in tree["params"].items()})
                 later = merged(step_.params, step_.own)
                 found = {n: g if groups[n] == "model" else later[n] for n, g in found.items()}
-            values, optimizer, norm = descend(before, found, tree["optimizer"], numbers)
+            values, optimizer, norm = descend(values, found, tree["optimizer"], numbers)
             total = bound.structure.plate_size or (bound.structure.rows if rows is None else rows)
-            tree = {
+            after = {
                 "params": {n: values[n] for n in tree["params"]},
                 "own": {s: {n: values[own_name(s, n)] for n in ps} for s, ps in tree["own"].items()},
                 "states": step.states,
                 "mutable": step.mutable,
                 "optimizer": optimizer,
             }
-            return tree, {"loss": step.loss / total, "gradient_norm": norm}
+            skipped = skipped_in_a_row(tree[SKIPPED], numbers[MOST_SKIPPED], step.loss, norm)
+            before = {name: tree[name] for name in after}
+            after = jax.tree.map(lambda new, old: jnp.where(skipped == 0, new, old), after, before)
+            return after | {SKIPPED: skipped}, {"loss": step.loss / total, "gradient_norm": norm, SKIPPED: skipped}
 
         return body
 
@@ -192,6 +213,7 @@ class Trainer:
                     unit: self._transforms[unit].init({n: every[n] for n in u.names})
                     for unit, u in self._descent.units.items()
                 },
+                SKIPPED: jnp.zeros((), float),
             }
 
     def run(
@@ -227,7 +249,7 @@ class Trainer:
         rows: int | None,
         plan: Plan | None = None,
     ) -> jax.Array:
-        plan, objective = self._plan if plan is None else plan, self._objective
+        plan, objective, runs = self._plan if plan is None else plan, self._objective, self._several
 
         def one(tree: Tree, args: Any, kwargs: Any, key: Any, numbers: Numbers, rows: Any) -> jax.Array:
             here, planned = with_numbers(objective, plan, numbers)
@@ -239,7 +261,7 @@ class Trainer:
 
         def all_runs(tree: Tree, *inputs: Any) -> jax.Array:
             several = jax.vmap(one, in_axes=(0, *[None] * len(inputs)))
-            return several(tree, *inputs) if self._several else one(tree, *inputs)[None]
+            return several(tree, *inputs) if runs else one(tree, *inputs)[None]
 
         shapes = tuple((a.shape, str(a.dtype)) for a in batch.leaves)
         with precision(self._bound.dtype):
@@ -252,6 +274,47 @@ class Trainer:
             needed = {name: tree[name] for name in ("params", "own", "states", "mutable")}
             return f(needed, batch.args, dict(batch.kwargs), key, scalars, total)
 
+    def again(
+        self,
+        tree: Tree,
+        data: Call,
+        index: np.ndarray | None,
+        numbers: Mapping[str, np.ndarray],
+        step: int,
+        i: int,
+        run: int = 0,
+    ) -> Again:
+        one, now = self._of_run(tree, run), {n: v[i] for n, v in numbers.items()}
+        with precision(self._bound.dtype):
+            key = jax.random.fold_in(self._key[run] if self._several else self._key, step)
+            batch = data if index is None else data.map(lambda a: jnp.take(a, index[run, i], axis=0))
+            if self._again is None:
+                self._again = jax.jit(self._once)
+            batch, table, gradient = self._again(one, batch.args, dict(batch.kwargs), key, now)
+        flat = {n: np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(g)]) for n, g in gradient.items()}
+        return Again(Call(*batch), table, flat)
+
+    @property
+    def fused(self) -> float:
+        return 1.0 if self.mode == "eager" else 8.0
+
+    def peak(self, tree: Tree, batch: Call, numbers: Numbers) -> int | None:
+        one = self._of_run(tree, 0)
+        with precision(self._bound.dtype):
+            key = jax.random.key(0)
+            found = _jax_memory.peak(self._once, one, batch.args, dict(batch.kwargs), key, dict(numbers))
+        return found * (len(self._key) if self._several else 1)
+
+    def _once(self, tree: Tree, args: Any, kwargs: Any, key: Any, numbers: Numbers) -> tuple[Any, Any, Any]:
+        """The data, the table and the gradient of one step."""
+        here, planned = with_numbers(self._objective, self._plan, numbers)
+        batch = _hidden(self._hiding, Call(args, kwargs), key)
+        options = {"total_rows": self._rows, "states": tree["states"], "own": tree["own"]}
+        params = {**tree["params"], **tree["mutable"]}
+        draws, _ = self._bound._run(params, batch, key, planned, training=True, **options)
+        found = self._bound.gradients(tree["params"], batch, key, planned, here, mutable=tree["mutable"], **options)
+        return (batch.args, dict(batch.kwargs)), rows_of(draws.sites), merged(found.params, found.own)
+
     @property
     def _several(self) -> bool:
         return self._key.ndim > 0
@@ -263,13 +326,20 @@ class Trainer:
         return jax.tree.map(lambda a: a[run], tree) if self._several else tree
 
     def pack(self, tree: Tree, run: int = 0) -> dict[str, np.ndarray]:
-        return arrays_of(self._of_run(tree, run))
+        one = self._of_run(tree, run)
+        return arrays_of({n: part for n, part in one.items() if n != SKIPPED}) | {SKIPPED: to_numpy(one[SKIPPED])}
 
     def unpack(self, *runs: Mapping[str, np.ndarray]) -> Tree:
         return self._together([self._unpacked(arrays) for arrays in runs])
 
     def _unpacked(self, arrays: Mapping[str, np.ndarray]) -> Tree:
-        return _filled(self._initial(self._initials[0]), arrays, self._bound.dtype, "state")
+        template = self._initial(self._initials[0])
+        skipped = template.pop(SKIPPED)
+        check_state(arrays, arrays_of(template) | {SKIPPED: to_numpy(skipped)})
+        own = {n: a for n, a in arrays.items() if n != SKIPPED}
+        tree = _filled(template, own, self._bound.dtype, "state")
+        with precision(self._bound.dtype):
+            return tree | {SKIPPED: jnp.asarray(arrays[SKIPPED], skipped.dtype)}
 
     def params_of(self, arrays: Mapping[str, np.ndarray]) -> Mapping[str, Any]:
         tree = self._unpacked(arrays)
@@ -319,7 +389,7 @@ def _descend(
         for unit, u in descent.units.items():
             place, names = u.place, u.names
             gradient = {n: gradients[n] for n in names}
-            square = sum(jnp.sum(g**2) for g in jax.tree.leaves(gradient))
+            square = sum((jnp.sum(g**2) for g in jax.tree.leaves(gradient)), jnp.zeros(()))
             norm = jnp.sqrt(square)
             if f"{place}.clip" in numbers:
                 factor = jnp.minimum(1.0, numbers[f"{place}.clip"] / norm)
@@ -327,6 +397,8 @@ def _descend(
             now = {n: values[n] for n in names}
             if u.natural:
                 gradient = natural(unit, values, gradient)
+                # The gradient may be finite where what the Fisher information makes of it is not.
+                square = square + 0.0 * sum((jnp.sum(g) for g in jax.tree.leaves(gradient)), jnp.zeros(()))
             update, state = transforms[unit].update(gradient, states[unit], now)
             rate = 1.0 if u.natural else numbers[f"{place}.learning_rate"]
             decay = numbers.get(f"{place}.weight_decay", WEIGHT_DECAY.get(_name(u.optimizer), 0.0))
@@ -340,13 +412,17 @@ def _descend(
                     return jnp.where(mine, new, old)
 
                 moved, state = jax.tree.map(chosen, (moved, state), (now, states[unit]))
-                square = square * mine
+                square = jnp.where(mine, square, 0.0)
             squares.append(square)
             states_[unit] = state
             values |= moved
         return values, states_, jnp.sqrt(sum(squares))
 
     return descend
+
+
+def _hidden(hiding: Hiding, batch: Call, key: Any) -> Call:
+    return hiding.hidden(batch, lambda n, a: jax.random.uniform(site_key(key, f"${n}"), a.shape[:1], float))
 
 
 def _step(body: Callable[..., Any], i: Any, tree: Tree, inputs: tuple[Any, ...]) -> tuple[Tree, Any]:

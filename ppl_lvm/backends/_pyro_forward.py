@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -258,6 +259,37 @@ def outside(bound: PyroBound, params: Params, batch: Call, fixed: Values) -> lis
     with sealed(bound.dtype), seeded(0), bound.evaluation():
         bound._trace(bound._model, Handler(bound.constrain(params), take, observed=observed), batch, params)
     return wrong
+
+
+def distributions(
+    bound: PyroBound, params: Params, batch: Call, values: Values
+) -> dict[tuple[str, str], list[Any]]:
+    """See `Bound.distributions`."""
+    bound._sizes = 1, 1
+    found: dict[tuple[str, str], list[Any]] = {}
+
+    def of(side: str, msg: Message) -> None:
+        found.setdefault((msg["name"], side), []).append(msg["fn"])
+
+    def latent(side: str) -> Callable[[Message], None]:
+        def take(msg: Message) -> None:
+            of(side, msg)
+            name = msg["name"]
+            if name not in values:
+                msg["value"] = draw(msg["fn"])
+                return
+            info, value = bound.structure.sites[name], torch.as_tensor(values[name])[None]
+            msg["value"] = of_step(bound._to_site(value[None] if info.local else value, info, *ONE), msg)
+
+        return take
+
+    plates: Mapping[str, Tensor] = {}
+    with sealed(bound.dtype), seeded(0), bound.evaluation():
+        for side, program in (("guide", bound._guide), ("model", bound._model)):
+            handler = Handler(bound.constrain(params), latent(side), plates, observed=partial(of, side))
+            bound._trace(program, handler, batch, params)
+            plates = handler.subsamples
+    return found
 
 
 def anatomy(bound: PyroBound, batch: Call) -> Anatomy:

@@ -24,6 +24,7 @@ from ppl_lvm.backends import _torch_nets, _torch_structured
 from ppl_lvm.backends._torch_dists import site_log_prob
 from ppl_lvm.backends.base import Chain, check_param
 from ppl_lvm.errors import ProgramError
+from ppl_lvm.process import TURN
 
 Params = Mapping[str, Tensor]
 Message = Any
@@ -34,12 +35,12 @@ _stored = pyro.get_param_store().get_param
 def sealed(dtype: str) -> Iterator[None]:
     """Default dtype and validation switches as the engine needs them, and as they were before afterwards.
 
-    Pyro's parameter store is empty inside: a PyroModule writes to it past every handler.
+    Pyro's parameter store is empty inside: a PyroModule writes to it past every handler. Other threads wait.
     """
-    before = torch.get_default_dtype()
-    store = pyro.get_param_store()
-    kept = dict(store.__dict__)
-    with pyro.validation_enabled(False):
+    with TURN, pyro.validation_enabled(False):
+        before = torch.get_default_dtype()
+        store = pyro.get_param_store()
+        kept = dict(store.__dict__)
         torch.set_default_dtype(getattr(torch, dtype))
         # Not `store.scope()`, which takes attributes off the owner's parameters.
         store.__dict__.update({name: type(table)() for name, table in kept.items() if isinstance(table, dict)})
@@ -71,6 +72,11 @@ def seed_generators(key: int) -> None:
     if device.type == "cuda":
         with torch.cuda.device(device):
             torch.cuda.manual_seed(key)
+
+
+def borrowed(a: np.ndarray) -> Tensor:
+    """A tensor on NumPy's memory; on a copy where torch could not use it: read backwards, or not to be written to."""
+    return torch.as_tensor(a if a.flags.writeable and all(s >= 0 for s in a.strides) else a.copy())
 
 
 class Namespace:

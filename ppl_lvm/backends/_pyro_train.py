@@ -10,21 +10,27 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import traceback
 import warnings
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
+from pyro import poutine
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
 from ppl_lvm.algorithm import Objective
-from ppl_lvm.backends import _torch_natural
+from ppl_lvm.backends import _torch_memory, _torch_natural
 from ppl_lvm.backends._pyro_handlers import kept_generators, sealed, seed_generators
 from ppl_lvm.backends.base import (
+    MOST_SKIPPED,
+    RECORDS,
+    SKIPPED,
+    Again,
     Call,
     Descent,
     Numbers,
@@ -34,12 +40,15 @@ from ppl_lvm.backends.base import (
     initial_extras,
     losses,
     merged,
+    rows_of,
+    skipped_in_a_row,
     static_key,
     with_numbers,
 )
 from ppl_lvm.backends.hiding import Hiding
 from ppl_lvm.backends.pyro import PyroBound
 from ppl_lvm.errors import BackendError
+from ppl_lvm.process import TURN
 
 Bound = PyroBound
 Tree = dict[str, Any]
@@ -53,9 +62,10 @@ COMPILE_SECONDS, COMPILE_SECONDS_PER_NODE = 5.0, 0.02
 _OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "adam": lambda params: torch.optim.Adam(params, lr=0.0, fused=True),
     "adamw": lambda params: torch.optim.AdamW(params, lr=0.0, fused=True),
-    "sgd": lambda params: torch.optim.SGD(params, lr=0.0),
-    "natural": lambda params: torch.optim.SGD(params, lr=1.0),
+    "sgd": lambda params: torch.optim.SGD(params, lr=0.0, fused=True),
+    "natural": lambda params: torch.optim.SGD(params, lr=1.0, fused=True),
 }
+"""Fused ones leave everything as it is where a tensor says so, which nothing waits for (`found_inf`)."""
 
 
 def key_of(seed: int) -> int:
@@ -68,8 +78,11 @@ def to_numpy(x: Any) -> np.ndarray:
     return x.detach().cpu().numpy() if isinstance(x, Tensor) else np.asarray(x)
 
 
-def on(device: str) -> contextlib.AbstractContextManager[Any]:
+@contextlib.contextmanager
+def on(device: str) -> Iterator[None]:
     """What is made inside this block is on a device: "cpu", "gpu", "cuda:0".
+
+    Other threads wait until its end, as torch notes the device for all of them too.
 
     Raises:
         BackendError: there is no such device.
@@ -79,12 +92,28 @@ def on(device: str) -> contextlib.AbstractContextManager[Any]:
     name = "cuda:0" if name == "cuda" else name
     if name not in there:
         raise BackendError(f"device={device!r} was asked for; PyTorch has {', '.join(there)} here.")
-    return torch.device(name)
+    with TURN, torch.device(name):
+        yield
 
 
 def off_device(params: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
     """Parameters of a fit as further calls find them, which are not inside its `on`."""
     return {n: p.cpu() for n, p in params.items()}
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out."""
+    if isinstance(error, torch.OutOfMemoryError):
+        torch.cuda.empty_cache()  # blocks that the allocator keeps may be too small for what is asked next
+        return True
+    on_cpu = isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    return on_cpu or isinstance(error, MemoryError)
+
+
+def device_memory() -> int | None:
+    """Bytes of the device that the default one is, where it has memory of its own."""
+    device = torch.get_default_device()
+    return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
 
 
 class Trainer:
@@ -128,19 +157,19 @@ class Trainer:
         with sealed(bound.dtype), kept_generators():
             self._factors = _torch_natural.found(bound, example, descent.units)
 
-    # One step as a function of tensors alone: loss, norm, gradients of the trained parameters, next states.
+    # One step as a function of tensors alone: records, gradients of the trained parameters, next states.
 
     def _flat(self, structure: pytree.TreeSpec) -> Callable[..., list[Tensor]]:
         bound, plan, objective, descent = self._bound, self._plan, self._objective, self._descent
-        factors = self._factors
-        hiding = self._hiding
+        # A step is kept when its trainer, which holds data, is gone: it must not be reached from here.
+        factors, hiding = self._factors, self._hiding
 
         def step(*leaves: Tensor) -> list[Tensor]:
             given = pytree.tree_unflatten(list(leaves), structure)
             batch, rows = Call(tuple(given["args"]), given["kwargs"]), given.get("rows")
             if "index" in given:
                 batch = batch.map(lambda a: a[given["index"]])
-            batch = hiding.hidden(batch, lambda _, a: torch.rand(a.shape[0], device=a.device))
+            batch = _hidden(hiding, batch)
             here, planned = with_numbers(objective, plan, given["numbers"])
             result = bound.gradients(
                 given["params"],
@@ -156,10 +185,15 @@ class Trainer:
             for unit, chosen in factors.items():
                 place, own = descent.units[unit].place, {n: found[n] for n in descent.units[unit].names}
                 rate = given["numbers"][f"{place}.learning_rate"]
-                found |= _torch_natural.displaced(bound, batch, chosen, given["params"], own, rate)
+                moves = _torch_natural.displaced(bound, batch, chosen, given["params"], own, rate)
+                # The gradient may be finite where what the Fisher information makes of it is not.
+                norm = norm + 0.0 * sum(m.sum() for m in moves.values())
+                found |= moves
             gradients = [found[n] for u in descent.units.values() for n in u.names]
             total = bound.structure.plate_size or (bound.structure.rows if rows is None else rows)
-            return [result.loss / total, norm, *gradients, *pytree.tree_leaves(result.states)]
+            skipped = skipped_in_a_row(given[SKIPPED], given["numbers"][MOST_SKIPPED], result.loss, norm)
+            states = [torch.where(skipped == 0, result.states[s], old) for s, old in given["states"].items()]
+            return [result.loss / total, norm, skipped, *gradients, *states]
 
         return step
 
@@ -178,7 +212,8 @@ class Trainer:
             # Distinct tensors: one object given twice would be merged into one input of the graph.
             graph = make_fx(eager)(*(x.detach().clone() for x in leaves))
         except RuntimeError as error:
-            return eager, "eager", [f"compile: eager, as the step cannot be traced ({_first_line(error)})"]
+            why = f"the step cannot be traced{_where(error)}: {_first_line(error)}"
+            return eager, "eager", [f"compile: eager, as {why}"]
         self._refuse_frozen_data(graph, rows)
         if mode == "graph":
             return graph, "graph", []
@@ -250,7 +285,8 @@ class Trainer:
             unit: _OPTIMIZERS[u.optimizer.name]([every[n] for n in u.names])  # type: ignore[attr-defined]
             for unit, u in self._descent.units.items()
         }
-        return {"params": params, "own": own, "states": states, "optimizer": optimizers}
+        skipped = torch.zeros((), dtype=torch.float32)  # as fused optimisers take it
+        return {"params": params, "own": own, "states": states, "optimizer": optimizers, SKIPPED: skipped}
 
     def run(
         self,
@@ -265,8 +301,8 @@ class Trainer:
             self._run(one, data, None if index is None else index[r], numbers, start, n, self._seeds[r])
             for r, one in enumerate(tree)
         ]
-        trees, loss, norm = zip(*done, strict=True)
-        return list(trees), {"loss": torch.stack(loss), "gradient_norm": torch.stack(norm)}
+        trees, *records = zip(*done, strict=True)
+        return list(trees), {name: torch.stack(found) for name, found in zip(RECORDS, records, strict=True)}
 
     def _run(
         self,
@@ -277,17 +313,17 @@ class Trainer:
         start: int,
         n: int,
         seed: int,
-    ) -> tuple[Tree, Tensor, Tensor]:
+    ) -> tuple[Tree, Tensor, Tensor, Tensor]:
         dtype = getattr(torch, self._bound.dtype)
         scalars = {name: torch.as_tensor(v, dtype=dtype) for name, v in numbers.items()}
         fixed: dict[str, Any] = {"args": list(data.args), "kwargs": dict(data.kwargs)}
         if self._rows is not None:
             fixed["rows"] = torch.tensor(float(self._rows), dtype=dtype)
         where = None if index is None else torch.as_tensor(index)
-        found, norms = [], []
+        found, norms, counts = [], [], []
         with sealed(self._bound.dtype), kept_generators(), torch.no_grad():
             for i in range(n):
-                inputs = fixed | {key: tree[key] for key in ("params", "own", "states")}
+                inputs = fixed | {key: tree[key] for key in ("params", "own", "states", SKIPPED)}
                 inputs["numbers"] = {name: v[i] for name, v in scalars.items()}
                 if where is not None:
                     inputs["index"] = where[i]
@@ -302,24 +338,74 @@ class Trainer:
                     self.notes.extend(notes)
                 now = {name: float(v[i]) for name, v in numbers.items()}
                 values, following = [], tree
+                moves = ("model", "guide") if self._descent.model_first else (None,)
+                before = {id(t): t.clone() for t in _moving(tree)} if len(moves) > 1 else {}
+                skipped = tree[SKIPPED]
                 # The optimisers work in place, so a second run is at what the first has moved.
-                for moving in ("model", "guide") if self._descent.model_first else (None,):
+                for moving in moves:
                     seed_generators(_step_seed(seed, start + i))
-                    value, norm, *rest = self._step(*leaves)
+                    value, norm, of_run, *rest = self._step(*leaves)
+                    skipped = torch.maximum(skipped, of_run) if moving == "guide" else of_run
                     values.append(value)
-                    following = self._update(tree, rest, now, moving)
+                    following = self._update(tree, rest, now, moving, skipped)
+                for tensor in _moving(tree) if before else ():
+                    old = before.get(id(tensor), torch.zeros_like(tensor))
+                    tensor.copy_(torch.where(skipped == 0, tensor, old))
                 found.append(values[0])
                 norms.append(norm)
+                counts.append(skipped)
                 tree = following
-        return tree, torch.stack(found), torch.stack(norms)
+        return tree, torch.stack(found), torch.stack(norms), torch.stack(counts)
+
+    def again(
+        self,
+        tree: list[Tree],
+        data: Call,
+        index: np.ndarray | None,
+        numbers: Mapping[str, np.ndarray],
+        step: int,
+        i: int,
+        run: int = 0,
+    ) -> Again:
+        one, dtype = tree[run], getattr(torch, self._bound.dtype)
+        with sealed(self._bound.dtype), kept_generators():
+            now = {name: torch.as_tensor(v[i], dtype=dtype) for name, v in numbers.items()}
+            here, planned = with_numbers(self._objective, self._plan, now)
+            batch = data if index is None else data.map(lambda a: a[torch.as_tensor(index[run, i])])
+            options = {"total_rows": self._rows, "states": one["states"], "own": one["own"]}
+            seed_generators(_step_seed(self._seeds[run], step))
+            with torch.no_grad():
+                draws = self._bound.draws(one["params"], _hidden(self._hiding, batch), None, planned, **options)
+            seed_generators(_step_seed(self._seeds[run], step))
+            hidden = _hidden(self._hiding, batch)
+            found = self._bound.gradients(one["params"], hidden, None, planned, here, **options)
+        gradient = {n: g.cpu().numpy() for n, g in merged(found.params, found.own).items()}
+        return Again(hidden, rows_of(draws.sites), gradient)
+
+    @property
+    def fused(self) -> float:
+        return 1.0 if self.mode in ("eager", "graph") else 3.0
+
+    def peak(self, tree: list[Tree], batch: Call, numbers: Numbers) -> int | None:
+        def step(params: Any, states: Any, own: Any, args: Any, kwargs: Any) -> Any:
+            here, planned = with_numbers(self._objective, self._plan, numbers)
+            options = {"total_rows": self._rows, "states": states, "own": own}
+            hidden = _hidden(self._hiding, Call(args, kwargs))
+            return self._bound.gradients(params, hidden, None, planned, here, **options)
+
+        with sealed(self._bound.dtype), kept_generators():
+            state = (tree[0][name] for name in ("params", "states", "own"))
+            return _torch_memory.peak(step, *state, batch.args, dict(batch.kwargs))
 
     def _update(
-        self, tree: Tree, out: list[Tensor], numbers: Mapping[str, float], moving: str | None
+        self, tree: Tree, out: list[Tensor], numbers: Mapping[str, float], moving: str | None, skipped: Tensor
     ) -> Tree:
-        """Moves the parameters whose turn it is, of one group or of all."""
+        """Moves the parameters whose turn it is, of one group or of all, unless the step is skipped."""
         rest = iter(out)
+        away = skipped.clamp(max=1.0)
         for unit, u in self._descent.units.items():
             optimizer = tree["optimizer"][unit]
+            optimizer.found_inf = away
             still = not numbers.get(u.turn, 1.0) or moving not in (None, u.group)
             for group in optimizer.param_groups:
                 group["lr"] = 1.0 if u.natural else numbers[f"{u.place}.learning_rate"]
@@ -330,7 +416,7 @@ class Trainer:
                     parameter.grad = None if still else gradient
             if not still:
                 optimizer.step()
-        return {**tree, "states": dict(zip(tree["states"], rest, strict=True))}
+        return {**tree, "states": dict(zip(tree["states"], rest, strict=True)), SKIPPED: skipped}
 
     def loss(
         self,
@@ -386,10 +472,14 @@ class Trainer:
                 if known:
                     found[i] = {n.removeprefix(f"{prefix}/"): held[n] for n in known}
             optimizer.load_state_dict({"state": found, "param_groups": optimizer.state_dict()["param_groups"]})
-        return tree
+        return {**tree, SKIPPED: held[SKIPPED]}
 
     def params_of(self, arrays: Mapping[str, np.ndarray]) -> Mapping[str, Tensor]:
         return self._unpacked(arrays)["params"]
+
+
+def _hidden(hiding: Hiding, batch: Call) -> Call:
+    return hiding.hidden(batch, lambda _, a: torch.rand(a.shape[0], device=a.device))
 
 
 def _clipped(
@@ -401,7 +491,7 @@ def _clipped(
     for u in descent.units.values():
         mine = [gradients[n] for n in u.names]
         norm = torch.stack([torch.linalg.vector_norm(g) for g in mine]).norm()
-        norms.append(norm * (numbers[u.turn] > 0) if u.turn in numbers else norm)
+        norms.append(torch.where(numbers[u.turn] > 0, norm, 0.0) if u.turn in numbers else norm)
         if f"{u.place}.clip" in numbers:
             factor = (numbers[f"{u.place}.clip"] / norm).clamp(max=1.0)
             mine = [g * factor for g in mine]
@@ -409,13 +499,23 @@ def _clipped(
     return found, torch.stack(norms).norm()
 
 
+def _moving(tree: Tree) -> list[Tensor]:
+    """What a step changes in place: parameters, and the optimisers' states, zeros before they are made."""
+    held = [*merged(tree["params"], tree["own"]).values()]
+    for optimizer in tree["optimizer"].values():
+        held += [v for state in optimizer.state.values() for v in state.values() if isinstance(v, Tensor)]
+    return held
+
+
 def _packed(tree: Tree) -> dict[str, np.ndarray]:
     arrays = {f"params/{n}": p for n, p in tree["params"].items()}
     arrays |= {f"own/{s}/{n}": p for s, ps in tree["own"].items() for n, p in ps.items()}
-    arrays |= {f"states/{s}": v for s, v in tree["states"].items()}
+    arrays |= {f"states/{s}": v for s, v in tree["states"].items()} | {SKIPPED: tree[SKIPPED]}
     known = {id(p): n for n, p in merged(tree["params"], tree["own"]).items()}
     for unit, optimizer in tree["optimizer"].items():
         for parameter, state in optimizer.state.items():
+            if float(state.get("step", 1)) == 0:  # made in a step that was skipped, and as good as none
+                continue
             prefix = f"optimizer/{unit}/{known[id(parameter)]}"
             arrays |= {f"{prefix}/{n}": v for n, v in state.items() if isinstance(v, Tensor)}
     return arrays_of(arrays)
@@ -447,6 +547,20 @@ def _step_seed(seed: int, step: int) -> int:
 
 def _compiler() -> bool:
     return any(shutil.which(name) for name in (os.environ.get("CXX", ""), "g++", "clang++", "c++") if name)
+
+
+def _where(error: BaseException) -> str:
+    """The site in whose handling a run of model or guide raised, or the one before that line of the program."""
+    inside = before = None
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        held = frame.f_locals
+        run = getattr(held.get("self"), "msngr", None)
+        for message in (held.get("msg"), held.get("site")):
+            if isinstance(message, dict) and message.get("type") == "sample":
+                inside = message["name"]
+        if isinstance(run, poutine.trace_messenger.TraceMessenger):
+            before = next((n for n, node in reversed(run.trace.nodes.items()) if node["type"] == "sample"), None)
+    return f" at site {inside!r}" if inside else f" after site {before!r}" if before else ""
 
 
 def _first_line(error: BaseException) -> str:

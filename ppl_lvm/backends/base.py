@@ -6,10 +6,12 @@ backend's are, and `ops` tells them apart.
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import itertools
+import traceback
 from collections import OrderedDict
-from collections.abc import Callable, Container, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
@@ -30,9 +32,10 @@ from ppl_lvm.algorithm import (
 )
 from ppl_lvm.backends.marginal import Group, groups
 from ppl_lvm.draws import Draws, Plate
-from ppl_lvm.errors import BackendError, DataError, LegalityError, ProgramError
+from ppl_lvm.errors import BackendError, DataError, LegalityError, PplLvmError, ProgramError
 from ppl_lvm.latents import Discrete, Latent, PlateOf, Sketch, check_plates
 from ppl_lvm.ops import Array
+from ppl_lvm.process import TURN
 
 if TYPE_CHECKING:
     from ppl_lvm.program import Program
@@ -467,6 +470,15 @@ class Bound(Protocol):
         """Parameters that hold values of the batch's own rows; `call` has another number of rows."""
         ...
 
+    def distributions(
+        self, params: Mapping[str, Array], batch: Call, values: Mapping[str, Any]
+    ) -> dict[tuple[str, str], list[Any]]:
+        """(site, "guide" or "model") -> its distribution in one run, of every step for a site inside a scan.
+
+        `values` are one draw of latent sites, `[B, ...]` for local ones; others are drawn anew.
+        """
+        ...
+
     def draws(
         self,
         params: Mapping[str, Array],
@@ -576,6 +588,25 @@ def as_float(kinds: Mapping[str, str] | None, name: str, kind: str) -> bool:
     if kind == "f" or kinds is None or name == ROWS:
         return kind == "f"
     return kinds[name] == "f" if name in kinds else kind in "iu"
+
+
+def check_range(name: str, values: np.ndarray, dtype: str | None) -> np.ndarray:
+    """The data, unless they are out of range where they go: floats of `dtype`, or as None says integers of 32 bits.
+
+    Raises:
+        DataError: they would become infinite, or other integers.
+    """
+    wider = values.dtype.kind in "fiu" and values.dtype.itemsize > (4 if dtype is None else np.dtype(dtype).itemsize)
+    if not wider or not values.size or (dtype is None and values.dtype.kind == "f"):
+        return values
+    most = float(np.iinfo(np.int32).max if dtype is None else np.finfo(dtype).max)
+    if max(float(values.max()), -float(values.min())) > most:
+        far = values.flat[int(np.abs(values.astype(np.float64)).argmax())]
+        raise DataError(
+            f"Argument {name!r} holds {far:g}, which is out of the range of {dtype or 'int32'}; rescale the data, or "
+            f"pass dtype='float64'."
+        )
+    return values
 
 
 def given_rows(call: Callable[..., Any], ppl: Any, asked: bool = False) -> Callable[..., Any]:
@@ -934,21 +965,78 @@ def check_param(name: str, known: Any, offered: Any) -> None:
 
 
 def density(site: Mapping[str, Any], log_prob: Callable[[Any], Any]) -> Any:
-    """`log_prob(site)`, or an error that says so where value and distribution do not fit each other."""
+    """`log_prob(site)`, or an error that says so where value, distribution and plates do not fit each other."""
+    check_fits(site)
     try:
-        return log_prob(site)
+        found = log_prob(site)
     except (RuntimeError, TypeError, ValueError) as error:
-        fn, shape = site["fn"], tuple(site["value"].shape)
-        drawn = (*fn.batch_shape, *fn.event_shape)
-        try:
-            np.broadcast_shapes(shape, drawn)
-        except ValueError:
-            sizes = {f.name: f.size for f in site["cond_indep_stack"]}
+        value = site["value"]
+        raise ProgramError(
+            f"Site {site['name']!r} has no density: {_kind(site['fn'])} at a value of shape {tuple(np.shape(value))} "
+            f"and dtype {getattr(value, 'dtype', type(value).__name__)} says {said(error)}."
+        ) from error
+    for frame in site["cond_indep_stack"]:
+        size = found.shape[frame.dim] if frame.dim is not None and len(found.shape) >= -frame.dim else 1
+        if size not in (1, frame.size):
             raise ProgramError(
-                f"Site {site['name']!r} has a value of shape {shape}, and its distribution draws {tuple(drawn)} in "
-                f"plates {sizes}; size plates and parameters by the data (len(x))."
-            ) from error
+                f"Site {site['name']!r} has densities of shape {tuple(found.shape)} in plate {frame.name!r}, which is "
+                f"dimension {frame.dim} and has {frame.size} rows; make further axes of a value part of one event "
+                f"(to_event), or give them a plate."
+            )
+    return found
+
+
+def check_fits(site: Mapping[str, Any]) -> None:
+    """Refuses a value of another shape than its distribution's; a larger one has densities that no plate would sum."""
+    fn, shape = site["fn"], tuple(np.shape(site["value"]))
+    drawn = (*fn.batch_shape, *fn.event_shape)
+    try:
+        fits = np.broadcast_shapes(shape, drawn) == drawn
+    except ValueError:
+        fits = False
+    if not fits:
+        sizes = {f.name: f.size for f in site["cond_indep_stack"]}
+        raise ProgramError(
+            f"Site {site['name']!r} has a value of shape {shape}, and its distribution draws {tuple(drawn)} in plates "
+            f"{sizes}; size plates and parameters by the data (len(x))."
+        )
+
+
+def said(error: BaseException) -> str:
+    """The first line of another library's error, with its kind."""
+    line = next((line.strip() for line in str(error).splitlines() if line.strip()), "nothing")
+    return f"{type(error).__name__}: {line.rstrip('.')}"
+
+
+@contextlib.contextmanager
+def first_run(program: Program, batch: Call) -> Iterator[None]:
+    """The first run of a program on data of some shapes: what it raises then says on what, and where in its code.
+
+    Raises:
+        ProgramError: the program raised what is no error of ours.
+    """
+    try:
+        yield
+    except (PplLvmError, MemoryError):
         raise
+    except Exception as error:
+        named = batch.own.named(program.arguments)
+        arrays = {n: a for n, a in named.items() if n != ROWS and hasattr(a, "shape")}
+        shapes = ", ".join(f"{n} {str(a.dtype).removeprefix('torch.')} {tuple(a.shape)}" for n, a in arrays.items())
+        frames = traceback.extract_tb(error.__traceback__)
+        files = {c.__code__.co_filename for c in _functions(program) if hasattr(c, "__code__")}
+        own = [f for f in frames if f.filename in files]
+        where = f" at {own[-1].filename}:{own[-1].lineno}" if own else ""
+        raise ProgramError(
+            f"Program {program.name!r} failed{where} when it was first run, on {shapes or 'no data'}: {said(error)}."
+        ) from error
+
+
+def _functions(program: Program) -> Iterator[Any]:
+    for call in (program.model, program.guide):
+        while isinstance(call, partial):
+            call = call.func
+        yield getattr(call, "__func__", call)
 
 
 CHECK_DATA = "Check units and options such as total_count."
@@ -1112,21 +1200,59 @@ class Steps:
         self._kept: OrderedDict[Hashable, Any] = OrderedDict()
 
     def get(self, key: Hashable, build: Callable[[], Any]) -> Any:
-        if key in self._kept:
-            self._kept.move_to_end(key)
-        else:
-            self._kept[key] = build()
-            while len(self._kept) > self._size:
-                self._kept.popitem(last=False)
-        return self._kept[key]
+        with TURN:
+            if key in self._kept:
+                self._kept.move_to_end(key)
+            else:
+                self._kept[key] = build()
+                while len(self._kept) > self._size:
+                    self._kept.popitem(last=False)
+            return self._kept[key]
+
+    def __len__(self) -> int:
+        return len(self._kept)
 
     def renew(self, key: Hashable, build: Callable[[], Any]) -> Any:
-        self._kept.pop(key, None)
-        return self.get(key, build)
+        with TURN:
+            self._kept.pop(key, None)
+            return self.get(key, build)
 
 
-RECORDS = ("loss", "gradient_norm")
-"""What a step records: the loss per row, and the norm of all trained gradients before clipping."""
+SKIPPED = "skipped"
+"""`skipped_in_a_row`, of a trainer's tree, of its packed state and of its records."""
+
+RECORDS = ("loss", "gradient_norm", SKIPPED)
+"""What a step records: the loss per row, the norm of all trained gradients before clipping, and `skipped_in_a_row`."""
+
+MOST_SKIPPED = "loop.most_skipped"
+"""The number of a step that says how many in a row may be skipped; 0 stops at the first that is not finite."""
+
+
+def skipped_in_a_row(before: Array, most: Array, loss: Array, norm: Array) -> Array:
+    """How many steps in a row, up to this one, had a loss or a gradient that is not finite; none moved anything.
+
+    Beyond `most` it stays what it is, so nothing moves any more: the state after a chunk is that before the first of
+    them, and no step waits to be told.
+    """
+    xp = ops.xp(before)
+    here = xp.where(xp.isfinite(loss + norm), 0.0 * before, before + 1.0)
+    return xp.where(before > most, before, here)
+
+
+def rows_of(sites: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Values and densities of a table's sites."""
+    return {n: {"value": s.value, "log_p": s.log_p, "log_q": s.log_q} for n, s in sites.items()}
+
+
+@dataclass(frozen=True)
+class Again:
+    """A step that was run once more, outside of the compiled loop and with its own noise."""
+
+    batch: Call
+    table: Mapping[str, Mapping[str, Any]]
+    """Site -> "value", "log_p" and "log_q", as in the table of a run."""
+    gradient: Mapping[str, np.ndarray]
+    """Gradients of the parameters; of a network that is one parameter, end to end."""
 
 
 class Trainer(Protocol):
@@ -1137,6 +1263,8 @@ class Trainer(Protocol):
 
     mode: str
     notes: list[str]
+    fused: float
+    """How much less memory a step may take than `peak` says, where operations are fused."""
 
     def initial(self) -> Any: ...
 
@@ -1162,6 +1290,21 @@ class Trainer(Protocol):
 
         `plan` is another one than the fit's; numbers that it has no place for are left aside.
         """
+
+    def again(
+        self,
+        tree: Any,
+        data: Call,
+        index: np.ndarray | None,
+        numbers: Mapping[str, np.ndarray],
+        step: int,
+        i: int,
+        run: int = 0,
+    ) -> Again:
+        """Step number `step`, whose numbers and rows are at `i`, once more; nothing moves."""
+
+    def peak(self, tree: Any, batch: Call, numbers: Numbers) -> int | None:
+        """Bytes that a step takes beside parameters and data, as far as shapes tell; nothing is run."""
 
     def params(self, tree: Any, run: int = 0) -> Mapping[str, Any]: ...
 

@@ -16,7 +16,7 @@ from numpyro.infer.autoguide import AutoGuide
 from numpyro.ops.provenance import eval_provenance
 
 from ppl_lvm.algorithm import GuideFamily, Objective, Resampling, Variant
-from ppl_lvm.backends import _numpyro_forward
+from ppl_lvm.backends import _jax_memory, _numpyro_forward
 from ppl_lvm.backends._jax_dists import (
     GuideSite,
     apart,
@@ -65,6 +65,7 @@ from ppl_lvm.backends.base import (
     Steps,
     Structure,
     as_float,
+    check_range,
     check_scale,
     check_sites,
     check_value,
@@ -74,6 +75,7 @@ from ppl_lvm.backends.base import (
     example_kinds,
     features,
     find_data_plate,
+    first_run,
     given_rows,
     inner_axis,
     inner_name,
@@ -86,6 +88,7 @@ from ppl_lvm.backends.base import (
     owner,
     prior_name,
     row_params,
+    rows_of,
     steps_of,
     sum_out,
     undeclared,
@@ -138,14 +141,15 @@ class NumPyroBound:
                 batch = self.batch(example.with_rows(size))
             self._model = given_rows(partial(program.model, ppl) if program.portable else program.model, ppl, asked)
             self._guide: Callable[..., Any] = prior_of(self._model)
-            if family is not None:
-                latents = self._latents(batch, key, data_plate)
-                self._guide = given_rows(written(family, ppl, latents, program.arguments), ppl)
-            elif guide is not None and program.portable:
-                self._guide = given_rows(partial(guide, ppl), ppl)
-            elif guide is not None:
-                self._guide = given_rows(self._own(guide), None, asked)
-            self._probe(batch, key, data_plate)
+            with first_run(program, batch):
+                if family is not None:
+                    latents = self._latents(batch, key, data_plate)
+                    self._guide = given_rows(written(family, ppl, latents, program.arguments), ppl)
+                elif guide is not None and program.portable:
+                    self._guide = given_rows(partial(guide, ppl), ppl)
+                elif guide is not None:
+                    self._guide = given_rows(self._own(guide), None, asked)
+                self._probe(batch, key, data_plate)
         self.row_params = row_params(program, ppl, self.initial, self.total)
 
     def on(self, example: Call) -> NumPyroBound:
@@ -162,7 +166,11 @@ class NumPyroBound:
 
         def convert(name: str, a: Any) -> Array:
             a = np.asarray(a) if not isinstance(a, jax.Array) else a
-            return owned(a, self.dtype if as_float(self._kinds, name, a.dtype.kind) else None)
+            dtype = self.dtype if as_float(self._kinds, name, a.dtype.kind) else None
+            # Without 64 bits, JAX cuts longer integers off in silence.
+            if isinstance(a, np.ndarray) and (dtype is not None or self.dtype == "float32"):
+                check_range(name, a, dtype)
+            return owned(a, dtype)
 
         with precision(self.dtype):
             return call.map_named(self.program.arguments, convert)
@@ -1020,8 +1028,7 @@ class NumPyroBound:
         def run(
             params: Params, batch: Call, key: Array, values: Mapping[str, Array]
         ) -> dict[str, dict[str, Any]]:
-            sites = self.draws(params, batch, key, plan, values=values).sites
-            return {n: {"value": s.value, "log_p": s.log_p, "log_q": s.log_q} for n, s in sites.items()}
+            return rows_of(self.draws(params, batch, key, plan, values=values).sites)
 
         return self.compiled(run, params, batch, key, _static(plan), values or {})
 
@@ -1034,6 +1041,15 @@ class NumPyroBound:
             return self.draws(params, batch, key, plan, values=values).log_w
 
         return self.compiled(run, params, batch, key, _static(plan), values or {})
+
+    def peak(self, params: Params, batch: Call, plan: Plan) -> int | None:
+        """Bytes that `evaluate` takes at most, as far as shapes tell; nothing is run."""
+
+        def run(params: Params, args: Any, kwargs: Any, key: Array) -> dict[str, dict[str, Any]]:
+            return rows_of(self.draws(params, Call(args, kwargs), key, plan).sites)
+
+        with precision(self.dtype):
+            return _jax_memory.peak(run, dict(params), batch.args, dict(batch.kwargs), jax.random.key(0))
 
     def simulate(
         self,
@@ -1061,9 +1077,16 @@ class NumPyroBound:
         """Sites whose fixed values are outside the support of their distribution in the model."""
         return _numpyro_forward.outside(self, params, batch, fixed)
 
+    def distributions(
+        self, params: Params, batch: Call, values: Mapping[str, Any]
+    ) -> dict[tuple[str, str], list[Any]]:
+        """See `base.Bound`."""
+        return _numpyro_forward.distributions(self, params, batch, values)
+
     def anatomy(self, batch: Call) -> Anatomy:
         """What the sites look like and look at."""
-        return _numpyro_forward.anatomy(self, batch)
+        with first_run(self.program, batch):
+            return _numpyro_forward.anatomy(self, batch)
 
     def compiled(
         self,

@@ -26,12 +26,13 @@ from torch.distributions import biject_to, transform_to
 from torch.utils.checkpoint import checkpoint
 
 from ppl_lvm.algorithm import GuideFamily, Objective, Variant
-from ppl_lvm.backends import _pyro_forward
+from ppl_lvm.backends import _pyro_forward, _torch_memory
 from ppl_lvm.backends._pyro_handlers import (
     Handler,
     Message,
     Namespace,
     Params,
+    borrowed,
     joined_steps,
     of_step,
     prior_of,
@@ -73,6 +74,7 @@ from ppl_lvm.backends.base import (
     SiteInfo,
     Structure,
     as_float,
+    check_range,
     check_scale,
     check_sites,
     check_value,
@@ -82,6 +84,7 @@ from ppl_lvm.backends.base import (
     example_kinds,
     features,
     find_data_plate,
+    first_run,
     given_rows,
     inner_axis,
     inner_name,
@@ -93,6 +96,7 @@ from ppl_lvm.backends.base import (
     of_least_variance,
     prior_name,
     row_params,
+    rows_of,
     steps_of,
     sum_out,
     undeclared,
@@ -103,6 +107,7 @@ from ppl_lvm.backends.natural import Enough
 from ppl_lvm.draws import Draws, Particles, Plate, Site
 from ppl_lvm.errors import BackendError, ProgramError
 from ppl_lvm.latents import Latent, PlateOf
+from ppl_lvm.process import TURN
 
 if TYPE_CHECKING:
     from ppl_lvm.program import Program
@@ -148,15 +153,16 @@ class PyroBound:
         self.forward_broadcasts: dict[Any, bool] = {}
         self._broadcasts: dict[tuple[bool, bool], tuple[bool, bool]] = {}
         self._at_once: dict[tuple[bool, bool], bool] = {}
-        with sealed(dtype), seeded(seed):
-            self._probe(self.batch(example), data_plate, family)
+        batch = self.batch(example)
+        with sealed(dtype), seeded(seed), first_run(program, batch):
+            self._probe(batch, data_plate, family)
         self.row_params = row_params(program, ppl, self.initial, self.total)
 
     def write(self, params: Params) -> None:
         """Puts these values into the program's own modules, and into the parameter store."""
-        self._modules.keep()
-        store = pyro.get_param_store()
-        with torch.no_grad():
+        with TURN, torch.no_grad():
+            self._modules.keep()
+            store = pyro.get_param_store()
             for name, value in params.items():
                 leaf = self._leaves[name]
                 leaf.copy_(value)
@@ -189,7 +195,12 @@ class PyroBound:
         def convert(name: str, a: Any) -> Any:
             if isinstance(a, bool | int | float | str):  # settings that a training loop passes along
                 return a
-            a = a if isinstance(a, Tensor) else torch.tensor(np.asarray(a))
+            if not isinstance(a, Tensor):
+                a = np.asarray(a)
+                if as_float(self._kinds, name, a.dtype.kind):
+                    check_range(name, a, self.dtype)
+                # In memory of torch's own: BLAS adds up in another order where NumPy's happens to be aligned otherwise.
+                a = borrowed(a).clone(memory_format=torch.contiguous_format)
             a = a.to(torch.get_default_device())
             kind = "f" if a.is_floating_point() else "b" if a.dtype == torch.bool else "i"
             return a.to(getattr(torch, self.dtype)) if as_float(self._kinds, name, kind) else a
@@ -198,9 +209,9 @@ class PyroBound:
 
     def in_support(self, site: str, value: np.ndarray, known: np.ndarray | None = None) -> bool:
         """Whether data of the probe's shape are values of a site that has data, where they are known."""
-        support, given = self._supports[site], torch.as_tensor(value)
+        support, given = self._supports[site], borrowed(value)
         if known is not None:
-            given = torch.where(torch.as_tensor(known), given, feasible(support, given))
+            given = torch.where(borrowed(known), given, feasible(support, given))
         return bool(support.check(given).all())
 
     def needs(self, site: str) -> str:
@@ -470,7 +481,8 @@ class PyroBound:
 
     def constrain(self, params: Params) -> dict[str, Tensor]:
         """Constrained values of unconstrained parameters."""
-        return {n: self._transforms[n](v) for n, v in params.items()}
+        with sealed(self.dtype):
+            return {n: self._transforms[n](v) for n, v in params.items()}
 
     def guide_distributions(self, params: Params, batch: Call, sites: Sequence[str]) -> dict[str, Message]:
         """Sites of the guide with the distributions they are drawn from; the guide is run until it has met them."""
@@ -1123,12 +1135,12 @@ class PyroBound:
     @contextlib.contextmanager
     def evaluation(self) -> Iterator[None]:
         """Without gradients, modules in eval mode."""
-        before, self._evaluating = self._evaluating, True
-        try:
-            with torch.no_grad():
+        with TURN, torch.no_grad():
+            before, self._evaluating = self._evaluating, True
+            try:
                 yield
-        finally:
-            self._evaluating = before
+            finally:
+                self._evaluating = before
 
     def evaluate(
         self, params: Params, batch: Call, key: int, plan: Plan, values: Mapping[str, Any] | None = None
@@ -1136,8 +1148,7 @@ class PyroBound:
         """Values and densities of every site of one run, in evaluation; `values` as `draws` takes them."""
         given = {n: torch.as_tensor(v) for n, v in (values or {}).items()}
         with self.evaluation():
-            sites = self.draws(params, batch, key, plan, values=given).sites
-        return {n: {"value": s.value, "log_p": s.log_p, "log_q": s.log_q} for n, s in sites.items()}
+            return rows_of(self.draws(params, batch, key, plan, values=given).sites)
 
     def log_w(
         self, params: Params, batch: Call, key: int, plan: Plan, values: Mapping[str, Any] | None = None
@@ -1146,6 +1157,15 @@ class PyroBound:
         given = {n: torch.as_tensor(v) for n, v in (values or {}).items()}
         with self.evaluation():
             return self.draws(params, batch, key, plan, values=given).log_w
+
+    def peak(self, params: Params, batch: Call, plan: Plan) -> int | None:
+        """Bytes that `evaluate` takes at most, as far as shapes tell; nothing is run. None where shapes do not tell."""
+        self.broadcasts(plan, batch)
+
+        def run(params: Params, args: Any, kwargs: Any) -> Any:
+            return self.evaluate(params, Call(args, kwargs), 0, plan)
+
+        return _torch_memory.peak(run, dict(params), batch.args, dict(batch.kwargs))
 
     def simulate(
         self,
@@ -1172,10 +1192,17 @@ class PyroBound:
         """Sites whose fixed values are outside the support of their distribution in the model."""
         return _pyro_forward.outside(self, params, batch, fixed)
 
+    def distributions(
+        self, params: Params, batch: Call, values: Mapping[str, Any]
+    ) -> dict[tuple[str, str], list[Any]]:
+        """See `base.Bound`."""
+        return _pyro_forward.distributions(self, params, batch, values)
+
     def anatomy(self, batch: Call) -> Anatomy:
         """What the sites look like and look at."""
         if self._anatomy is None:
-            self._anatomy = _pyro_forward.anatomy(self, batch)
+            with first_run(self.program, batch):
+                self._anatomy = _pyro_forward.anatomy(self, batch)
         return self._anatomy
 
     # Gradients.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import importlib
 import zipfile
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -21,7 +20,7 @@ SUFFIXES = (".npy", ".npz", ".csv", ".parquet")
 
 def load_file(path: Path, seed: int, missing: bool = False) -> Dataset:
     """Rows of a .npy, .npz, .csv or .parquet file."""
-    if not path.is_file():
+    if not lookup.is_file(path):
         raise DataError(f"There is no file {str(path)!r} to load data from; check the path.")
     readers: dict[str, Callable[[Path], dict[str, np.ndarray]]]
     readers = {".csv": partial(_read_csv, missing=missing), ".parquet": _read_parquet}
@@ -33,14 +32,11 @@ def load_function(asked: str, seed: int, missing: bool = False) -> Dataset:
     """The data that `module:function` or `path.py:function` returns when it is called without arguments."""
     source, _, name = asked.rpartition(":")
     if source.endswith(".py"):
-        if not Path(source).is_file():
+        if not lookup.is_file(Path(source)):
             raise DataError(f"There is no file {source!r} to load data from; check the path.")
         module: Any = lookup.load(Path(source), DataError)
     else:
-        try:
-            module = importlib.import_module(source)
-        except ImportError as error:
-            raise DataError(f"Data {asked!r} were asked for, but module {source!r} is not found ({error}).") from error
+        module = lookup.imported(source, DataError, f"Data {asked!r} were asked for")
     made = getattr(module, name, None)
     if not callable(made):
         names = [n for n, v in vars(module).items() if callable(v) and not n.startswith("_")]

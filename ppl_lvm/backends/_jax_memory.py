@@ -1,0 +1,61 @@
+"""What a computation on JAX would take of memory, without running it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
+
+
+def peak(f: Callable[..., Any], *given: Any) -> int:
+    """Most bytes that are alive at once in `f(*given)`, beside what it is given, if nothing is fused.
+
+    XLA keeps fewer intermediate values, so this is more than it takes. `given` may be shapes.
+    """
+    return _peak(jax.make_jaxpr(f)(*given).jaxpr)
+
+
+def _size(var: Any) -> int:
+    shape = getattr(var.aval, "shape", ())
+    dtype = getattr(var.aval, "dtype", None)
+    try:
+        item = np.dtype(dtype).itemsize
+    except TypeError:  # a key
+        item = 8
+    return math.prod(shape) * item
+
+
+def _peak(jaxpr: Jaxpr) -> int:
+    last: dict[Any, int] = {}
+    for i, equation in enumerate(jaxpr.eqns):
+        last |= {v: i for v in equation.invars if not isinstance(v, Literal)}
+    last |= {v: len(jaxpr.eqns) for v in jaxpr.outvars if not isinstance(v, Literal)}
+    made, alive, most = set[Any](), 0, 0
+    for i, equation in enumerate(jaxpr.eqns):
+        inside = max((_peak(inner) for inner in _inner(equation.params)), default=0)
+        out = sum(_size(v) for v in equation.outvars)
+        most = max(most, alive + max(inside, out))
+        for v in equation.outvars:
+            if v in last:
+                made.add(v)
+                alive += _size(v)
+        for v in {v for v in equation.invars if not isinstance(v, Literal)}:
+            if v in made and last[v] == i:
+                alive -= _size(v)
+    return max(most, alive)
+
+
+def _inner(params: dict[str, Any]) -> list[Jaxpr]:
+    """Computations inside an operation: branches, bodies of loops, functions of their own."""
+    found: list[Jaxpr] = []
+    for value in params.values():
+        for part in value if isinstance(value, tuple | list) else (value,):
+            if isinstance(part, ClosedJaxpr):
+                found.append(part.jaxpr)
+            elif isinstance(part, Jaxpr):
+                found.append(part)
+    return found

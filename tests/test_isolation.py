@@ -1,0 +1,422 @@
+"""Fits beside each other, in threads and processes, and what a call leaves behind: nothing.
+
+`process()` is all that is global. Threads are compared with serial runs bit by bit, with fresh functions each time, so
+that every step is traced anew while the others run.
+"""
+
+from __future__ import annotations
+
+import gc
+import inspect
+import os
+import random
+import signal
+import sys
+import tempfile
+import threading
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import flax.linen
+import flax.nnx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+import pyro
+import pytest
+import torch
+from toys import Array, Backend, Ppl
+
+from ppl_lvm import Fit, State, fit
+from ppl_lvm.errors import PplLvmError, ProgramError
+from ppl_lvm.program import Program
+
+X = np.array([0.4, -1.1, 0.9, 1.6, -0.2, 0.7])
+Arrays = Mapping[str, np.ndarray]
+
+
+def toy() -> Program:
+    """A global and a local latent, a local class, a network; functions of its own, so that nothing of it is cached."""
+
+    def model(ppl: Ppl, x: Array) -> None:
+        scale = ppl.param("scale", 0.8, ppl.dist.constraints.positive)
+        g = ppl.sample("g", ppl.dist.Normal(0.0 * scale, 1.0))
+        with ppl.plate("data", len(x)):
+            z = ppl.sample("z", ppl.dist.Normal(g, scale))
+            c = ppl.sample("c", ppl.dist.Bernoulli(probs=0.3 + 0.0 * scale))
+            ppl.sample("x", ppl.dist.Normal(z + c, 1.0), obs=x)
+
+    def guide(ppl: Ppl, x: Array) -> None:
+        loc = ppl.param("loc", 0.2)
+        ppl.sample("g", ppl.dist.Normal(loc, 1.0))
+        with ppl.plate("data", len(x)):
+            code = ppl.module("encoder", ppl.nets.MLP(1, 1, hidden=(3,)))(x[..., None])[..., 0]
+            ppl.sample("z", ppl.dist.Normal(loc + code, 0.8))
+            ppl.sample("c", ppl.dist.Bernoulli(logits=0.5 * code))
+
+    return Program("toy", model, guide, portable=True, arguments=("x",))
+
+
+def torch_model() -> tuple[Any, Any]:
+    """A native program of Pyro with a module, whose tensors every run swaps."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        layer = torch.nn.Linear(1, 1)
+
+    def model(x: Any) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", pyro.distributions.Normal(0.0, 1.0))
+            pyro.sample("x", pyro.distributions.Normal(z, 1.0), obs=x)
+
+    def guide(x: Any) -> None:
+        pyro.module("layer", layer)
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", pyro.distributions.Normal(layer(x[..., None])[..., 0], 0.8))
+
+    return model, guide
+
+
+def found(run: Fit) -> Arrays:
+    """What a fit gives, evaluations included."""
+    drawn = run.posterior(3, seed=1)
+    values = {f"value {n}": v for n, v in drawn.values.items()} | {"log_p": drawn.log_p, "log_q": drawn.log_q}
+    values |= {f"predictive {n}": v for n, v in run.predictive(3, seed=2).items()}
+    return {**trained(run), **values, "likelihood": run.log_likelihood(draws=4, seed=3).values}
+
+
+def trained(run: Fit) -> Arrays:
+    return {**run.params, **run.history}
+
+
+def one_fit(
+    program: Program, backend: Backend, dtype: str, compile: str, seed: int, look: Callable[[Fit], Arrays] = found
+) -> Arrays:
+    options: dict[str, Any] = {"steps": 12, "batch_size": 3}
+    options |= {"guide": "auto_normal"} if program.guide is None else {"estimator": {"c": "score"}}
+    return look(
+        fit(program, data=X, recipe="elbo", backend=backend, dtype=dtype, compile=compile, seed=seed, **options)
+    )
+
+
+def native_fit(seed: int) -> Arrays:
+    options: dict[str, Any] = {"steps": 12, "batch_size": None, "compile": "eager"}
+    return found(fit(*torch_model(), torch.as_tensor(X), "elbo", dtype="float64", seed=seed, **options))
+
+
+def map_fit(backend: Backend) -> Arrays:
+    run = fit(small(), data=X, recipe={"method": {"name": "map", "steps": 5}}, backend=backend, dtype="float64")
+    return trained(run)
+
+
+def small() -> Program:
+    """One global latent, which compiles quickly."""
+
+    def model(ppl: Ppl, x: Array) -> None:
+        g = ppl.sample("g", ppl.dist.Normal(0.0, ppl.param("scale", 0.8, ppl.dist.constraints.positive)))
+        with ppl.plate("data", len(x)):
+            ppl.sample("x", ppl.dist.Normal(g, 1.0), obs=x)
+
+    return Program("small", model, None, portable=True, arguments=("x",))
+
+
+JOBS: list[Callable[[], Arrays]] = [
+    lambda: one_fit(toy(), "pyro", "float64", "eager", 0),
+    lambda: one_fit(small(), "numpyro", "float32", "compiled", 1, trained),
+    lambda: one_fit(toy(), "pyro", "float32", "graph", 2),
+    lambda: one_fit(small(), "numpyro", "float64", "compiled", 3, trained),
+    lambda: native_fit(4),
+    lambda: map_fit("pyro"),
+]
+MORE: list[Callable[[], Arrays]] = [
+    *JOBS,
+    lambda: one_fit(small(), "numpyro", "float32", "compiled", 1),
+    lambda: one_fit(toy(), "numpyro", "float64", "compiled", 5),
+    lambda: one_fit(toy(), "numpyro", "float32", "eager", 6),
+    lambda: one_fit(toy(), "pyro", "float64", "compiled", 7),
+    lambda: map_fit("numpyro"),
+]
+
+
+def at_once(jobs: list[Callable[[], Any]], threads: int) -> list[Any]:
+    """The results of jobs in threads that begin together and change turns as often as they can."""
+    results: list[Any] = [None] * len(jobs)
+    begin, todo = threading.Barrier(threads), iter(enumerate(jobs))
+    guard = threading.Lock()
+
+    def work() -> None:
+        begin.wait()
+        while True:
+            with guard:
+                number, job = next(todo, (-1, jobs[0]))
+            if number < 0:
+                return
+            try:
+                results[number] = job()
+            except BaseException as error:
+                results[number] = error
+
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        each = [threading.Thread(target=work) for _ in range(threads)]
+        for thread in each:
+            thread.start()
+        for thread in each:
+            thread.join()
+    finally:
+        sys.setswitchinterval(before)
+    for result in results:
+        if isinstance(result, BaseException):
+            raise result
+    return results
+
+
+def assert_same_bits(first: Arrays, second: Arrays) -> None:
+    assert first.keys() == second.keys()
+    for name, value in first.items():
+        assert np.asarray(value).dtype == np.asarray(second[name]).dtype, name
+        assert np.array_equal(value, second[name]), name
+
+
+def test_fits_in_threads_are_those_of_one_thread() -> None:
+    serial, before = [job() for job in JOBS], process()
+    for expected, result in zip(serial, at_once(JOBS, 4), strict=True):
+        assert_same_bits(expected, result)
+    assert changes(before) == {}
+
+
+@pytest.mark.slow
+def test_many_fits_in_threads_are_those_of_one_thread() -> None:
+    serial, before = [job() for job in MORE], process()
+    for expected, result in zip(serial * 5, at_once(MORE * 5, 4), strict=True):
+        assert_same_bits(expected, result)
+    assert changes(before) == {}
+
+
+@pytest.mark.parametrize("backend", ["pyro", pytest.param("numpyro", marks=pytest.mark.slow)])
+def test_threads_ask_one_fit(backend: Backend) -> None:
+    options: dict[str, Any] = {"steps": 2, "compile": "eager", "guide": "auto_normal"}
+    run = fit(small(), data=X, recipe="elbo", backend=backend, **options)
+    other = np.concatenate([X, X]) + 0.5
+
+    def posterior() -> Arrays:
+        drawn = run.posterior(3, other, seed=5)
+        return {**drawn.values, "log_p": drawn.log_p, "log_q": drawn.log_q}
+
+    asked: list[Callable[[], Arrays]] = [posterior, lambda: run.predictive(3, seed=2)]
+    expected = [job() for job in asked]
+    for serial, result in zip(expected * 4, at_once(asked * 4, 4), strict=True):
+        assert_same_bits(serial, result)
+
+
+# What a call leaves behind.
+
+
+def process() -> dict[str, Any]:
+    """All that is global, by name: of Python, of NumPy, of torch and Pyro, of JAX and NumPyro, of flax."""
+    store, hooks = pyro.get_param_store(), torch.nn.modules.module
+    torch_config = (torch.get_default_dtype(), torch.get_default_device(), torch.utils._device.CURRENT_DEVICE)
+    return {
+        "environment": dict(os.environ),
+        "folder": os.getcwd(),
+        "search path": list(sys.path),
+        "signals": {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGALRM)},
+        "warning filters": list(warnings.filters),
+        "warnings shown by": warnings.showwarning,
+        "exceptions shown by": (sys.excepthook, threading.excepthook),
+        "threads": {t.name for t in threading.enumerate()},
+        "open files": _open_files(),
+        "garbage collection": (gc.isenabled(), gc.get_threshold()),
+        "limits": (sys.getrecursionlimit(), sys.getswitchinterval()),
+        "random": random.getstate(),
+        "numpy random": repr(np.random.get_state(legacy=False)),
+        "numpy settings": (np.geterr(), np.get_printoptions()),
+        "torch random": torch.get_rng_state().tolist(),
+        "torch defaults": torch_config,
+        "torch modes": (torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.is_anomaly_enabled()),
+        "torch threads": (torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()),
+        "torch function modes": torch._C._len_torch_function_stack(),
+        "torch checks": torch.distributions.Distribution._validate_args,
+        "torch modules": (torch.nn.Module.named_parameters, list(hooks._global_forward_pre_hooks.values())),
+        "pyro store": {n: (id(store._params[n]), v.tolist()) for n, v in store.items()},
+        "pyro tables": {n: id(v) for n, v in store.__dict__.items()},
+        "pyro handlers": list(pyro.poutine.runtime._PYRO_STACK),
+        "pyro dimensions": list(pyro.poutine.runtime._DIM_ALLOCATOR._stack),
+        "pyro checks": (pyro.infer.util.is_validation_enabled(), pyro.poutine.util.is_validation_enabled()),
+        "pyro settings": pyro.settings.get(),
+        "jax settings": dict(jax.config.values),
+        "jax here": (jax.config.values["jax_enable_x64"], jax.typeof(jnp.zeros(1)), jax.default_backend()),
+        "numpyro handlers": list(numpyro.primitives._PYRO_STACK),
+        "numpyro checks": (
+            numpyro.distributions.distribution._VALIDATION_ENABLED,
+            numpyro.distributions.Distribution._validate_args,
+        ),
+        "flax": (flax.nnx.merge, len(flax.linen.module._global_interceptor_stack._storage)),
+    }
+
+
+def _open_files() -> int:
+    return len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else 0
+
+
+def changes(before: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """What is otherwise than it was, with both values."""
+    return {n: (before[n], v) for n, v in process().items() if v != before[n]}
+
+
+class Boom(Exception):
+    """What a program of somebody's raises in the middle of a run."""
+
+
+class Halt(BaseException):
+    """As an interrupt from the keyboard is, which no `except Exception` sees."""
+
+
+ARMED: list[type[BaseException]] = []
+
+
+def explosive() -> Program:
+    """Raises inside plates, after sites, where it is armed."""
+
+    def model(ppl: Ppl, x: Array) -> None:
+        g = ppl.sample("g", ppl.dist.Normal(0.0, ppl.param("scale", 0.8, ppl.dist.constraints.positive)))
+        with ppl.plate("data", len(x)):
+            if ARMED:
+                raise ARMED[0]("a bug in the program")
+            ppl.sample("x", ppl.dist.Normal(g, 1.0), obs=x)
+
+    def guide(ppl: Ppl, x: Array) -> None:
+        ppl.sample("g", ppl.dist.Normal(ppl.param("loc", 0.1), 0.5))
+
+    return Program("explosive", model, guide, portable=True, arguments=("x",))
+
+
+EAGER: dict[str, Any] = {"recipe": "elbo", "steps": 2, "compile": "eager", "batch_size": None}
+OTHER = X[:5]
+"""Other rows than a fit's, for which everything runs anew."""
+HOLED = np.where(np.arange(len(OTHER)) == 1, np.nan, OTHER)
+
+
+
+def saved(run: Fit) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        run.posterior(2, OTHER)
+        run.save(Path(folder) / "fit")
+
+
+def written(run: Fit) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        run.write_posterior(Path(folder) / "posterior.nc", 2, OTHER)
+
+
+OF_A_FIT: dict[str, Callable[[Fit], Any]] = {
+    "active_units": lambda run: run.active_units(draws=2, data=OTHER),
+    "conditional": lambda run: run.conditional({"g": 0.1}, data=OTHER, draws=2, particles=3),
+    "decode": lambda run: run.decode({"g": 0.1}, data=OTHER),
+    "do": lambda run: run.do({"g": 0.1}, data=OTHER, draws=2),
+    "encode": lambda run: run.encode(OTHER, draws=2),
+    "impute": lambda run: run.impute(HOLED, draws=2, particles=3),
+    "log_likelihood": lambda run: run.log_likelihood(OTHER, draws=2),
+    "loo": lambda run: run.loo(200, OTHER),
+    "pointwise": lambda run: run.pointwise(2, OTHER),
+    "posterior": lambda run: run.posterior(2, OTHER),
+    "predictive": lambda run: run.predictive(2, OTHER),
+    "prior_predictive": lambda run: run.prior_predictive(2, data=OTHER),
+    "to_arviz": lambda run: run.to_arviz(2, OTHER, prior=2),
+    "save": saved,
+    "write_posterior": written,
+    "without_data": lambda run: run.without_data().posterior(2, OTHER),
+}
+
+
+def public(kind: type) -> set[str]:
+    return {n for n, f in inspect.getmembers(kind, inspect.isfunction) if not n.startswith("_")}
+
+
+def test_every_method_of_a_fit_is_looked_at() -> None:
+    assert set(OF_A_FIT) == public(Fit), "say in OF_A_FIT how the method is called"
+
+
+def test_what_is_global_is_seen_to_change(monkeypatch: pytest.MonkeyPatch) -> None:
+    pyro.clear_param_store()
+    before = process()
+    checked = before["numpyro checks"][0]
+    changed: dict[str, Callable[[], Any]] = {
+        "environment": lambda: monkeypatch.setenv("PPL_LVM_TEST", "1"),
+        "torch random": lambda: torch.rand(1),
+        "numpy random": lambda: np.random.rand(),
+        "random": random.random,
+        "torch defaults": lambda: torch.set_default_dtype(torch.float64),
+        "torch modes": lambda: torch.set_grad_enabled(False),
+        "pyro store": lambda: pyro.param("mine", torch.tensor(1.0)),
+        "jax settings": lambda: jax.config.update("jax_enable_x64", True),
+        "numpyro checks": lambda: numpyro.enable_validation(not checked),
+        "warning filters": lambda: warnings.simplefilter("ignore"),
+    }
+    with warnings.catch_warnings(), torch.random.fork_rng():
+        try:
+            for name, change in changed.items():
+                change()
+                assert name in changes(before), name
+        finally:
+            torch.set_default_dtype(before["torch defaults"][0])
+            torch.set_grad_enabled(True)
+            del pyro.get_param_store()["mine"]
+            jax.config.update("jax_enable_x64", False)
+            numpyro.enable_validation(checked)
+            random.setstate(before["random"])
+
+
+FEW = ("posterior", "predictive", "log_likelihood")
+"""Methods that are also called to their end in the fast tests; on NumPyro each is compiled for it."""
+
+
+@pytest.mark.parametrize(
+    ("backend", "ended"),
+    [("pyro", tuple(OF_A_FIT)), ("numpyro", FEW), pytest.param("numpyro", tuple(OF_A_FIT), marks=pytest.mark.slow)],
+)
+def test_a_call_leaves_nothing_behind(backend: Backend, ended: tuple[str, ...], tmp_path: Path) -> None:
+    options = {"backend": backend, **EAGER}
+    pyro.clear_param_store()
+    pyro.param("mine", torch.tensor(1.5))
+    run = fit(explosive(), data=X, **options)
+    if "loo" in ended:
+        run.loo(200)  # imports libraries, which set things up when they are
+    before = process()
+
+    def stopped(name: str, call: Callable[[], Any]) -> None:
+        for kind in (Boom, Halt):
+            ARMED[:] = [kind]
+            try:
+                with pytest.raises(ProgramError if kind is Boom else kind, match="a bug in the program"):
+                    call()
+            finally:
+                ARMED.clear()
+            assert changes(before) == {}, f"{name} under {kind.__name__}"
+
+    def interrupted(_: Any) -> None:
+        raise Halt
+
+    for how in ({"seed": 3}, {"dtype": "float64"}, {"device": "cpu"}):
+        if "dtype" not in how or len(ended) > len(FEW):
+            fit(explosive(), data=X, **how, **options)
+            assert changes(before) == {}, how
+        stopped(f"fit {how}", lambda how=how: fit(explosive(), data=X, **how, **options))  # type: ignore[misc]
+    with pytest.raises(Halt):
+        fit(explosive(), data=X, callbacks=[interrupted], check_every=1, **options)
+    assert changes(before) == {}, "a callback"
+    for name, call in OF_A_FIT.items():
+        if name in ended:
+            call(run)
+            assert changes(before) == {}, name
+        new = fit(explosive(), data=X, **options)  # of which nothing was traced before
+        stopped(name, lambda call=call, new=new: call(new))  # type: ignore[misc]
+    run.state.save(tmp_path / "state")
+    State.load(tmp_path / "state")
+    with pytest.raises(PplLvmError):
+        State.load(Path(__file__))
+    assert changes(before) == {}, "State"
+    pyro.clear_param_store()
