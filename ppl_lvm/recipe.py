@@ -325,7 +325,6 @@ def _locate(asked: str | Path) -> Path:
 
 def _parse(path: Path) -> dict[str, Any]:
     try:
-<<<<<<< HEAD
         with path.open("rb") as file:
             content = file.read(LONGEST + 1)
     except OSError as cause:
@@ -334,16 +333,9 @@ def _parse(path: Path) -> dict[str, Any]:
         raise RecipeError(f"{path} has more than {LONGEST:,} bytes, which no recipe has.")
     try:
         return tomllib.loads(content.decode())
-    # Besides what it calls a decode error: numbers of thousands of digits, and brackets within brackets without end.
-    except (ValueError, RecursionError) as cause:
-=======
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as cause:
-        raise RecipeError(f"Cannot read {path}: {cause.strerror or cause}.") from cause
     except RecursionError as cause:
         raise RecipeError(f"{path} nests tables or arrays too deep to be a recipe.") from cause
     except ValueError as cause:  # of TOML, of UTF-8, of a number with thousands of digits
->>>>>>> main
         raise RecipeError(f"{path} is not valid TOML: {cause}.") from cause
 
 
@@ -359,14 +351,10 @@ class _Choice:
         return cls(type(instance), {name: getattr(instance, name) for name in type(instance).model_fields})
 
 
-<<<<<<< HEAD
 LONGEST, DEEPEST = 2**20, 32
 """The most bytes of a file, and tables and lists within each other."""
-
-=======
 MOST = 2**31 - 1
 """Of a whole number in a recipe."""
->>>>>>> main
 _LEADS: tuple[Kind, ...] = ("objective", "method")
 """A recipe has one of these."""
 _SECTIONS = (*_LEADS, "guide", "estimator", "optimizer")
