@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import traceback
 import warnings
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -17,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from pyro import poutine
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
@@ -159,14 +161,15 @@ class Trainer:
 
     def _flat(self, structure: pytree.TreeSpec) -> Callable[..., list[Tensor]]:
         bound, plan, objective, descent = self._bound, self._plan, self._objective, self._descent
-        factors = self._factors
+        # A step is kept when its trainer, which holds data, is gone: it must not be reached from here.
+        factors, hiding = self._factors, self._hiding
 
         def step(*leaves: Tensor) -> list[Tensor]:
             given = pytree.tree_unflatten(list(leaves), structure)
             batch, rows = Call(tuple(given["args"]), given["kwargs"]), given.get("rows")
             if "index" in given:
                 batch = batch.map(lambda a: a[given["index"]])
-            batch = self._hidden(batch)
+            batch = _hidden(hiding, batch)
             here, planned = with_numbers(objective, plan, given["numbers"])
             result = bound.gradients(
                 given["params"],
@@ -209,7 +212,8 @@ class Trainer:
             # Distinct tensors: one object given twice would be merged into one input of the graph.
             graph = make_fx(eager)(*(x.detach().clone() for x in leaves))
         except RuntimeError as error:
-            return eager, "eager", [f"compile: eager, as the step cannot be traced ({_first_line(error)})"]
+            why = f"the step cannot be traced{_where(error)}: {_first_line(error)}"
+            return eager, "eager", [f"compile: eager, as {why}"]
         self._refuse_frozen_data(graph, rows)
         if mode == "graph":
             return graph, "graph", []
@@ -371,9 +375,9 @@ class Trainer:
             options = {"total_rows": self._rows, "states": one["states"], "own": one["own"]}
             seed_generators(_step_seed(self._seeds[run], step))
             with torch.no_grad():
-                draws = self._bound.draws(one["params"], self._hidden(batch), None, planned, **options)
+                draws = self._bound.draws(one["params"], _hidden(self._hiding, batch), None, planned, **options)
             seed_generators(_step_seed(self._seeds[run], step))
-            hidden = self._hidden(batch)
+            hidden = _hidden(self._hiding, batch)
             found = self._bound.gradients(one["params"], hidden, None, planned, here, **options)
         gradient = {n: g.cpu().numpy() for n, g in merged(found.params, found.own).items()}
         return Again(hidden, rows_of(draws.sites), gradient)
@@ -386,14 +390,12 @@ class Trainer:
         def step(params: Any, states: Any, own: Any, args: Any, kwargs: Any) -> Any:
             here, planned = with_numbers(self._objective, self._plan, numbers)
             options = {"total_rows": self._rows, "states": states, "own": own}
-            return self._bound.gradients(params, self._hidden(Call(args, kwargs)), None, planned, here, **options)
+            hidden = _hidden(self._hiding, Call(args, kwargs))
+            return self._bound.gradients(params, hidden, None, planned, here, **options)
 
         with sealed(self._bound.dtype), kept_generators():
             state = (tree[0][name] for name in ("params", "states", "own"))
             return _torch_memory.peak(step, *state, batch.args, dict(batch.kwargs))
-
-    def _hidden(self, batch: Call) -> Call:
-        return self._hiding.hidden(batch, lambda _, a: torch.rand(a.shape[0], device=a.device))
 
     def _update(
         self, tree: Tree, out: list[Tensor], numbers: Mapping[str, float], moving: str | None, skipped: Tensor
@@ -476,6 +478,10 @@ class Trainer:
         return self._unpacked(arrays)["params"]
 
 
+def _hidden(hiding: Hiding, batch: Call) -> Call:
+    return hiding.hidden(batch, lambda _, a: torch.rand(a.shape[0], device=a.device))
+
+
 def _clipped(
     descent: Descent, gradients: Mapping[str, Tensor], numbers: Mapping[str, Tensor]
 ) -> tuple[dict[str, Tensor], Tensor]:
@@ -541,6 +547,20 @@ def _step_seed(seed: int, step: int) -> int:
 
 def _compiler() -> bool:
     return any(shutil.which(name) for name in (os.environ.get("CXX", ""), "g++", "clang++", "c++") if name)
+
+
+def _where(error: BaseException) -> str:
+    """The site in whose handling a run of model or guide raised, or the one before that line of the program."""
+    inside = before = None
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        held = frame.f_locals
+        run = getattr(held.get("self"), "msngr", None)
+        for message in (held.get("msg"), held.get("site")):
+            if isinstance(message, dict) and message.get("type") == "sample":
+                inside = message["name"]
+        if isinstance(run, poutine.trace_messenger.TraceMessenger):
+            before = next((n for n, node in reversed(run.trace.nodes.items()) if node["type"] == "sample"), None)
+    return f" at site {inside!r}" if inside else f" after site {before!r}" if before else ""
 
 
 def _first_line(error: BaseException) -> str:
