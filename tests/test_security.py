@@ -18,7 +18,7 @@ LINK = re.compile(r"`(tests/[\w/]+\.py)?(?:::(\w+))?`")
 
 def promises(text: str) -> list[str]:
     """The points under "What is promised"."""
-    section = text.partition("## What is promised\n")[2].partition("\n## ")[0]
+    section = text.partition("\n## What is promised\n")[2].partition("\n## ")[0]
     return [point for point in re.split(r"^- ", section, flags=re.MULTILINE)[1:] if point.strip()]
 
 
