@@ -2,6 +2,7 @@
 
     python benchmarks/speed.py                             all workloads, both backends, on the CPU
     python benchmarks/speed.py --workload vae_1 --device gpu
+    python benchmarks/speed.py --draw speed.jsonl speed.png        a picture of what --out has written
 
 Blocks of steps of a fit and of its peer take turns in one process: the fit hands over in a callback, where the peer
 makes as many steps. A ratio is the median over all pairs of blocks after the first three, of time per step (both wait
@@ -324,6 +325,37 @@ def measure(name: str, backend: str, mode: str, kind: str, pairs: int, device: s
     }
 
 
+def draw(source: Path, target: Path) -> None:
+    """Ratios with their 10 and 90 % quantiles, a row for every workload and a colour for every peer."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot as plt
+
+    found = [json.loads(line) for line in source.read_text().splitlines()]
+    backends = list(dict.fromkeys(r["backend"] for r in found))
+    names = [n for n in WORKLOADS if any(r["workload"] == n for r in found)]
+    figure, axes = plt.subplots(1, len(backends), figsize=(4.6 * len(backends), 0.45 * len(names) + 1.4), sharey=True)
+    for ax, backend in zip(np.atleast_1d(axes), backends, strict=True):
+        rows = [r for r in found if r["backend"] == backend]
+        kinds = list(dict.fromkeys((r["ours"], r["peer"]) for r in rows))
+        for i, (ours, peer) in enumerate(kinds):
+            mine = [r for r in rows if (r["ours"], r["peer"]) == (ours, peer)]
+            y = [names.index(r["workload"]) + 0.22 * (i - (len(kinds) - 1) / 2) for r in mine]
+            x = np.array([r["ratio"] for r in mine])
+            ends = np.abs(np.array([[r["low"], r["high"]] for r in mine]).T - x)
+            ax.errorbar(x, y, xerr=ends, fmt="o", ms=4, label=peer if ours == "auto" else f"{ours} / {peer}")
+        ax.axvline(1.0, color="0.6", lw=1)
+        ax.set(xscale="log", title=backend, xlabel="time per step, ours / peer", yticks=range(len(names)))
+        ax.set_xticks([0.125, 0.25, 0.5, 1, 2, 4], ["1/8", "1/4", "1/2", "1", "2", "4"])
+        ax.minorticks_off()
+        ax.set_yticklabels(names)
+        ax.legend(fontsize=7, loc="best")
+    np.atleast_1d(axes)[0].invert_yaxis()
+    figure.tight_layout()
+    figure.savefig(target, dpi=110)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workload", choices=list(WORKLOADS), action="append")
@@ -332,7 +364,11 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", choices=("cpu", "gpu"))
     parser.add_argument("--pairs", type=int, default=30)
     parser.add_argument("--out", type=Path, help="a file for one JSON object a line")
+    parser.add_argument("--draw", type=Path, nargs=2, metavar=("JSONL", "PNG"), help="draws what is there")
     asked = parser.parse_args()
+    if asked.draw:
+        draw(*asked.draw)
+        return
     print("| workload | backend | ours | peer | ms/step | peer's | ratio (10 %, 90 %) | first block, s | peer's |")
     print("|---|---|---|---|---|---|---|---|---|")
     for name in asked.workload or [n for n in WORKLOADS if asked.device == "gpu" or n != "vae_1_wide"]:

@@ -124,7 +124,8 @@ def fit(
         (20,)
     """
     started = time.perf_counter()
-    check_kinds(seed, device, observed, state, start, callbacks)
+    words = {"dtype": dtype, "compile": compile, "data_plate": data_plate, "missing": missing}
+    check_kinds(seed, device, observed, state, start, callbacks, validation, backend, progress_bar, **words)
     seed = int(seed)  # one of NumPy's cannot be written down
     if isinstance(guide, str | GuideFamily):
         guide, overrides = None, {"guide": guide, **overrides}

@@ -230,7 +230,6 @@ class Fitted:
         Raises:
             TooLargeError: one draw does not fit.
         """
-        check_draws(draws)
         most = max(1, entries // (block.rows * self.width(block.call) * particles))
         most = min(most, self._fitting(block, min(most, draws) * particles) // particles)
         size = math.ceil(draws / math.ceil(draws / max(1, most)))
@@ -316,7 +315,6 @@ class Fitted:
 
     def global_draws(self, call: Call, draws: int, seed: int) -> dict[str, np.ndarray]:
         """`[draws, ...]` of every global latent from the guide; they are the same for all rows."""
-        check_draws(draws)
         names = self.globals
         if not names:
             return {}
@@ -442,11 +440,6 @@ class Chunk:
 
 def _shape(call: Call) -> tuple[Any, ...]:
     return tuple((np.shape(a), np.asarray(a).dtype.str) for a in call.leaves)
-
-
-def check_draws(draws: int) -> None:
-    if draws < 1:
-        raise DataError(f"draws = {draws}; ask for one or more.")
 
 
 def joined(parts: list[dict[str, np.ndarray]], axis: int) -> dict[str, np.ndarray]:

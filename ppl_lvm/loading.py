@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from pydantic import ValidationError
 
-from ppl_lvm import backends, saving, store
+from ppl_lvm import backends, fingerprint, saving, store
 from ppl_lvm.algorithm import GuideFamily
 from ppl_lvm.backends.base import ROWS, Call
 from ppl_lvm.backends.sampler import Outcome
@@ -86,7 +86,8 @@ def load(
     history = saving.history_of(found.lines, saved.history)
     state = State.of(saved.state, found.arrays.get(saving.STATE, {}))
     how = _recipe(saved.recipe, recipe, where)
-    chosen = _program(saved.program, program, how, where, changed)
+    now = versions()
+    chosen = _program(saved.program, program, how, where, changed, saved.versions.get("python") == now["python"])
     chosen = replace(chosen, observed=tuple(saved.program.observed.items()))
     name = saved.backend if backend is None else backend
     library = backends.load(name)
@@ -95,8 +96,8 @@ def load(
         raise BackendError(f"{where} is of a {kind} of backend {saved.backend!r} alone; load it there.")
     bound, example, call, trained = _set_up(library, saved, chosen, data, found.arrays, name, where)
     if (sites := saving.sites_of(bound)) != saved.sites:
-        raise StorageError(f"{where} has other sites than its program: {_difference(saved.sites, sites)}.")
-    now = versions()
+        told = _difference(*({n: s.model_dump() for n, s in found.items()} for found in (saved.sites, sites)))
+        raise StorageError(f"{where} has other sites than its program: {told}.")
     messages = [*saved.messages, *_aged(saved.versions, now)]
     common: dict[str, Any] = {
         "program": chosen,
@@ -139,7 +140,9 @@ def _recipe(table: Mapping[str, Any], given: Recipe | None, where: str) -> Recip
     return named(table)
 
 
-def _program(saved: saving.SavedProgram, given: Any, how: Recipe, where: str, changed: bool) -> Program:
+def _program(
+    saved: saving.SavedProgram, given: Any, how: Recipe, where: str, changed: bool, same_python: bool
+) -> Program:
     if given is None:
         if saved.origin != "shipped":
             kind = "a file of your own" if saved.origin == "file" else "native callables"
@@ -163,7 +166,7 @@ def _program(saved: saving.SavedProgram, given: Any, how: Recipe, where: str, ch
             f"{where} was made with other options of program {saved.name!r}: {_difference(saved.options, options)}."
         )
     if not changed:
-        _compare(saved, mine, where)
+        _compare(saved, mine, where, same_python)
     return replace(found, guide=_guide(found, saved, how, where))
 
 
@@ -178,13 +181,15 @@ def _guide(program: Program, saved: saving.SavedProgram, how: Recipe, where: str
     raise StorageError(f"{where} has a guide by family {saved.family}, and its recipe has {last.guide!r}.")
 
 
-def _compare(saved: saving.SavedProgram, mine: saving.SavedProgram, where: str) -> None:
+def _compare(saved: saving.SavedProgram, mine: saving.SavedProgram, where: str, same_python: bool) -> None:
     """Refuses a program that is not the one that was fitted."""
     pairs = [("the file", saved.source, mine.source)]
-    if saved.source_hash == mine.source_hash:
-        pairs = [("the model", *_sources(saved.model, mine.model))]
+    if saved.source_hash == mine.source_hash != "":
+        return
+    if mine.source_hash == "" == saved.source_hash:
+        pairs = [("the model", *_sources(saved.model, mine.model, same_python))]
         if saved.guide is not None and mine.guide is not None:
-            pairs.append(("the guide", *_sources(saved.guide, mine.guide)))
+            pairs.append(("the guide", *_sources(saved.guide, mine.guide, same_python)))
         pairs = [pair for pair in pairs if pair[1] != pair[2]]
     if not pairs:
         return
@@ -201,10 +206,14 @@ def _compare(saved: saving.SavedProgram, mine: saving.SavedProgram, where: str) 
     )
 
 
-def _sources(saved: saving.SavedCallable, mine: saving.SavedCallable) -> tuple[str | None, str | None]:
-    """Sources where both are known, else names."""
+def _sources(
+    saved: saving.SavedCallable, mine: saving.SavedCallable, same_python: bool
+) -> tuple[str | None, str | None]:
+    """Sources where both are known, else the code, or names where another Python made that."""
     if saved.source is not None and mine.source is not None:
         return saved.source, mine.source
+    if same_python:
+        return f"{saved.name}, code {saved.code}", f"{mine.name}, code {mine.code}"
     return saved.name, mine.name
 
 
@@ -284,8 +293,10 @@ def _training(data: object, saved: saving.Content, program: Program, example: Ca
     if saved.data is None:
         raise DataError(f"{where} was made from batches, or without its data; pass data= to its methods instead.")
     call = read(data, program, "mask" if example.known else None)
-    if saving.fingerprint(call, program) != saved.data:
-        raise DataError(f"{where} was made on other data than these; leave data= out, or pass the rows of the fit.")
+    if told := fingerprint.differences(saved.data, saving.data_of(call, program)):
+        raise DataError(
+            f"{where} was made on other data than these: {told[0]}. Leave data= out, or pass the rows of the fit."
+        )
     return call.with_rows(len(call.leaves[0])) if ROWS in example.kwargs else call
 
 
@@ -320,16 +331,11 @@ def _sampled(
 
 def _difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     """The first entry that differs."""
-    for name in dict.fromkeys((*before, *now)):
-        if name not in before or name not in now:
-            return f"{str(name)[:200]!r} is there {'now' if name in now else 'in what was saved'} alone"
-        if before[name] != now[name]:
-            return f"{str(name)[:200]!r} was {_shown(before[name])} and is {_shown(now[name])}"
-    return "the order of their entries"
+    return _shown(fingerprint.differences(before, now)[0])
 
 
-def _shown(value: object) -> str:
-    text = repr(value)
+def _shown(text: str) -> str:
+    text = text if text.isprintable() else ascii(text)
     return text if len(text) <= 200 else text[:200] + "..."
 
 

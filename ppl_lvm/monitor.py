@@ -152,8 +152,9 @@ class Run:
         self.records = {name: [found[name]] if len(found[name]) else [] for name in RECORDS}
         self.validation, self.hard = ([(int(step), loss) for step, loss in found[name].tolist()] for name in LOOKS)
         self.first, self.told = int(found["first"]), bool(found["told"])
-        self.skipped = (self.first + np.flatnonzero(found["skipped"] > 0)).tolist()
         self.diverged = int(found["diverged"]) if "diverged" in found else None
+        last = None if self.diverged is None else self.diverged + 1 - self.first
+        self.skipped = (self.first + np.flatnonzero(found["skipped"][:last] > 0)).tolist()
         held = {name.removeprefix(ENDED): a for name, a in found.items() if name.startswith(ENDED)}
         self.ended = (int(found["ended"]), held) if "ended" in found else None
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -13,6 +13,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ppl_lvm import lookup, predict, saving, store
+from ppl_lvm.asking import checked
 from ppl_lvm.backends.base import ROWS, Call, Plan
 from ppl_lvm.data import as_given, check_missing, is_batches, of_sequences, read
 from ppl_lvm.errors import DataError, PplLvmError, ProgramError
@@ -180,6 +181,7 @@ class Fit:
         assert self._example is not None
         return bool(self._example.known)
 
+    @checked
     def save(self, path: str | Path, overwrite: bool = False) -> None:
         """Writes the fit to a folder of safetensors, JSON and JSON lines (no pickle), which `ppl_lvm.load` reads.
 
@@ -213,6 +215,7 @@ class Fit:
 
     # Densities.
 
+    @checked
     def log_likelihood(self, data: object = None, draws: int = 5000, seed: int = 0) -> LogLikelihood:
         """`log (1/K) sum_k w_k` per row with `w = p(x, z) / q(z | x)` and K = `draws`, in nats.
 
@@ -242,6 +245,7 @@ class Fit:
 
         return LogLikelihood(np.concatenate(list(fitted.blocks(call, of_block))))
 
+    @checked
     def pointwise(
         self, draws: int = 1000, data: object = None, particles: int = 100, seed: int = 0
     ) -> np.ndarray:
@@ -268,6 +272,7 @@ class Fit:
 
         return np.concatenate(list(fitted.blocks(call, of_block)), 1)
 
+    @checked
     def loo(self, draws: int = 1000, data: object = None, particles: int = 100, seed: int = 0) -> Any:
         """ArviZ's leave-one-out estimate for draws of the globals from an approximate posterior (an `ELPDData`).
 
@@ -287,14 +292,14 @@ class Fit:
         stats, name = tree["sample_stats"], next(iter(tree["log_likelihood"].data_vars))
         ratio = np.asarray(stats["log_weight"])
         # Draws of the exact posterior have one ratio, whose tail has no shape that could be fitted.
+        options = {"var_name": name, "pointwise": True}
         if np.ptp(ratio) < 1e-6 * max(1.0, np.abs(ratio).max()):
-            return loo(tree, var_name=name, pointwise=True)
-        return loo_approximate_posterior(
-            tree, stats["log_p"], stats["log_q"], var_name=name, pointwise=True
-        )
+            return tails(draws, lambda: loo(tree, **options))
+        return tails(draws, lambda: loo_approximate_posterior(tree, stats["log_p"], stats["log_q"], **options))
 
     # Draws.
 
+    @checked
     def posterior(self, draws: int = 1000, data: object = None, seed: int = 0) -> Posterior:
         """`draws` from the guide for every row of `data` (None: the rows of the fit)."""
         call = self._call(data)
@@ -342,6 +347,7 @@ class Fit:
             totals.append(table["total"])
         return joined(totals, 0)
 
+    @checked
     def write_posterior(
         self, path: str | Path, draws: int = 1000, data: object = None, seed: int = 0
     ) -> Path:
@@ -407,6 +413,7 @@ class Fit:
             sums.append(np.stack([log_p.sum(1), log_q.sum(1)]))
         return np.concatenate(sums, 1)
 
+    @checked
     def predictive(self, draws: int = 100, data: object = None, seed: int = 0) -> dict[str, np.ndarray]:
         """Observed sites drawn anew: `x' ~ p(x' | z, g)` with `z, g ~ q(. | x)`; site -> `[draws, rows, ...]`.
 
@@ -414,6 +421,7 @@ class Fit:
         """
         return predict.predictive(self._fitted, self._call(data), draws, seed)
 
+    @checked
     def encode(self, data: object = None, draws: int = 100, seed: int = 0) -> Codes:
         """`E_q(z | x) z` and its standard deviation for the latents of each row: site -> `[rows, ...]`.
 
@@ -421,6 +429,7 @@ class Fit:
         """
         return predict.encode(self._fitted, self._call(data), draws, seed)
 
+    @checked
     def decode(
         self,
         values: Mapping[str, Any],
@@ -442,6 +451,7 @@ class Fit:
         call, _ = self._rows_for(values, data, rows)
         return predict.decode(self._fitted, values, call, draws, mean, seed)
 
+    @checked
     def impute(
         self, data: object, draws: int = 100, particles: int = 1000, fill: float = 0.0, seed: int = 0
     ) -> Resampled:
@@ -465,6 +475,7 @@ class Fit:
         call = self._fitted.check(read(data, self.program, "mask"))
         return predict.impute(self._fitted, call, draws, particles, fill, seed)
 
+    @checked
     def conditional(
         self,
         given: Mapping[str, Any],
@@ -486,6 +497,7 @@ class Fit:
         call, _ = self._rows_for(given, data, rows)
         return predict.conditional(self._fitted, given, call, draws, particles, seed)
 
+    @checked
     def do(
         self,
         values: Mapping[str, Any],
@@ -516,6 +528,7 @@ class Fit:
             self._need("counterfactuals")
         return predict.do(self._fitted, values, call, factual, draws, seed)
 
+    @checked
     def prior_predictive(
         self, rows: int = 100, seed: int = 0, data: object = None
     ) -> dict[str, np.ndarray]:
@@ -536,6 +549,7 @@ class Fit:
         made = predict.prior(self._fitted, call, 1, seed)
         return {n: v[0] for n, v in made.items()}
 
+    @checked
     def active_units(
         self, threshold: float = 0.01, draws: int = 100, data: object = None, seed: int = 0
     ) -> dict[str, int]:
@@ -552,6 +566,7 @@ class Fit:
             n: int((codes.mean[n].var(0) - (codes.sd[n] ** 2).mean(0) / draws > threshold).sum()) for n in codes.mean
         }
 
+    @checked
     def to_arviz(
         self,
         draws: int = 1000,
@@ -668,7 +683,7 @@ class Fit:
             raise DataError(f"The values are for different numbers of rows: {asked}.")
         wanted = next(iter(asked.values()), 1)
         if wanted < 1:
-            raise DataError("There are no rows.")
+            raise DataError("The values are for no rows.")
         unset = fitted.anatomy.needed - values.keys()
         if unset:
             readers = sorted(n for n, seen in fitted.anatomy.arguments.items() if seen & unset)
@@ -772,6 +787,27 @@ class Fit:
             "objective": type(self.recipe.objective).__name__,
             "estimator": {n: type(e).__name__ for n, e in plan.estimators.items()},
         }
+
+
+LEAST_TAIL = 25
+"""Draws of which a fifth is a tail that ArviZ fits a shape to."""
+
+
+def tails(draws: int, estimate: Callable[[], Any]) -> Any:
+    """What ArviZ makes of that many draws.
+
+    Raises:
+        DataError: they are too few, or their importance ratios have no tail.
+    """
+    if draws < LEAST_TAIL:
+        raise DataError(f"draws = {draws}; leave-one-out fits a shape to their tail, so ask for {LEAST_TAIL} or more.")
+    try:
+        return estimate()
+    except (ValueError, IndexError) as error:
+        raise DataError(
+            f"ArviZ finds no leave-one-out estimate from {draws} draws ({error}); ask for more of them, or look at "
+            f"run.pointwise(draws), whose rows it is made of."
+        ) from error
 
 
 def _log_sum_exp(x: np.ndarray, axis: int) -> np.ndarray:

@@ -15,7 +15,7 @@ import numpy as np
 from ppl_lvm.backends.base import Call
 from ppl_lvm.backends.forward import Forward
 from ppl_lvm.errors import DataError, ProgramError
-from ppl_lvm.fitted import ENTRIES, Block, Chunk, Fitted, check_draws, joined
+from ppl_lvm.fitted import ENTRIES, Block, Chunk, Fitted, joined
 
 Values = Mapping[str, Any]
 Arrays = dict[str, np.ndarray]
@@ -55,7 +55,6 @@ def forward(
     `fixed` is as the user gives it; `given` are draws of globals, from the guide where it is None. `whole` takes all
     rows in one block.
     """
-    check_draws(draws)
     values = fitted.as_fixed(fixed or {}, fitted.rows(call))
     if given is None:
         given = {} if values.keys() >= set(fitted.globals) else fitted.global_draws(call, draws, seed)
@@ -196,7 +195,6 @@ def _readers(fitted: Fitted, values: Values) -> frozenset[str]:
 def conditional(
     fitted: Fitted, given: Values, call: Call, draws: int, particles: int, seed: int
 ) -> Resampled:
-    check_draws(particles)
     anatomy, fixed, shared = fitted.anatomy, frozenset(given), frozenset(fitted.globals)
     fitted.as_fixed(given, fitted.rows(call))
     related = (anatomy.ancestors(fixed & shared) | anatomy.descendants(fixed & shared)) & shared - fixed
@@ -271,8 +269,6 @@ def _resampled(
 
     Weights are the densities of the sites in `weighing`, or, where that is None, `p(z, x_seen) / q(z)`.
     """
-    check_draws(draws)
-    check_draws(particles)
     rng = np.random.default_rng([seed, 1])
     values = fitted.as_fixed(fixed, fitted.rows(call))
     shared = {n: v for n, v in fitted.global_draws(call, draws, seed).items() if n not in values}

@@ -3,7 +3,7 @@
 import copy
 import inspect
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, TypeGuard, TypeVar, get_args
@@ -346,6 +346,8 @@ class _Choice:
         return cls(type(instance), {name: getattr(instance, name) for name in type(instance).model_fields})
 
 
+MOST = 2**31 - 1
+"""Of a whole number in a recipe."""
 _LEADS: tuple[Kind, ...] = ("objective", "method")
 """A recipe has one of these."""
 _SECTIONS = (*_LEADS, "guide", "estimator", "optimizer")
@@ -481,7 +483,7 @@ class _Draft:
         return {str(p): self.choose_estimator(value, f"estimator.{p}") for p, value in given.items()}
 
     def choose_estimator(self, given: object, where: str) -> _Choice | None:
-        if given is None or given == "auto" or given == {"name": "auto"}:
+        if given is None or (isinstance(given, str | Mapping) and given in ("auto", {"name": "auto"})):
             return None
         return self.choose("estimator", given, where)
 
@@ -638,6 +640,9 @@ class _Draft:
 
     def checked(self, kind: type[Checked], options: Mapping[str, Any], where: str) -> Checked:
         """An instance of a pydantic class; what pydantic complains of becomes a RecipeError."""
+        for key, value in options.items():
+            if any(abs(number) > MOST for number in _whole_numbers(value)):
+                raise self.wrong(f"{where}{key}", value, f"should be {MOST:,} at most")
         try:
             return kind(**options)
         except ValidationError as cause:
@@ -664,6 +669,16 @@ class _Draft:
 
     def wrong(self, where: str, value: object, expected: str) -> RecipeError:
         return RecipeError(f"Recipe {self.fields['name']!r}: {where} is {value!r}, but it {expected}.")
+
+
+def _whole_numbers(value: object) -> Iterator[int]:
+    if isinstance(value, Mapping):
+        value = tuple(value.values())
+    if isinstance(value, list | tuple):
+        for item in value:
+            yield from _whole_numbers(item)
+    elif isinstance(value, int):
+        yield value
 
 
 def _is_schedule(value: object) -> TypeGuard[Mapping[str, Any]]:

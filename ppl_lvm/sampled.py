@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ppl_lvm import backends
+from ppl_lvm.asking import checked
 from ppl_lvm.backends.base import Call
 from ppl_lvm.backends.forward import Forward
 from ppl_lvm.backends.sampler import Outcome
 from ppl_lvm.errors import DataError, LegalityError, PplLvmError
 from ppl_lvm.fitted import Fitted
-from ppl_lvm.posterior import Fit, LogLikelihood, Posterior, State
+from ppl_lvm.posterior import Fit, LogLikelihood, Posterior, State, tails
 from ppl_lvm.predict import Codes, forward
 from ppl_lvm.program import Program
 
@@ -49,6 +50,7 @@ class Sampled(Fit):
         of = self._fitted
         self._fitted = _Drawn(of.program, of.backend, of.bound, of.trained, of.example, source=self._globals)
 
+    @checked
     def posterior(self, draws: int | None = None, data: object = None, seed: int = 0) -> Posterior:
         """Draws of the posterior with the joint density of each, `[draws, rows, ...]`; None: all that there are.
 
@@ -63,6 +65,7 @@ class Sampled(Fit):
         unknown = None if found.log_q_global is None else np.full_like(found.log_q_global, np.nan)
         return replace(found, log_q=np.full_like(found.log_q, np.nan), log_q_global=unknown)
 
+    @checked
     def predictive(self, draws: int | None = 100, data: object = None, seed: int = 0) -> dict[str, np.ndarray]:
         """Observed sites drawn anew from the posterior predictive, `[draws, rows, ...]`.
 
@@ -73,12 +76,14 @@ class Sampled(Fit):
         observed, how = self._fitted.sites("observed"), Forward(prior=True)
         return forward(self._fitted, call, _count(values), seed, how, names=observed, given=values, whole=True)
 
+    @checked
     def encode(self, data: object = None, draws: int | None = None, seed: int = 0) -> Codes:
         """Mean and standard deviation of each row's latents over draws of the posterior: site -> `[rows, ...]`."""
         found = self.posterior(draws, data, seed).values
         own = {n: found[n] for n in self._fitted.sites("latent", local=True)}
         return Codes({n: v.mean(0) for n, v in own.items()}, {n: v.std(0, ddof=len(v) > 1) for n, v in own.items()})
 
+    @checked
     def log_likelihood(self, data: object = None, draws: int | None = None, seed: int = 0) -> LogLikelihood:
         """`log (1/S) sum_s p(x_n | z_s)` per row in nats, over draws of latent sites that all rows share.
 
@@ -89,6 +94,7 @@ class Sampled(Fit):
         """
         return super().log_likelihood(data, self._there if draws is None else draws, seed)
 
+    @checked
     def pointwise(
         self, draws: int | None = None, data: object = None, particles: int = 100, seed: int = 0
     ) -> np.ndarray:
@@ -99,6 +105,7 @@ class Sampled(Fit):
         """
         return super().pointwise(self._there if draws is None else draws, data, particles, seed)
 
+    @checked
     def loo(self, draws: int | None = None, data: object = None, particles: int = 100, seed: int = 0) -> Any:
         """ArviZ's leave-one-out estimate over all chains (an `ELPDData`).
 
@@ -111,8 +118,10 @@ class Sampled(Fit):
 
         self._need("loo")
         tree = self.to_arviz(draws, data, seed, predictive=0)
-        return loo(tree, var_name=next(iter(tree["log_likelihood"].data_vars)), pointwise=True)
+        name = next(iter(tree["log_likelihood"].data_vars))
+        return tails(self._there if draws is None else draws, lambda: loo(tree, var_name=name, pointwise=True))
 
+    @checked
     def log_evidence(self, draws: int = 1000, seed: int = 0) -> float:
         """`log (1/S) sum_s p(x, z_s) / q(z_s)` in nats over all rows: a lower bound on `log p(x)` in expectation.
 
@@ -129,12 +138,14 @@ class Sampled(Fit):
         log_w = self._sampler.log_joint(self._trained, self._gaussian(noise)).astype(np.float64) - log_q
         return float(log_w.max() + np.log(np.mean(np.exp(log_w - log_w.max()))))
 
+    @checked
     def active_units(
         self, threshold: float = 0.01, draws: int | None = None, data: object = None, seed: int = 0
     ) -> dict[str, int]:
         """As for any fit, over the rows of the fit."""
         return super().active_units(threshold, self._there if draws is None else draws, data, seed)
 
+    @checked
     def to_arviz(
         self,
         draws: int | None = None,
@@ -200,8 +211,6 @@ class Sampled(Fit):
 
     def _take(self, draws: int | None, seed: int) -> np.ndarray:
         """Unconstrained draws `[draws, D]`."""
-        if draws is not None and draws < 1:
-            raise DataError(f"draws = {draws}; ask for one or more.")
         if self._outcome.gaussian is not None:
             return self._gaussian(self._noise(self._there if draws is None else draws, seed))
         every = self._outcome.u.reshape(-1, self._outcome.u.shape[-1])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 import inspect
 import json
 import sysconfig
@@ -14,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
-from ppl_lvm import backends, lookup, store
+from ppl_lvm import backends, fingerprint, lookup, store
 from ppl_lvm.algorithm import GuideFamily
 from ppl_lvm.backends.base import ROWS, Call
 from ppl_lvm.catalogue import to_dict
@@ -39,10 +38,12 @@ class _Strict(BaseModel):
 
 
 class SavedCallable(_Strict):
-    """A native model or guide: where it was defined, and its source where that is the user's and can be had."""
+    """A native model or guide: where it was defined, its source where that is the user's and can be had, its code."""
 
     name: str
     source: str | None
+    code: str
+    """A digest, which says nothing to another version of Python."""
 
 
 class SavedProgram(_Strict):
@@ -92,8 +93,8 @@ class Content(_Strict):
     arguments: list[SavedArgument]
     batches: bool
     """Whether the data came in batches, of which none are known but their shapes."""
-    data: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None
-    """Fingerprint of the training data; None where they came in batches or were taken off."""
+    data: dict[str, str] | None
+    """Fingerprints of the training data by argument; None where they came in batches or were taken off."""
     row_params: list[str]
     sites: dict[str, SavedSite]
     seconds: Annotated[float, Field(ge=0)]
@@ -140,7 +141,7 @@ def content_of(run: Fit) -> Content:
         total=bound.total,
         arguments=[_argument(n, a) for n, a in zip(names, (*example.args, *example.kwargs.values()), strict=True)],
         batches=batches,
-        data=None if run._data is None or batches else fingerprint(run._data, run.program),
+        data=None if run._data is None or batches else data_of(run._data, run.program),
         row_params=sorted(bound.row_params),
         sites=sites_of(bound),
         seconds=float(run.seconds),
@@ -151,17 +152,9 @@ def content_of(run: Fit) -> Content:
     )
 
 
-def fingerprint(data: Call, program: Program) -> str:
-    """SHA-256 over the names, dtypes, shapes and bytes of data."""
-    digest = hashlib.sha256()
-    named = {**data.named(program.arguments), **{f"{n}?": a for n, a in data.known.items()}}
-    for name in sorted(named):
-        if name == ROWS or named[name] is None:
-            continue
-        array = np.asarray(named[name])
-        digest.update(json.dumps([name, array.dtype.str, array.shape]).encode())
-        digest.update(np.ascontiguousarray(array).data)
-    return digest.hexdigest()
+def data_of(call: Call, program: Program) -> dict[str, str]:
+    """A fingerprint of each data argument."""
+    return {n: f for n, f in fingerprint.of_data(call, program.arguments).items() if n != ROWS}
 
 
 def sites_of(bound: Any) -> dict[str, SavedSite]:
@@ -278,11 +271,12 @@ def _as_executed(path: Path, digest: str) -> str | None:
 
 def described(call: Callable[..., Any], with_source: bool) -> SavedCallable:
     """A model or guide by its name, and its source if it is the user's own."""
+    code = fingerprint.of_code(call)
     while isinstance(call, functools.partial):
         call = call.func
     kind = call if hasattr(call, "__qualname__") else type(call)
     name = f"{kind.__module__}:{kind.__qualname__}"
-    return SavedCallable(name=name, source=_source(kind) if with_source else None)
+    return SavedCallable(name=name, source=_source(kind) if with_source else None, code=code)
 
 
 def _source(kind: Any) -> str | None:

@@ -106,7 +106,7 @@ def fuzz(
             # Half of the time one of the last that were new, as they lead further.
             last = found.corpus[-16:] if guided and random.integers(2) else found.corpus
             data = last[random.integers(len(last))]
-            for _ in range(1 + random.geometric(0.5)):
+            for _ in range(random.geometric(0.5)):
                 data = mutate(random, data)
         edges: set[int] = set()
         found.runs, found.input = found.runs + 1, data

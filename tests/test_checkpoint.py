@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import multiprocessing
 import os
 import random
 import re
@@ -29,6 +30,8 @@ from ppl_lvm.program import Program
 
 BACKENDS = ("pyro", "numpyro")
 on_both = pytest.mark.parametrize("backend", BACKENDS)
+slow_on_numpyro = pytest.mark.parametrize("backend", ["pyro", pytest.param("numpyro", marks=pytest.mark.slow)])
+"""Where what is tested is apart from the backend, or tested more widely elsewhere."""
 STEP = re.compile(r"\"step\": (\d+)")
 X = ROWS.data["x"]
 TOY = Program("rows", ROWS.model, ROWS.guide, portable=True, arguments=("x",))
@@ -161,7 +164,7 @@ class Loader:
         return (self._rows[order[i : i + 6]] for i in range(0, 20, 6))
 
 
-@on_both
+@slow_on_numpyro
 def test_batches_go_on_in_their_order_or_not_at_all(backend: str, tmp_path: Path) -> None:
     """Three batches of six and a shorter one an epoch; the order is the source's, and is drawn again from its seed."""
     options: dict[str, Any] = {"batch_size": 6, "steps": 10}
@@ -182,13 +185,15 @@ import os, sys
 from pathlib import Path
 import numpy as np
 from ppl_lvm import checkpoint, store
+from ppl_lvm.backends.base import RECORDS
+from ppl_lvm.monitor import LOOKS
 from ppl_lvm.posterior import State
 
 folder, most = Path(sys.argv[1]), 3
 
 def progress(step):
     state = State("pyro", 0, step, "eager", {"w": np.full(500, float(step)), "only%d" % step: np.zeros(())})
-    record = {name: np.full(step, 1.0) for name in ("loss", "gradient_norm", "validation", "hard")}
+    record = {name: np.full(step, 1.0) for name in (*RECORDS, *LOOKS)}
     return checkpoint.Progress([state], [record], {}, False, 0.0)
 
 def write(folder, step):
@@ -208,8 +213,10 @@ def dying(at):
         return counted
     for name in ("mkdir", "fsync", "replace", "unlink", "close"):
         setattr(os, name, patched(getattr(os, name)))
-    def opened(path, mode):
-        file = open(path, mode)
+    def opened(path, mode, **how):
+        file = open(path, mode, **how)
+        if mode == "rb":
+            return file
         whole = file.write
         def write(blob):
             for part in (blob[: len(blob) // 2], blob[len(blob) // 2 :]):
@@ -223,7 +230,7 @@ def dying(at):
     store.open = opened
 
 for before in range(most + 1):  # from no checkpoint at all to both places written
-    for at in range(1000):
+    for at in range(200):
         here = folder / ("%d-%d" % (before, at))
         for step in range(before):
             write(here, step)
@@ -232,7 +239,8 @@ for before in range(most + 1):  # from no checkpoint at all to both places writt
             dying(at)
             write(here, before)
             os._exit(0)
-        ended = os.waitpid(child, 0)[1]
+        ended = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        assert ended in (0, 9)
         held = checkpoint.newest(here)
         assert held is not None or before == 0 and ended, (before, at)
         if held is not None:
@@ -253,7 +261,7 @@ for before in range(most + 1):  # from no checkpoint at all to both places writt
 
 def test_a_writer_that_is_killed_leaves_the_last_checkpoint_or_the_new_one(tmp_path: Path) -> None:
     """At every operation on files, between them, and in the middle of a write: then it goes on, and sweeps up."""
-    found = subprocess.run([sys.executable, "-c", WRITER, str(tmp_path)], capture_output=True, text=True)
+    found = subprocess.run([sys.executable, "-c", WRITER, str(tmp_path)], capture_output=True, text=True, timeout=120)
     assert found.returncode == 0, found.stderr
     ends = [int(line.split()[1]) for line in found.stdout.splitlines()]
     assert len(ends) == 4
@@ -294,7 +302,7 @@ def wait_for(step: int, folder: Path, process: Any) -> None:
     raise AssertionError("no checkpoint")
 
 
-@on_both
+@slow_on_numpyro
 def test_a_process_that_is_killed_goes_on_to_the_same_bits(backend: str, tmp_path: Path) -> None:
     """A few steps after it began, in a write or between two."""
     process = child(backend, tmp_path)
@@ -306,6 +314,57 @@ def test_a_process_that_is_killed_goes_on_to_the_same_bits(backend: str, tmp_pat
     found = run(backend, checkpoint=tmp_path, **KILLED | {"every": 100})
     assert "checkpoint: went on from step 300" not in found.messages
     assert_same(run(backend, **{n: v for n, v in KILLED.items() if n != "every"}), found)
+
+
+SOME: dict[str, dict[str, Any]] = {
+    name: {**CASES[name], "every": 1} | ({} if name == "stages" else {"steps": 150})
+    for name in ("early stopping, restarts", "optimisers, turns, a learned baseline", "multipliers", "stages")
+}
+SOME["early stopping, restarts"] |= {"patience": 60, "learning_rate": 0.01}
+SOME["stages"]["recipe"] = {**SOME["stages"]["recipe"], "stages": [{"steps": 70}, {"learning_rate": 0.1, "steps": 70}]}
+
+
+def again_and_again(backend: str, name: str, folder: str) -> None:
+    run(backend, checkpoint=folder, **SOME[name])
+
+
+@pytest.mark.slow
+@on_both
+def test_fifty_kills(backend: str, tmp_path: Path) -> None:
+    """At random, from before the first step to after the last: whatever is left, the same call ends with the same bits.
+
+    Each fit is killed until it is done, and then the next one begins. Processes are forks of one that has imported the
+    library and nothing more, as starting Python would be most of their lives.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["ppl_lvm.fit", f"ppl_lvm.backends.{backend}", "test_checkpoint"])
+    seed = int(os.environ.get("PPL_LVM_KILLS", "0"))
+    rng, kills, resumed, names = np.random.default_rng(seed), 0, 0, list(SOME)
+    whole = {name: run(backend, **{n: v for n, v in SOME[name].items() if n != "every"}) for name in names}
+    folder, number, longest = tmp_path / "0", 0, 8.0
+    while kills < 50:
+        name = names[number % len(names)]
+        before = checkpoint.newest(folder)
+        process = context.Process(target=again_and_again, args=(backend, name, str(folder)))
+        began = time.monotonic()
+        process.start()
+        process.join(rng.uniform(0.0, longest))
+        if process.exitcode is None:
+            process.kill()
+            process.join()
+            assert process.exitcode == -signal.SIGKILL
+            kills += 1
+            resumed += before is not None
+        else:
+            assert process.exitcode == 0
+            longest = 1.2 * (time.monotonic() - began)
+        after = checkpoint.newest(folder)
+        assert before is None or after is not None
+        if process.exitcode == 0 or kills == 50:
+            assert_same(whole[name], run(backend, checkpoint=folder, **SOME[name] | {"every": 1000}))
+            number += 1
+            folder = tmp_path / str(number)
+    assert resumed >= 10, f"of the kills of seed {seed} only {resumed} were of a fit that had gone on"
 
 
 def press(*steps: int, before: Callable[[], None] = lambda: None) -> Callable[[Moment], None]:
@@ -536,7 +595,7 @@ FITTED += ("--set", "batch_size=5", "--draws", "7")
 FITTED += ("--option", "latent=1", "--dtype", "float64", "--validation", "0.2", "--seed", "2", "--backend")
 
 
-@pytest.mark.parametrize("backend", ["pyro", pytest.param("numpyro", marks=pytest.mark.slow)])
+@slow_on_numpyro
 def test_the_command_line_goes_on_from_a_folder_alone(
     backend: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

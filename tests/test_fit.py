@@ -11,9 +11,9 @@ import pyro
 import pytest
 import torch
 
-from ppl_lvm import Fit, State, fit, program, programs, recipe
+from ppl_lvm import Fit, State, fit, program, programs, recipe, recipes
 from ppl_lvm.backends import _numpyro_train, _pyro_train
-from ppl_lvm.errors import BackendError, DataError, LegalityError, PplLvmError, ProgramError, StorageError
+from ppl_lvm.errors import BackendError, DataError, LegalityError, PplLvmError, ProgramError, RecipeError, StorageError
 from ppl_lvm.pace import Order, Pace, most_steps
 
 BACKENDS = ("pyro", "numpyro")
@@ -87,6 +87,41 @@ def test_compiled_equals_eager_under_other_recipes(name: str, options: dict[str,
     compiled = short(name, backend, compile="compiled", **options)
     assert compiled.state.mode == "compiled", compiled.messages
     assert_close(compiled, short(name, backend, **options), 1e-10)
+
+
+COVERED = [n for n in recipes() if recipe(n).objective is not None and n not in ("fivo", "joint_vae", "svae")]
+"""Recipes for any program; those three are tested with the programs that they are for."""
+ESTIMATORS = {"vae": ("auto", "score", "rloo", "stl"), "discrete_vae": ("auto", "score", "reinmax", "enumerate")}
+
+
+def cover() -> list[tuple[str, str, dict[str, Any]]]:
+    """Recipes by programs, estimators, mini-batches and clipping, so that every two of them meet."""
+    cells = []
+    for i, name in enumerate(COVERED):
+        for j, (on, estimators) in enumerate(ESTIMATORS.items()):
+            options: dict[str, Any] = {"estimator": estimators[(i + j) % 4], "clip": None if (i // 4 + j) % 2 else 10.0}
+            cells.append((name, on, options | {"batch_size": None if (i // 2 + j) % 2 else 16}))
+    return cells
+
+
+@pytest.mark.slow
+@on_both
+@pytest.mark.parametrize(("name", "on", "options"), cover())
+def test_compiled_equals_eager_under_every_recipe(name: str, on: str, options: dict[str, Any], backend: str) -> None:
+    asked = {"recipe": name, "optimizer": "sgd", "learning_rate": 1e-5, **options}
+    asked |= {n: few for n, few in (("draws", 4), ("groups", 2)) if hasattr(recipe(name).objective, n)}
+    eager = None
+    for chosen, estimator in ((on, asked["estimator"]), (on, "auto"), ("vae", "auto")):  # the first that is legal
+        asked["estimator"] = estimator
+        try:
+            eager = short(chosen, backend, **asked)
+            break
+        except (LegalityError, RecipeError):
+            continue
+    assert eager is not None
+    compiled = short(chosen, backend, compile="compiled", **asked)
+    assert compiled.state.mode == "compiled", compiled.messages
+    assert_close(compiled, eager, 1e-10)
 
 
 def test_traced_graph_equals_eager() -> None:
@@ -318,3 +353,30 @@ def test_log_likelihood_in_blocks_is_the_same_sum(backend: str, monkeypatch: pyt
     spread = np.sqrt(2.0) * 0.2
     assert np.abs(whole.values - cut.values).max() < spread
     assert not np.array_equal(whole.values, cut.values)
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_what_cannot_be_traced_runs_eagerly_and_names_the_site(inside: bool) -> None:
+    class Looking(pyro.distributions.Normal):
+        def log_prob(self, value: Any) -> Any:
+            return super().log_prob(value) * (1.0 if float(value.detach().sum()) > -1e9 else 2.0)
+
+    def model(x: Any) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", pyro.distributions.Normal(0.0 * x, 1.0))
+            scale = 1.0 if inside or float(z.detach().sum()) > -1e9 else 2.0
+            pyro.sample("x", (Looking if inside else pyro.distributions.Normal)(z, scale), obs=x)
+
+    def guide(x: Any) -> None:
+        m = pyro.param("m", torch.zeros(()))
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", pyro.distributions.Normal(m + 0.0 * x, 1.0))
+
+    x = np.linspace(-1, 1, 6)
+    traced = fit(model, guide, x, "elbo", steps=3, compile="compiled", dtype="float64")
+    assert traced.state.mode == "eager"
+    (said,) = (m for m in traced.messages if m.startswith("compile:"))
+    site = "at site 'x'" if inside else "after site 'z'"
+    assert said.startswith(f"compile: eager, as the step cannot be traced {site}: ")
+    eager = fit(model, guide, x, "elbo", steps=3, compile="eager", dtype="float64")
+    np.testing.assert_array_equal(traced.history["loss"], eager.history["loss"])

@@ -12,6 +12,7 @@ import os
 import random
 import signal
 import sys
+import tempfile
 import threading
 import warnings
 from collections.abc import Callable, Mapping
@@ -298,6 +299,19 @@ OTHER = X[:5]
 """Other rows than a fit's, for which everything runs anew."""
 HOLED = np.where(np.arange(len(OTHER)) == 1, np.nan, OTHER)
 
+
+
+def saved(run: Fit) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        run.posterior(2, OTHER)
+        run.save(Path(folder) / "fit")
+
+
+def written(run: Fit) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        run.write_posterior(Path(folder) / "posterior.nc", 2, OTHER)
+
+
 OF_A_FIT: dict[str, Callable[[Fit], Any]] = {
     "active_units": lambda run: run.active_units(draws=2, data=OTHER),
     "conditional": lambda run: run.conditional({"g": 0.1}, data=OTHER, draws=2, particles=3),
@@ -312,6 +326,8 @@ OF_A_FIT: dict[str, Callable[[Fit], Any]] = {
     "predictive": lambda run: run.predictive(2, OTHER),
     "prior_predictive": lambda run: run.prior_predictive(2, data=OTHER),
     "to_arviz": lambda run: run.to_arviz(2, OTHER, prior=2),
+    "save": saved,
+    "write_posterior": written,
     "without_data": lambda run: run.without_data().posterior(2, OTHER),
 }
 
@@ -325,6 +341,7 @@ def test_every_method_of_a_fit_is_looked_at() -> None:
 
 
 def test_what_is_global_is_seen_to_change(monkeypatch: pytest.MonkeyPatch) -> None:
+    pyro.clear_param_store()
     before = process()
     checked = before["numpyro checks"][0]
     changed: dict[str, Callable[[], Any]] = {

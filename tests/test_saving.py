@@ -21,9 +21,10 @@ from ppl_lvm.program import Program
 from ppl_lvm.sampled import Sampled
 
 on_both = pytest.mark.parametrize("backend", BACKENDS)
+mostly_on_pyro = pytest.mark.parametrize("backend", ["pyro", pytest.param("numpyro", marks=pytest.mark.slow)])
 OTHER: dict[str, Backend] = {"pyro": "numpyro", "numpyro": "pyro"}
 X = np.random.default_rng(0).normal(size=(50, 3)) @ np.diag([1.0, 2.0, 0.5]) + 1.0
-SHORT: dict[str, Any] = {"steps": 6, "batch_size": 20, "dtype": "float64", "compile": "eager", "seed": 3}
+SHORT: dict[str, Any] = {"steps": 6, "batch_size": 20, "dtype": "float64", "seed": 3}
 
 
 def pca(backend: str, **options: Any) -> Fit:
@@ -66,7 +67,7 @@ def test_a_loaded_fit_is_the_fit_to_the_bit(backend: str, tmp_path: Path) -> Non
     same_bits(load(tmp_path / "copy").params, run.params)
 
 
-@pytest.mark.parametrize("backend", ["pyro", pytest.param("numpyro", marks=pytest.mark.slow)])
+@mostly_on_pyro
 def test_all_that_is_asked_of_a_fit_is_asked_of_a_loaded_one(backend: str, tmp_path: Path) -> None:
     run = pca(backend)
     again = load(saved(run, tmp_path))
@@ -93,13 +94,13 @@ def test_with_its_rows_a_loaded_fit_lacks_nothing(backend: str, tmp_path: Path) 
     run = pca(backend)
     again = load(saved(run, tmp_path), data=X)
     same_bits(again.posterior(5).values, run.posterior(5).values)
-    with pytest.raises(DataError, match="on other data than these"):
+    with pytest.raises(DataError, match="on other data than these: x was float64"):
         load(tmp_path / "run", data=X + 1e-9)
-    with pytest.raises(DataError, match="on other data than these"):
+    with pytest.raises(DataError, match="on other data than these: x was float64"):
         load(tmp_path / "run", data=X[:40])
 
 
-LIGHT: dict[str, Any] = {"dtype": "float64", "compile": "eager", "batch_size": None}
+LIGHT: dict[str, Any] = {"dtype": "float64", "batch_size": None}
 
 
 # On the other backend.
@@ -125,8 +126,16 @@ def assert_same_predictions(a: Fit, b: Fit, data: Any, tolerance: float = 1e-10)
         np.testing.assert_allclose(second[name], value, rtol=tolerance, atol=tolerance, err_msg=name)
 
 
-@on_both
-@pytest.mark.parametrize("which", [GLOBAL_ROWS, PLATE], ids=lambda t: t.name)
+@pytest.mark.parametrize(
+    ("which", "backend"),
+    [
+        (GLOBAL_ROWS, "numpyro"),
+        (PLATE, "pyro"),
+        pytest.param(GLOBAL_ROWS, "pyro", marks=pytest.mark.slow),
+        pytest.param(PLATE, "numpyro", marks=pytest.mark.slow),
+    ],
+    ids=lambda given: getattr(given, "name", given),
+)
 def test_a_portable_fit_gives_the_same_on_the_other_backend(which: Any, backend: str, tmp_path: Path) -> None:
     chosen, x = toy(which), which.data["x"]
     options = {"estimator": {"*": "score"}} if which is PLATE else {}
@@ -196,7 +205,7 @@ def test_a_native_program_is_given_by_the_caller(backend: Backend, tmp_path: Pat
     same_bits(load(path, program=(model, other), changed=True).params, run.params)
 
 
-@on_both
+@mostly_on_pyro
 def test_an_autoguide_is_given_anew(backend: Backend, tmp_path: Path) -> None:
     if backend == "pyro":
         from pyro.infer.autoguide import AutoNormal
@@ -210,13 +219,13 @@ def test_an_autoguide_is_given_anew(backend: Backend, tmp_path: Path) -> None:
     same_bits(again.posterior(3, x).values, native.posterior(3).values)
 
 
-@pytest.mark.parametrize("backend", ["pyro", pytest.param("numpyro", marks=pytest.mark.slow)])
+@mostly_on_pyro
 def test_a_family_writes_the_guide_again(backend: str, tmp_path: Path) -> None:
     run = pca(backend, guide="amortized", steps=2)
     assert_same_predictions(run, load(saved(run, tmp_path), backend=OTHER[backend]), X)
 
 
-@on_both
+@mostly_on_pyro
 def test_parameters_of_rows_stay_with_their_rows(backend: str, tmp_path: Path) -> None:
     run = pca(backend, guide="auto_normal", steps=2)
     again = load(saved(run, tmp_path), data=X)
@@ -256,7 +265,7 @@ def test_a_file_of_ones_own_is_given_and_its_changes_are_told(tmp_path: Path) ->
     assert dict(again.program.options) == {"scale": 2.0}
     file.write_text(SOURCE)
     same_bits(load(path, program=str(file)).params, run.params)
-    with pytest.raises(StorageError, match=r"other options of program 'mine': 'scale' was 2\.0 and is 1\.0"):
+    with pytest.raises(StorageError, match=r"other options of program 'mine': scale was 2\.0 and is 1\.0"):
         load(path, program=program(file))
     file.write_text(SOURCE.replace('"z"', '"u"'))
     with pytest.raises(StorageError, match="other sites than its program"):
@@ -296,7 +305,7 @@ def test_a_recipe_of_ones_own_is_given(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"none of the library's, .* load\(path, recipe=\.\.\.\)"):
         load(path)
     same_bits(load(path, recipe=run.recipe).params, run.params)
-    with pytest.raises(StorageError, match="another recipe: 'steps' was 2 and is 1000"):
+    with pytest.raises(StorageError, match="another recipe: steps was 2 and is 1000"):
         load(path, recipe=chosen)
 
 
@@ -315,7 +324,7 @@ def of_method(model: Callable[..., None], backend: str, method: dict[str, Any]) 
     return chosen, fit(chosen, data=X[:20, 0], recipe={"method": method}, backend=backend, dtype="float64")
 
 
-@on_both
+@mostly_on_pyro
 @pytest.mark.parametrize(
     "method",
     [

@@ -337,8 +337,9 @@ class Trainer:
         skipped = template.pop(SKIPPED)
         check_state(arrays, arrays_of(template) | {SKIPPED: to_numpy(skipped)})
         own = {n: a for n, a in arrays.items() if n != SKIPPED}
-        skipped = jnp.asarray(arrays[SKIPPED], skipped.dtype)
-        return _filled(template, own, self._bound.dtype, "state") | {SKIPPED: skipped}
+        tree = _filled(template, own, self._bound.dtype, "state")
+        with precision(self._bound.dtype):
+            return tree | {SKIPPED: jnp.asarray(arrays[SKIPPED], skipped.dtype)}
 
     def params_of(self, arrays: Mapping[str, np.ndarray]) -> Mapping[str, Any]:
         tree = self._unpacked(arrays)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import traceback
 import warnings
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -17,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from pyro import poutine
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
@@ -210,7 +212,8 @@ class Trainer:
             # Distinct tensors: one object given twice would be merged into one input of the graph.
             graph = make_fx(eager)(*(x.detach().clone() for x in leaves))
         except RuntimeError as error:
-            return eager, "eager", [f"compile: eager, as the step cannot be traced ({_first_line(error)})"]
+            why = f"the step cannot be traced{_where(error)}: {_first_line(error)}"
+            return eager, "eager", [f"compile: eager, as {why}"]
         self._refuse_frozen_data(graph, rows)
         if mode == "graph":
             return graph, "graph", []
@@ -544,6 +547,20 @@ def _step_seed(seed: int, step: int) -> int:
 
 def _compiler() -> bool:
     return any(shutil.which(name) for name in (os.environ.get("CXX", ""), "g++", "clang++", "c++") if name)
+
+
+def _where(error: BaseException) -> str:
+    """The site in whose handling a run of model or guide raised, or the one before that line of the program."""
+    inside = before = None
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        held = frame.f_locals
+        run = getattr(held.get("self"), "msngr", None)
+        for message in (held.get("msg"), held.get("site")):
+            if isinstance(message, dict) and message.get("type") == "sample":
+                inside = message["name"]
+        if isinstance(run, poutine.trace_messenger.TraceMessenger):
+            before = next((n for n, node in reversed(run.trace.nodes.items()) if node["type"] == "sample"), None)
+    return f" at site {inside!r}" if inside else f" after site {before!r}" if before else ""
 
 
 def _first_line(error: BaseException) -> str:

@@ -972,8 +972,8 @@ def density(site: Mapping[str, Any], log_prob: Callable[[Any], Any]) -> Any:
     except (RuntimeError, TypeError, ValueError) as error:
         value = site["value"]
         raise ProgramError(
-            f"Site {site['name']!r} has no density: {_kind(site['fn'])} at a value of shape {tuple(value.shape)} and "
-            f"dtype {value.dtype} says {said(error)}."
+            f"Site {site['name']!r} has no density: {_kind(site['fn'])} at a value of shape {tuple(np.shape(value))} "
+            f"and dtype {getattr(value, 'dtype', type(value).__name__)} says {said(error)}."
         ) from error
     for frame in site["cond_indep_stack"]:
         size = found.shape[frame.dim] if frame.dim is not None and len(found.shape) >= -frame.dim else 1
@@ -987,17 +987,19 @@ def density(site: Mapping[str, Any], log_prob: Callable[[Any], Any]) -> Any:
 
 
 def check_fits(site: Mapping[str, Any]) -> None:
-    """Refuses a value of another shape than its distribution's."""
-    fn, shape = site["fn"], tuple(site["value"].shape)
+    """Refuses a value of another shape than its distribution's; a larger one has densities that no plate would sum."""
+    fn, shape = site["fn"], tuple(np.shape(site["value"]))
     drawn = (*fn.batch_shape, *fn.event_shape)
     try:
-        np.broadcast_shapes(shape, drawn)
-    except ValueError as error:
+        fits = np.broadcast_shapes(shape, drawn) == drawn
+    except ValueError:
+        fits = False
+    if not fits:
         sizes = {f.name: f.size for f in site["cond_indep_stack"]}
         raise ProgramError(
             f"Site {site['name']!r} has a value of shape {shape}, and its distribution draws {tuple(drawn)} in plates "
             f"{sizes}; size plates and parameters by the data (len(x))."
-        ) from error
+        )
 
 
 def said(error: BaseException) -> str:
@@ -1015,11 +1017,12 @@ def first_run(program: Program, batch: Call) -> Iterator[None]:
     """
     try:
         yield
-    except PplLvmError:
+    except (PplLvmError, MemoryError):
         raise
     except Exception as error:
         named = batch.own.named(program.arguments)
-        shapes = ", ".join(f"{n} {a.dtype} {tuple(a.shape)}" for n, a in named.items() if hasattr(a, "shape"))
+        arrays = {n: a for n, a in named.items() if n != ROWS and hasattr(a, "shape")}
+        shapes = ", ".join(f"{n} {str(a.dtype).removeprefix('torch.')} {tuple(a.shape)}" for n, a in arrays.items())
         frames = traceback.extract_tb(error.__traceback__)
         files = {c.__code__.co_filename for c in _functions(program) if hasattr(c, "__code__")}
         own = [f for f in frames if f.filename in files]

@@ -1086,7 +1086,8 @@ class NumPyroBound:
 
     def anatomy(self, batch: Call) -> Anatomy:
         """What the sites look like and look at."""
-        return _numpyro_forward.anatomy(self, batch)
+        with first_run(self.program, batch):
+            return _numpyro_forward.anatomy(self, batch)
 
     def compiled(
         self,

@@ -1201,7 +1201,8 @@ class PyroBound:
     def anatomy(self, batch: Call) -> Anatomy:
         """What the sites look like and look at."""
         if self._anatomy is None:
-            self._anatomy = _pyro_forward.anatomy(self, batch)
+            with first_run(self.program, batch):
+                self._anatomy = _pyro_forward.anatomy(self, batch)
         return self._anatomy
 
     # Gradients.
