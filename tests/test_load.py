@@ -53,6 +53,16 @@ def test_a_thousand_fits_hold_no_more_than_a_few(backend: str) -> None:
 
 
 @pytest.mark.slow
+def test_compiled_code_of_ever_other_shapes_is_let_go() -> None:
+    """JAX would keep 25 computations and 50 MB of every fit."""
+    script = "from ppl_lvm.backends import _jax_memory\n_jax_memory.MOST_LEFT = 60\n" + FITS
+    found = apart(script, "numpyro", "shapes", 12, 1, "auto")
+    compiled, megabytes = [f[3] for f in found], [f[1] for f in found]
+    assert max(compiled) < 60 + 2 * 40
+    assert megabytes[-1] - megabytes[4] < 60
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(("backend", "kind"), [("pyro", "shapes"), ("pyro", "programs")])
 def test_fits_that_are_each_traced_anew_keep_the_last_ones(backend: str, kind: str) -> None:
     megabytes, files, compiled = held(backend, kind, 200, 40, "graph")
