@@ -28,7 +28,7 @@ from ppl_lvm.checkpoint import Checkpoint
 from ppl_lvm.errors import DataError, Interrupted, RecipeError, StorageError
 from ppl_lvm.monitor import EarlyStopping, Moment, Run
 from ppl_lvm.pace import Pace
-from ppl_lvm.program import Program
+from ppl_lvm.program import Program, program
 
 BACKENDS = ("pyro", "numpyro")
 on_both = pytest.mark.parametrize("backend", BACKENDS)
@@ -720,3 +720,19 @@ def test_what_cannot_be_resumed_is_said(tmp_path: Path, monkeypatch: pytest.Monk
     found = command("resume", "python")
     assert found.exit_code == 2
     assert "keeps no command that can be given again: data: Field required" in found.stderr
+
+
+@slow_on_numpyro
+def test_bits_do_not_depend_on_how_data_are_aligned(backend: str) -> None:
+    """As rows of a slice are at another address than those of a copy; BLAS adds up in another order there."""
+    x = np.random.default_rng(0).normal(size=(64, 33))
+    held = np.empty(x.size + 16)
+    found = []
+    for offset in (0, 1, 3):
+        start = (-held.ctypes.data % 64) // 8 + offset
+        data = held[start : start + x.size].reshape(x.shape)
+        data[:] = x
+        options: dict[str, Any] = {"steps": 2, "batch_size": None, "compile": "eager", "learning_rate": 0.1}
+        found.append(run(backend, program=program("probabilistic_pca", latent=1), data=data, **options))
+    for other in found[1:]:
+        assert_same(found[0], other)
