@@ -14,6 +14,7 @@ import gc
 import os
 import resource
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,7 +33,7 @@ class Reading(NamedTuple):
     compiled: int
 
 
-def model(ppl: Any, x: Any) -> None:
+def model(ppl: Any, x: Any, number: int = 0) -> None:
     w, scale = ppl.param("w", 0.5), ppl.param("scale", 0.7, constraint=ppl.dist.constraints.positive)
     with ppl.plate("data", len(x)):
         z = ppl.sample("z", ppl.dist.Normal(0.0 * x, 1.0))
@@ -66,8 +67,8 @@ def readings(backend: str, kind: str, fits: int, every: int, mode: str = "auto")
     for i in range(fits):
         rows = 20 + (i if kind == "shapes" else 0)
         x = np.random.default_rng(i).normal(size=rows)
-        name = f"toy {i}" if kind == "programs" else "toy"
-        chosen = Program(name, model, guide, portable=True, arguments=("x",))
+        own = partial(model, number=i) if kind == "programs" else model
+        chosen = Program("toy", own, guide, portable=True, arguments=("x",))
         run = fit(chosen, data=x, recipe="elbo", backend=backend, seed=i, steps=5, compile=mode)
         for ask in (run.posterior, run.predictive):
             ask(3)

@@ -59,7 +59,8 @@ def test_compiled_code_of_ever_other_shapes_is_let_go() -> None:
     found = apart(script, "numpyro", "shapes", 12, 1, "auto")
     compiled, megabytes = [f[3] for f in found], [f[1] for f in found]
     assert max(compiled) < 60 + 2 * 40
-    assert megabytes[-1] - megabytes[4] < 60
+    # It goes up for two or three fits and down again; five more fits would have made it 250 MB more.
+    assert max(megabytes[8:]) - max(megabytes[3:7]) < 80
 
 
 @pytest.mark.slow
