@@ -424,6 +424,17 @@ def covariate_guide(ppl: Ppl, x: Array, u: Array) -> None:
 COVARIATE = Program("covariate", covariate_model, covariate_guide, portable=True, arguments=("x", "u"))
 
 
+def summed_model(ppl: Ppl, x: Array, u: Array) -> None:
+    covariate_model(ppl, x, u.sum(-1))
+
+
+def summed_guide(ppl: Ppl, x: Array, u: Array) -> None:
+    covariate_guide(ppl, x, u.sum(-1))
+
+
+SUMMED_COVARIATE = Program("summed", summed_model, summed_guide, portable=True, arguments=("x", "u"))
+
+
 def test_a_missing_covariate_is_refused() -> None:
     with pytest.raises(DataError, match=r"'u' has 2 missing entries.*no site has its values.*'u_mask'"):
         quick(COVARIATE, {"x": XS, "u": LABELS}, "numpyro", missing="mask")
@@ -463,8 +474,7 @@ def test_padding_is_left_out_of_an_observed_site(backend: str) -> None:
     masked = quick(arguments("event"), holes, backend, batch_size=3, missing="mask")
     np.testing.assert_array_equal(ragged.history["loss"], masked.history["loss"])
     with pytest.raises(DataError, match="'u' has 1 missing entries"):
-        data = {"x": [s[:2] for s in sequences[1:]], "u": [np.ones(2), np.ones(1)]}
-        quick(COVARIATE, data, backend)
+        quick(SUMMED_COVARIATE, {"x": XS[:2], "u": [np.ones(2), np.ones(1)]}, backend)
 
 
 def test_pad_refuses_what_is_no_sequence() -> None:
