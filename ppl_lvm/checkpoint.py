@@ -7,9 +7,12 @@ far, what was said, the stages that are over, and fingerprints of what was asked
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import os
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +26,11 @@ from ppl_lvm.errors import DataError, StorageError
 from ppl_lvm.monitor import LOOKS
 from ppl_lvm.posterior import Fit, State
 from ppl_lvm.to_arviz import versions
+
+try:
+    import fcntl
+except ImportError:  # not on Windows
+    fcntl = None  # type: ignore[assignment]
 
 if TYPE_CHECKING:
     from ppl_lvm.data import Batches
@@ -214,6 +222,29 @@ class Checkpoint:
             return "This process can go on with state=error.fit.state; with checkpoint='runs/a' any other could."
         return f"The same call, with checkpoint={str(self.folder)!r}, goes on from there."
 
+    @contextlib.contextmanager
+    def writing(self) -> Iterator[None]:
+        """Makes the folder, and keeps other processes from writing to it in this block, also after one was killed.
+
+        Raises:
+            StorageError: another one writes to it, or it cannot be made.
+        """
+        if self.folder is None:
+            yield
+            return
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            handle = os.open(self.folder, os.O_RDONLY)
+        except OSError as cause:
+            raise StorageError(
+                f"Cannot write {str(self.folder)!r}: {cause.strerror}. Give another folder for checkpoints."
+            ) from cause
+        try:
+            _lock(handle, self.folder)
+            yield
+        finally:
+            os.close(handle)  # which gives the lock back
+
     def until(self, step: int) -> int:
         """Steps to the next checkpoint, where steps are counted."""
         return sys.maxsize if self.every is None or self.folder is None else self.every - step % self.every
@@ -300,6 +331,20 @@ class Held:
     def part(self, part: str, i: int) -> dict[str, np.ndarray]:
         before = f"{part}/{i}/"
         return {name.removeprefix(before): a for name, a in self.arrays.items() if name.startswith(before)}
+
+
+def _lock(handle: int, folder: Path) -> None:
+    if fcntl is None:
+        return
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as cause:
+        raise StorageError(
+            f"Another fit is writing checkpoints to {str(folder)!r}; wait for it, or give another folder."
+        ) from cause
+    except OSError as cause:
+        if cause.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):  # file systems without locks
+            raise
 
 
 def newest(folder: str | Path) -> Held | None:

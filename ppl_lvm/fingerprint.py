@@ -24,8 +24,10 @@ def of_data(call: Call, names: Sequence[str]) -> dict[str, str]:
 
     Example:
         >>> from ppl_lvm.backends.base import Call
-        >>> of_data(Call((np.zeros((2, 3)),)), ["x"])
-        {'x': 'float64 (2, 3) 17b0761f87b081d5cf10757ccc89f12b'}
+        >>> [of_data(Call((np.full((2, 3), v),)), ["x"])["x"].rsplit(" ", 1)[0] for v in (0.0, 1.0)]
+        ['float64 (2, 3)', 'float64 (2, 3)']
+        >>> of_data(Call((np.zeros(3),)), ["x"]) == of_data(Call((np.ones(3),)), ["x"])
+        False
     """
     named = {**dict(zip([*names, *map(str, range(len(call.args)))], call.args, strict=False)), **call.kwargs}
     return {name: of_values(array) for name, array in named.items() if array is not None}

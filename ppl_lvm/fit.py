@@ -163,8 +163,8 @@ def fit(
         rows = _length(call)
     chosen = observe(chosen, observed, call)
     if how.objective is None:
-        shown = progress.wanted(progress_bar)
-        return _sample(chosen, how, call, name, seed, dtype, data_plate, start, shown, messages)
+        wanted = progress.wanted(progress_bar)
+        return _sample(chosen, how, call, name, seed, dtype, data_plate, start, wanted, messages)
     hiding = Hiding(how.hide, chosen)
     hiding.check(call)
     training, held_out = _split(call, rows, validation, seed, chosen, missing, batches)
@@ -250,9 +250,10 @@ def fit(
         orders = [Order(rows, how.batch_size, s) for s in seeds]
     room = FEWEST if batches is not None else most_steps(sum(o.size for o in orders))  # batches are held on the device
     pace = Pace(room)
-    keeper.look(step, now)
     title = f"{chosen.name} · {how.name} · {name}"
-    with progress.bar(title, how.steps, step, progress_bar) as advance, interrupts.noticed() as interrupt:
+    shown = progress.bar(title, how.steps, step, progress_bar)
+    with keeper.writing(), shown as advance, interrupts.noticed() as interrupt:
+        keeper.look(step, now)
         while step < how.steps and not watch.over and not interrupt:
             n = min(pace.steps, how.steps - step, how.check_every - step % how.check_every, keeper.until(step))
             index = None

@@ -25,6 +25,9 @@ CHUNK = 2**20
 MOST_BYTES = 256
 """Bytes that a number of a row takes at most, with all that is computed from it, in programs that need no measuring."""
 
+MOST_SHAPES = 16
+"""Shapes of data that a fit keeps the program bound to, the last ones."""
+
 HALVED = "; their noise is another one than where they fit"
 
 T = TypeVar("T")
@@ -202,6 +205,8 @@ class Fitted:
         key = _shape(call)
         if key not in self._bounds:
             self._bounds[key] = self.bound.on(call)
+            while len(self._bounds) > MOST_SHAPES:
+                del self._bounds[next(iter(self._bounds))]
         return self._bounds[key]
 
     # Draws.

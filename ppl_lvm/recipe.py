@@ -325,9 +325,14 @@ def _locate(asked: str | Path) -> Path:
 
 def _parse(path: Path) -> dict[str, Any]:
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        with path.open("rb") as file:
+            content = file.read(LONGEST + 1)
     except OSError as cause:
         raise RecipeError(f"Cannot read {path}: {cause.strerror or cause}.") from cause
+    if len(content) > LONGEST:
+        raise RecipeError(f"{path} has more than {LONGEST:,} bytes, which no recipe has.")
+    try:
+        return tomllib.loads(content.decode())
     except RecursionError as cause:
         raise RecipeError(f"{path} nests tables or arrays too deep to be a recipe.") from cause
     except ValueError as cause:  # of TOML, of UTF-8, of a number with thousands of digits
@@ -346,6 +351,8 @@ class _Choice:
         return cls(type(instance), {name: getattr(instance, name) for name in type(instance).model_fields})
 
 
+LONGEST, DEEPEST = 2**20, 32
+"""The most bytes of a file, and tables and lists within each other."""
 MOST = 2**31 - 1
 """Of a whole number in a recipe."""
 _LEADS: tuple[Kind, ...] = ("objective", "method")
@@ -385,6 +392,12 @@ class _Draft:
     @classmethod
     def read(cls, table: Mapping[str, Any], name: str, folder: Path | None) -> Self:
         fields = {"name": name} | {key: table[key] for key in _FIELDS if key in table}
+        level: list[Any] = [table]
+        for _ in range(DEEPEST):
+            each = [v for node in level for v in (node.values() if isinstance(node, Mapping) else node)]
+            level = [v for v in each if isinstance(v, Mapping | list | tuple)]
+        if level:
+            raise RecipeError(f"Recipe {str(name)[:100]!r} has more than {DEEPEST} tables or lists within each other.")
         for key in table:
             if key not in Recipe.model_fields:
                 raise RecipeError(

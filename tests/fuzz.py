@@ -164,24 +164,17 @@ def of_json(rest: Mutate) -> Mutate:
             table = json.loads(data)
         except (ValueError, RecursionError):
             return rest(random, data)
-        places: list[tuple[Any, Any]] = []
-        level = [table]
-        while level:
-            node = level.pop()
-            keys = list(node) if isinstance(node, dict) else range(len(node)) if isinstance(node, list) else ()
-            places += [(node, key) for key in keys]
-            level += [node[key] for key in keys]
         kind = int(random.integers(8))
-        if not places or kind == 0:
+        if kind == 0 or not (place := _place(random, table)):
             return rest(random, data)
-        node, key = places[random.integers(len(places))]
+        node, key = place
         if kind == 1:
             del node[key]
         elif kind == 2 and isinstance(node, dict):
             node[str(ODD[random.integers(len(ODD))])] = node.pop(key)
         elif kind == 3:
-            other, place = places[random.integers(len(places))]
-            node[key] = copy.deepcopy(other[place])
+            other, there = _place(random, table)
+            node[key] = copy.deepcopy(other[there])
         elif kind == 4 and isinstance(node[key], int | float):
             node[key] = node[key] + int(random.integers(-2, 3))
         else:
@@ -189,6 +182,17 @@ def of_json(rest: Mutate) -> Mutate:
         return json.dumps(table).encode()
 
     return mutate
+
+
+def _place(random: np.random.Generator, node: Any) -> Any:
+    """A container and a key of it, by steps down from the top, so that long tables do not outweigh short ones."""
+    while isinstance(node, dict | list) and node:
+        keys = list(node) if isinstance(node, dict) else range(len(node))
+        key = keys[random.integers(len(keys))]
+        if not (isinstance(node[key], dict | list) and node[key]) or random.random() < 0.2:
+            return node, key
+        node = node[key]
+    return ()
 
 
 # Targets: how a folder and a recipe are read. Each has its seeds, its mutations and the files that guide it.
@@ -209,7 +213,8 @@ WORDS = [json.dumps(odd).encode() for odd in ODD] + [
 TOML = [
     *(b"\n[optimizer]\n", b"\n[estimator]\n", b"\n[[stages]]\n", b"[objective]\n", b'"*" = ', b"= ", b"steps = "),
     *(b'name = "elbo"\n', b"1_000", b"0x", b"1979-05-27T07:32:00Z", b"inf", b"nan", b"'''", b'"""', b"[" * 2000),
-    *(b"{a=" * 2000,),
+    *(b"= " + b"[" * 2000 + b"]" * 2000 + b"\n", b"= " + b"9" * 5000 + b"\n"),
+    *(b"= " + b"{a=" * 2000 + b"1" + b"}" * 2000 + b"\n", b"= " + b"[" * 300 + b"]" * 300 + b"\n"),
     *(b"a." * 2000, b"stages = [{ steps = 1 }]\n", b'objective = "iwae"\n', b"draws = 5\n", b"freeze = 3\n", b"#"),
 ]
 
@@ -224,8 +229,19 @@ def manifest_target(folder: Path) -> Target:
         path.write_bytes(signed(data))
         load(folder)
 
+    whole = of_json(of_bytes(WORDS))
+
+    def mutate(random: np.random.Generator, data: bytes) -> bytes:
+        """A fit's own part, mostly, as the rest of a manifest is looked at first and seldom lets anything pass."""
+        try:
+            table = json.loads(data)
+            own = json.dumps(table["content"]).encode()
+            return json.dumps(table | {"content": json.loads(whole(random, own))}).encode()
+        except (ValueError, RecursionError, KeyError, TypeError):
+            return whole(random, data)
+
     files = ("ppl_lvm/store.py", "ppl_lvm/loading.py", "ppl_lvm/saving.py", "ppl_lvm/recipe.py", "ppl_lvm/program.py")
-    return Target(run, [path.read_bytes()], of_json(of_bytes(WORDS)), files)
+    return Target(run, [path.read_bytes()], mutate, files)
 
 
 def arrays_target(folder: Path) -> Target:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import itertools
 import multiprocessing
 import os
 import random
@@ -22,11 +23,12 @@ import pytest
 from toys import BERNOULLI, ROWS
 from typer.testing import CliRunner
 
-from ppl_lvm import Fit, backends, checkpoint, cli, fit, interrupts, load, store
+from ppl_lvm import Fit, backends, checkpoint, cli, fit, interrupts, load, pace, store
 from ppl_lvm.checkpoint import Checkpoint
 from ppl_lvm.errors import DataError, Interrupted, RecipeError, StorageError
 from ppl_lvm.monitor import EarlyStopping, Moment, Run
-from ppl_lvm.program import Program
+from ppl_lvm.pace import Pace
+from ppl_lvm.program import Program, program
 
 BACKENDS = ("pyro", "numpyro")
 on_both = pytest.mark.parametrize("backend", BACKENDS)
@@ -127,6 +129,32 @@ def test_a_fit_that_was_ended_goes_on_to_the_same_bits(name: str, backend: str, 
     assert_same(whole, found)
     assert_same(whole, run(backend, checkpoint=tmp_path, **options))
     assert {p.name for p in tmp_path.iterdir()} == {*checkpoint.PLACES}
+
+
+MODES = [("pyro", "eager"), ("pyro", "graph"), ("numpyro", "compiled")]
+SLOW = [pytest.param(*mode, marks=pytest.mark.slow) for mode in (("pyro", "compiled"), ("numpyro", "eager"))]
+
+
+@pytest.mark.parametrize(("backend", "mode"), [*MODES, *SLOW])
+def test_nothing_depends_on_where_chunks_of_steps_end(
+    backend: str, mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The clock cuts them, so what goes on from a checkpoint meets others than what was never ended."""
+    options: dict[str, Any] = {"compile": mode, "restarts": 2, "estimator": {"name": "score", "baseline": "linear"}}
+    found = []
+    for lengths in ([12], [1], [5, 2, 3]):
+        turns = itertools.cycle(lengths)
+
+        def took(self: Pace, steps: int, turns: Iterator[int] = turns) -> None:
+            self.steps = next(turns)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Pace, "took", took)
+            patch.setattr(pace, "FIRST", next(turns))
+            found.append(run(backend, **options))
+    assert found[0].state.mode == mode
+    for other in found[1:]:
+        assert_same(found[0], other)
 
 
 def test_all_that_a_run_records_is_kept() -> None:
@@ -482,7 +510,7 @@ def test_a_folder_that_cannot_be_written_is_told_before_the_first_step(tmp_path:
     seen: list[int] = []
     options: dict[str, Any] = {"check_every": 1, "callbacks": [lambda now: seen.append(now.step)]}
     (tmp_path / "file").write_text("x")
-    with pytest.raises(StorageError, match=r"Cannot write .*Not a directory.*ended at step 0"):
+    with pytest.raises(StorageError, match=r"Cannot write .*Not a directory\. Give another folder"):
         run("pyro", checkpoint=tmp_path / "file" / "a", **options)
     with pytest.raises(StorageError, match="is a file; give another name"):
         run("pyro", checkpoint=tmp_path / "file", **options)
@@ -506,6 +534,19 @@ def test_a_damaged_checkpoint_is_passed_over_and_two_are_refused(tmp_path: Path)
         manifest.write_bytes(b"{}")
     with pytest.raises(StorageError, match="schema"):
         run("pyro", checkpoint=tmp_path)
+
+
+def test_two_fits_do_not_write_to_one_folder(tmp_path: Path) -> None:
+    """Not at once: from this process and another one; a process that was killed holds nothing."""
+
+    def other(now: Moment) -> None:
+        with pytest.raises(StorageError, match="Another fit is writing checkpoints"):
+            run("pyro", checkpoint=tmp_path, check_every=4)
+        raise Ended
+
+    with pytest.raises(Ended):
+        run("pyro", checkpoint=tmp_path, every=2, check_every=4, callbacks=[other])
+    assert_same(run("pyro", check_every=4), run("pyro", checkpoint=tmp_path, check_every=4))
 
 
 # What is asked for.
@@ -679,3 +720,19 @@ def test_what_cannot_be_resumed_is_said(tmp_path: Path, monkeypatch: pytest.Monk
     found = command("resume", "python")
     assert found.exit_code == 2
     assert "keeps no command that can be given again: data: Field required" in found.stderr
+
+
+@slow_on_numpyro
+def test_bits_do_not_depend_on_how_data_are_aligned(backend: str) -> None:
+    """As rows of a slice are at another address than those of a copy; BLAS adds up in another order there."""
+    x = np.random.default_rng(0).normal(size=(64, 33))
+    held = np.empty(x.size + 16)
+    found = []
+    for offset in (0, 1, 3):
+        start = (-held.ctypes.data % 64) // 8 + offset
+        data = held[start : start + x.size].reshape(x.shape)
+        data[:] = x
+        options: dict[str, Any] = {"steps": 2, "batch_size": None, "compile": "eager", "learning_rate": 0.1}
+        found.append(run(backend, program=program("probabilistic_pca", latent=1), data=data, **options))
+    for other in found[1:]:
+        assert_same(found[0], other)

@@ -344,3 +344,21 @@ loaded = {"torch", "jax", "pyro", "numpyro"} & set(sys.modules)
 assert not loaded, loaded
 """
     subprocess.run([sys.executable, "-c", code], cwd=lookup.PACKAGE.parent, check=True)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("freeze = " + "[" * 3000 + "]" * 3000, "too deep to be a recipe"),
+        ("freeze = " + "[" * 200 + "]" * 200, "within each other"),
+        ("[objective]\nname = 'elbo'\ndraws" + ".a" * 400 + " = 1\n[[stages]]\nsteps = 1", "within each other"),
+        ("steps = " + "9" * 5000, "not valid TOML"),
+        ("name = '" + "x" * 2**20 + "'", "bytes, which no recipe has"),
+        ("name = '\xff'", "not valid TOML"),
+    ],
+)
+def test_files_that_would_exhaust_the_parser_are_refused(text: str, said: str, tmp_path: Path) -> None:
+    path = tmp_path / "any.toml"
+    path.write_bytes(text.encode("latin-1"))
+    with pytest.raises(RecipeError, match=said):
+        recipe(path)

@@ -222,6 +222,13 @@ def test_an_autoguide_is_given_anew(backend: Backend, tmp_path: Path) -> None:
 @mostly_on_pyro
 def test_a_family_writes_the_guide_again(backend: str, tmp_path: Path) -> None:
     run = pca(backend, guide="amortized", steps=2)
+    same_bits(load(saved(run, tmp_path)).posterior(3, X).values, run.posterior(3).values)
+
+
+@pytest.mark.slow
+@on_both
+def test_a_family_writes_the_guide_on_the_other_backend(backend: str, tmp_path: Path) -> None:
+    run = pca(backend, guide="amortized", steps=2)
     assert_same_predictions(run, load(saved(run, tmp_path), backend=OTHER[backend]), X)
 
 
@@ -412,8 +419,8 @@ def test_an_option_that_json_has_not_is_refused(fitted: Fit, tmp_path: Path) -> 
         ("seed", -1, "cannot be understood"),
         ("", {"rows": 2**47, "in_plate": False}, "at most"),
         ("total", 2**47, "at most"),
-        ("arguments", [], "cannot be set up with: TypeError"),
-        ("arguments", [{"name": "y", "dtype": "float64", "shape": [3]}], "cannot be set up with: TypeError"),
+        ("arguments", [], "failed when it was first run.*TypeError"),
+        ("arguments", [{"name": "y", "dtype": "float64", "shape": [3]}], "failed when it was first run.*TypeError"),
         ("arguments", [{"name": None, "dtype": "object", "shape": [3]}], "which no data have"),
         ("arguments", [{"name": None, "dtype": "float64", "shape": [2**47] * 9}], "have shape"),
         ("arguments", [{"name": None, "dtype": "float64", "shape": [2**40]}], "at most"),

@@ -3,6 +3,7 @@
     z_1 ~ Normal(m, I),  z_t | z_{t-1} ~ Normal(A z_{t-1} + b, diag(q))     z_t: `latent` numbers, t = 1 .. T
     x_t | z_t ~ Normal(decoder(z_t), scale), or Bernoulli(logits = decoder(z_t))
     q(z | x) proportional to p(z) prod_t psi_t(z_t),  psi_t Gaussian        by message passing, or
+    q(z | x) = prod_t Normal(A_t z_{t-1} + b_t, diag(scale_t)^2)            Gauss-Markov, or
     q(z | x) = prod_t Normal(loc_t, scale_t)                                mean field
 
 Each potential psi_t is a network's reading of x_t alone: the system, whose parameters guide and model share, carries it
@@ -23,12 +24,12 @@ Args:
     x: sequences [rows, T, features], real numbers, or 0 and 1 if the likelihood is bernoulli.
     x_mask: True where x is known, of x's shape or [rows, T]; all of it where nothing is said.
     latent: dimension of the state.
-    hidden: widths of the hidden layers of decoder and recognition network; that of the mean field guide's units.
+    hidden: widths of the hidden layers of decoder and recognition network; the last that of recurrent units.
     likelihood: "gaussian" or "bernoulli".
     potential: what the recognition network gives of psi_t: "mean" (and covariance), which trains better as a rule, or
         "natural" (shift and precision), which does with a linear decoder and a shared precision.
     precision: whose precision psi_t has, "each" (its own, from x_t) or "shared" (a parameter of all steps).
-    posterior: "structured" or "mean_field".
+    posterior: "structured", "gauss_markov" or "mean_field".
 """
 
 from typing import Literal
@@ -38,7 +39,7 @@ import numpy as np
 Likelihood = Literal["gaussian", "bernoulli"]
 Potential = Literal["mean", "natural"]
 Precision = Literal["each", "shared"]
-Posterior = Literal["structured", "mean_field"]
+Posterior = Literal["structured", "gauss_markov", "mean_field"]
 
 recipe = "elbo"
 
@@ -68,6 +69,8 @@ def guide(
     entries, known = inputs(ppl, x, x_mask)
     if posterior == "mean_field":
         q = mean_field(ppl, entries, latent, hidden)
+    elif posterior == "gauss_markov":
+        q = gauss_markov(ppl, entries, latent, hidden)
     else:
         J, h = recognised(ppl, entries, latent, hidden, potential, precision)
         if x_mask is not None:
@@ -122,13 +125,31 @@ def recognised(ppl, entries, latent, hidden, potential, precision):
 
 
 def mean_field(ppl, entries, latent, hidden):
+    code = read(ppl, entries, hidden, 2 * latent)
+    return ppl.dist.Normal(code[..., :latent], positive(ppl, code[..., latent:])).to_event(2)
+
+
+def gauss_markov(ppl, entries, latent, hidden):
+    code = read(ppl, entries, hidden, latent * (latent + 2))
+    loc, scale, A = code[..., :latent], positive(ppl, code[..., latent : 2 * latent]), code[..., 2 * latent :]
+    cov = (scale**2)[..., None] * ppl.ops.eye(latent, code)
+    return ppl.structured.GaussianChain(
+        mean=loc[..., 0, :],
+        cov=cov[..., 0, :, :],
+        transition=ppl.xp.reshape(A[..., 1:, :], (*A.shape[:-2], A.shape[-2] - 1, latent, latent)),
+        bias=loc[..., 1:, :],
+        noise=cov[..., 1:, :, :],
+    )
+
+
+def read(ppl, entries, hidden, wanted):
+    """`wanted` numbers of every step, from the whole sequence."""
     width, size = hidden[-1] if hidden else 32, entries.shape[-1]
-    read = [
+    found = [
         ppl.module(name, ppl.nets.GRU(size, width, reverse=name == "backwards"))(entries)
         for name in ("forwards", "backwards")
     ]
-    code = ppl.module("recognition", ppl.nets.Linear(2 * width, 2 * latent))(ppl.xp.concat(read, axis=-1))
-    return ppl.dist.Normal(code[..., :latent], positive(ppl, code[..., latent:])).to_event(2)
+    return ppl.module("recognition", ppl.nets.Linear(2 * width, wanted))(ppl.xp.concat(found, axis=-1))
 
 
 def positive(ppl, a):

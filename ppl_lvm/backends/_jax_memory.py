@@ -1,4 +1,4 @@
-"""What a computation on JAX would take of memory, without running it."""
+"""What a computation on JAX would take of memory, without running it; and compiled code that is let go."""
 
 from __future__ import annotations
 
@@ -9,6 +9,35 @@ from typing import Any
 import jax
 import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
+
+MOST_LEFT = 500
+"""Compiled computations that may gather before they are let go, some 2 MB each."""
+
+
+class Compiled:
+    """JAX keeps what it has compiled for every operation and every shape that it has met, thousands of them.
+
+    A process that fits data of ever other shapes would hold more and more, so all of it is let go now and then. What is
+    needed again is compiled again; nothing else changes.
+    """
+
+    def __init__(self) -> None:
+        self._floor = 0
+
+    @staticmethod
+    def count() -> int:
+        return len(jax.devices()[0].client.live_executables())
+
+    def let_go(self) -> None:
+        """Where more than MOST_LEFT have gathered since the last time."""
+        there = self.count()
+        self._floor = min(self._floor, there)
+        if there - self._floor > MOST_LEFT:
+            jax.clear_caches()
+            self._floor = self.count()
+
+
+COMPILED = Compiled()
 
 
 def peak(f: Callable[..., Any], *given: Any) -> int:

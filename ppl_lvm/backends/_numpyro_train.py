@@ -140,25 +140,27 @@ class Trainer:
             *(plan.K, plan.M, descent.static_key(), shapes, names, rows is None, bound.constants, hiding.key),
         )
         body = self._body(bound, plan, objective)
+        self._again: Callable[..., Any] | None = None
         if self.mode == "compiled":
             self._chunk = STEPS.get(self._cached, lambda: jax.jit(_chunk(body)))
         else:
             self._chunk = _one_by_one(body)
 
     def _body(self, bound: NumPyroBound, plan: Plan, objective: Objective) -> Callable[..., Any]:
-        factors = self._factors
+        # A compiled step is kept when its trainer, which holds data, is gone: it must not be reached from here.
+        factors, hiding, descent, transforms = self._factors, self._hiding, self._descent, self._transforms
 
         def body(
             tree: Tree, batch: Call, numbers: Mapping[str, Any], key: Any, rows: Any
         ) -> tuple[Tree, dict[str, Any]]:
             here, planned = with_numbers(objective, plan, numbers)
-            batch = self._hidden(batch, key)
+            batch = _hidden(hiding, batch, key)
 
             def natural(unit: str, values: Any, gradient: Any) -> Any:
-                rate = numbers[f"{self._descent.units[unit].place}.learning_rate"]
+                rate = numbers[f"{descent.units[unit].place}.learning_rate"]
                 return _jax_natural.displaced(bound, batch, factors[unit], values, gradient, rate)
 
-            descend = _descend(self._descent, self._transforms, natural)
+            descend = _descend(descent, transforms, natural)
 
             def gradients(params: Any) -> Gradients:
                 states, own, mutable = tree["states"], tree["own"], tree["mutable"]
@@ -167,9 +169,9 @@ class Trainer:
 
             step = gradients(tree["params"])
             values, found = merged(tree["params"], tree["own"]), merged(step.params, step.own)
-            if self._descent.model_first:
+            if descent.model_first:
                 moved, *_ = descend(values, found, tree["optimizer"], numbers)
-                groups = self._descent.groups
+                groups = descent.groups
                 step_ = gradients({n: moved[n] if groups[n] == "model" else p for n, p in tree["params"].items()})
                 later = merged(step_.params, step_.own)
                 found = {n: g if groups[n] == "model" else later[n] for n, g in found.items()}
@@ -247,7 +249,7 @@ class Trainer:
         rows: int | None,
         plan: Plan | None = None,
     ) -> jax.Array:
-        plan, objective = self._plan if plan is None else plan, self._objective
+        plan, objective, runs = self._plan if plan is None else plan, self._objective, self._several
 
         def one(tree: Tree, args: Any, kwargs: Any, key: Any, numbers: Numbers, rows: Any) -> jax.Array:
             here, planned = with_numbers(objective, plan, numbers)
@@ -259,7 +261,7 @@ class Trainer:
 
         def all_runs(tree: Tree, *inputs: Any) -> jax.Array:
             several = jax.vmap(one, in_axes=(0, *[None] * len(inputs)))
-            return several(tree, *inputs) if self._several else one(tree, *inputs)[None]
+            return several(tree, *inputs) if runs else one(tree, *inputs)[None]
 
         shapes = tuple((a.shape, str(a.dtype)) for a in batch.leaves)
         with precision(self._bound.dtype):
@@ -286,9 +288,9 @@ class Trainer:
         with precision(self._bound.dtype):
             key = jax.random.fold_in(self._key[run] if self._several else self._key, step)
             batch = data if index is None else data.map(lambda a: jnp.take(a, index[run, i], axis=0))
-            what = (*self._cached, "again", tuple(a.shape for a in batch.leaves), self._rows)
-            f = STEPS.get(what, lambda: jax.jit(self._once))
-            batch, table, gradient = f(one, batch.args, dict(batch.kwargs), key, now)
+            if self._again is None:
+                self._again = jax.jit(self._once)
+            batch, table, gradient = self._again(one, batch.args, dict(batch.kwargs), key, now)
         flat = {n: np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(g)]) for n, g in gradient.items()}
         return Again(Call(*batch), table, flat)
 
@@ -306,15 +308,12 @@ class Trainer:
     def _once(self, tree: Tree, args: Any, kwargs: Any, key: Any, numbers: Numbers) -> tuple[Any, Any, Any]:
         """The data, the table and the gradient of one step."""
         here, planned = with_numbers(self._objective, self._plan, numbers)
-        batch = self._hidden(Call(args, kwargs), key)
+        batch = _hidden(self._hiding, Call(args, kwargs), key)
         options = {"total_rows": self._rows, "states": tree["states"], "own": tree["own"]}
         params = {**tree["params"], **tree["mutable"]}
         draws, _ = self._bound._run(params, batch, key, planned, training=True, **options)
         found = self._bound.gradients(tree["params"], batch, key, planned, here, mutable=tree["mutable"], **options)
         return (batch.args, dict(batch.kwargs)), rows_of(draws.sites), merged(found.params, found.own)
-
-    def _hidden(self, batch: Call, key: Any) -> Call:
-        return self._hiding.hidden(batch, lambda n, a: jax.random.uniform(site_key(key, f"${n}"), a.shape[:1], float))
 
     @property
     def _several(self) -> bool:
@@ -420,6 +419,10 @@ def _descend(
         return values, states_, jnp.sqrt(sum(squares))
 
     return descend
+
+
+def _hidden(hiding: Hiding, batch: Call, key: Any) -> Call:
+    return hiding.hidden(batch, lambda n, a: jax.random.uniform(site_key(key, f"${n}"), a.shape[:1], float))
 
 
 def _step(body: Callable[..., Any], i: Any, tree: Tree, inputs: tuple[Any, ...]) -> tuple[Tree, Any]:

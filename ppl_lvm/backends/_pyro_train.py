@@ -161,14 +161,15 @@ class Trainer:
 
     def _flat(self, structure: pytree.TreeSpec) -> Callable[..., list[Tensor]]:
         bound, plan, objective, descent = self._bound, self._plan, self._objective, self._descent
-        factors = self._factors
+        # A step is kept when its trainer, which holds data, is gone: it must not be reached from here.
+        factors, hiding = self._factors, self._hiding
 
         def step(*leaves: Tensor) -> list[Tensor]:
             given = pytree.tree_unflatten(list(leaves), structure)
             batch, rows = Call(tuple(given["args"]), given["kwargs"]), given.get("rows")
             if "index" in given:
                 batch = batch.map(lambda a: a[given["index"]])
-            batch = self._hidden(batch)
+            batch = _hidden(hiding, batch)
             here, planned = with_numbers(objective, plan, given["numbers"])
             result = bound.gradients(
                 given["params"],
@@ -374,9 +375,9 @@ class Trainer:
             options = {"total_rows": self._rows, "states": one["states"], "own": one["own"]}
             seed_generators(_step_seed(self._seeds[run], step))
             with torch.no_grad():
-                draws = self._bound.draws(one["params"], self._hidden(batch), None, planned, **options)
+                draws = self._bound.draws(one["params"], _hidden(self._hiding, batch), None, planned, **options)
             seed_generators(_step_seed(self._seeds[run], step))
-            hidden = self._hidden(batch)
+            hidden = _hidden(self._hiding, batch)
             found = self._bound.gradients(one["params"], hidden, None, planned, here, **options)
         gradient = {n: g.cpu().numpy() for n, g in merged(found.params, found.own).items()}
         return Again(hidden, rows_of(draws.sites), gradient)
@@ -389,14 +390,12 @@ class Trainer:
         def step(params: Any, states: Any, own: Any, args: Any, kwargs: Any) -> Any:
             here, planned = with_numbers(self._objective, self._plan, numbers)
             options = {"total_rows": self._rows, "states": states, "own": own}
-            return self._bound.gradients(params, self._hidden(Call(args, kwargs)), None, planned, here, **options)
+            hidden = _hidden(self._hiding, Call(args, kwargs))
+            return self._bound.gradients(params, hidden, None, planned, here, **options)
 
         with sealed(self._bound.dtype), kept_generators():
             state = (tree[0][name] for name in ("params", "states", "own"))
             return _torch_memory.peak(step, *state, batch.args, dict(batch.kwargs))
-
-    def _hidden(self, batch: Call) -> Call:
-        return self._hiding.hidden(batch, lambda _, a: torch.rand(a.shape[0], device=a.device))
 
     def _update(
         self, tree: Tree, out: list[Tensor], numbers: Mapping[str, float], moving: str | None, skipped: Tensor
@@ -477,6 +476,10 @@ class Trainer:
 
     def params_of(self, arrays: Mapping[str, np.ndarray]) -> Mapping[str, Tensor]:
         return self._unpacked(arrays)["params"]
+
+
+def _hidden(hiding: Hiding, batch: Call) -> Call:
+    return hiding.hidden(batch, lambda _, a: torch.rand(a.shape[0], device=a.device))
 
 
 def _clipped(

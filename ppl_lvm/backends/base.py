@@ -1209,6 +1209,9 @@ class Steps:
                     self._kept.popitem(last=False)
             return self._kept[key]
 
+    def __len__(self) -> int:
+        return len(self._kept)
+
     def renew(self, key: Hashable, build: Callable[[], Any]) -> Any:
         with TURN:
             self._kept.pop(key, None)

@@ -124,6 +124,7 @@ class NumPyroBound:
         data_plate: str | None = None,
         total: int | None = None,
     ) -> None:
+        _jax_memory.COMPILED.let_go()
         self.program, self.dtype, self.asked_plate = program, dtype, data_plate
         size = len(example.leaves[0]) if example.leaves and np.ndim(example.leaves[0]) else None
         self.total = size if total is None else total
