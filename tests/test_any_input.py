@@ -171,6 +171,9 @@ def test_names_that_no_file_has(asked: Any) -> None:
             read(asked.format(suffix) if isinstance(asked, str) else asked)
 
 
+mostly_on_pyro = pytest.mark.parametrize("backend", ["pyro", pytest.param("numpyro", marks=pytest.mark.slow)])
+"""JAX's eager operations are many times slower than torch's."""
+
 # Data.
 
 DTYPES = st.one_of(
@@ -273,7 +276,7 @@ def fit_data(backend: Backend) -> Callable[[Any], None]:
     return call
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@mostly_on_pyro
 def test_any_data(backend: Backend) -> None:
     FEW(given(OF_DATA)(lambda example: taken_or_refused(fit_data(backend), example)))()
 
@@ -374,7 +377,7 @@ def fit_program(backend: Backend) -> Callable[[Any], None]:
     return call
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@mostly_on_pyro
 def test_any_program(backend: Backend) -> None:
     FEW(given(SPECS)(lambda spec: taken_or_refused(fit_program(backend), spec)))()
 
