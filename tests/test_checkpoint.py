@@ -395,6 +395,14 @@ def test_fifty_kills(backend: str, tmp_path: Path) -> None:
     assert resumed >= 10, f"of the kills of seed {seed} only {resumed} were of a fit that had gone on"
 
 
+@pytest.fixture(autouse=True)
+def _ctrl_c() -> Iterator[None]:
+    """Pythons that a shell starts in its background ignore Ctrl-C, and so would the tests of it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def press(*steps: int, before: Callable[[], None] = lambda: None) -> Callable[[Moment], None]:
     """A callback that presses Ctrl-C at these steps."""
 
