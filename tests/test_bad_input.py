@@ -158,3 +158,23 @@ def test_a_backend_that_is_not_installed_names_its_extra(backend: Backend, monke
         fit(toy(), data=X, backend=backend, **QUICK)
     monkeypatch.undo()
     assert np.isfinite(fit(toy(), data=X, backend=backend, **QUICK).history["loss"]).all()
+
+
+@pytest.mark.parametrize("backend", ["pyro", pytest.param("numpyro", marks=pytest.mark.slow)])
+def test_parameters_of_one_entry_stand_for_all_of_an_event(backend: str) -> None:
+    x = np.random.default_rng(0).normal(size=(4, 3))
+
+    def losses(wide: int) -> np.ndarray:
+        def model(ppl: Any, x: Any) -> None:
+            with ppl.plate("data", len(x)):
+                z = ppl.sample("z", ppl.dist.Normal(0.0 * x[:, 0], 1.0))
+                ppl.sample("x", ppl.dist.Normal(z[:, None] + 0.0 * x[..., :wide], 1.0).to_event(1), obs=x)
+
+        def guide(ppl: Any, x: Any) -> None:
+            with ppl.plate("data", len(x)):
+                ppl.sample("z", ppl.dist.Normal(ppl.param("m", lambda: np.zeros(())) + 0.0 * x[:, 0], 1.0))
+
+        made = Program("shared", model, guide, portable=True, arguments=("x",))
+        return fit(made, data=x, recipe="elbo", steps=3, backend=backend, compile="eager").history["loss"]
+
+    np.testing.assert_allclose(losses(1), losses(3), rtol=1e-6)

@@ -987,11 +987,17 @@ def density(site: Mapping[str, Any], log_prob: Callable[[Any], Any]) -> Any:
 
 
 def check_fits(site: Mapping[str, Any]) -> None:
-    """Refuses a value of another shape than its distribution's; a larger one has densities that no plate would sum."""
+    """Refuses a value of another shape than its distribution's; a larger one has densities that no plate would sum.
+
+    Where `to_event` sums them, parameters of size one stand for all of the value's.
+    """
     fn, shape = site["fn"], tuple(np.shape(site["value"]))
     drawn = (*fn.batch_shape, *fn.event_shape)
+    summed = range(len(fn.batch_shape), len(fn.batch_shape) + getattr(fn, "reinterpreted_batch_ndims", 0))
+    offset = len(drawn) - len(shape)
+    wanted = tuple(shape[i - offset] if i in summed and n == 1 and i >= offset else n for i, n in enumerate(drawn))
     try:
-        fits = np.broadcast_shapes(shape, drawn) == drawn
+        fits = np.broadcast_shapes(shape, wanted) == wanted
     except ValueError:
         fits = False
     if not fits:
