@@ -1002,9 +1002,14 @@ def check_fits(site: Mapping[str, Any]) -> None:
         fits = False
     if not fits:
         sizes = {f.name: f.size for f in site["cond_indep_stack"]}
+        remedy = (
+            "size plates and parameters by the data (len(x))"
+            if site["is_observed"]
+            else "if the guide draws it for every row, the model once for all rows, sample it outside the plate in both"
+        )
         raise ProgramError(
             f"Site {site['name']!r} has a value of shape {shape}, and its distribution draws {tuple(drawn)} in plates "
-            f"{sizes}; size plates and parameters by the data (len(x))."
+            f"{sizes}; {remedy}."
         )
 
 
