@@ -98,6 +98,8 @@ def blocks_of(case: Case, backend: str, rounds: int, **more: Any) -> tuple[list[
 
     def tick(moment: Any) -> None:
         nonlocal start
+        if moment.restart:  # a callback is called for every restart, one after the other
+            return
         now = time.perf_counter()
         took.append(now - start)
         start = now
@@ -196,7 +198,7 @@ def first(backend: str) -> list[dict[str, Any]]:
 
 
 TITLES = {
-    "growth": "| backend | what grows | size: ms a step ||||\n|---|---|---|---|---|---|",
+    "growth": "| backend | what grows | size: ms a step | | | |\n|---|---|---|---|---|---|",
     "restarts": f"| backend | workload | one, ms a step | {RESTARTS}, ms a step | ratio |\n|---|---|---|---|---|",
     "first": "| backend | workload | import, s | first step, s | cached on disk, s | second fit, s |\n"
     "|---|---|---|---|---|---|",

@@ -12,7 +12,7 @@ import numpy as np
 
 from ppl_lvm import lookup
 from ppl_lvm.backends.base import KNOWN, ROWS, Call
-from ppl_lvm.errors import DataError, ProgramError
+from ppl_lvm.errors import DataError, ProgramError, first_line
 from ppl_lvm.program import Program
 
 Missing = Literal["mask"] | None
@@ -207,9 +207,9 @@ def _numpy(a: Any, name: str) -> np.ndarray:
             a = _of_column(a)
         return np.asarray(a.filled(0) if isinstance(a, np.ma.MaskedArray) else a)
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
-        said = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise DataError(
-            f"Argument {name!r} is a {given} that makes no array of numbers ({said}); pass a dense array, rows first."
+            f"Argument {name!r} is a {given} that makes no array of numbers ({first_line(error)}); pass a dense array, "
+            f"rows first."
         ) from error
 
 

@@ -5,6 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 
+def first_line(error: BaseException) -> str:
+    """What another library's error says, at its shortest: its first line, or its kind where it says nothing."""
+    line = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    return line[:300] or type(error).__name__
+
+
 class PplLvmError(ValueError):
     """Base class of every error that ppl_lvm raises on purpose."""
 

@@ -13,7 +13,7 @@ import numpy as np
 from ppl_lvm import backends, lookup, memory
 from ppl_lvm.backends.base import KNOWN, ROWS, Call, Plan, nested
 from ppl_lvm.backends.forward import Anatomy, Forward
-from ppl_lvm.errors import DataError, ProgramError, TooLargeError
+from ppl_lvm.errors import DataError, ProgramError, TooLargeError, first_line
 from ppl_lvm.program import Program
 
 ENTRIES = 2**24
@@ -243,7 +243,7 @@ class Fitted:
                     raise
                 of = f"{size * particles:,} draws of {block.rows:,} rows at once"
                 if size == 1:
-                    raise TooLargeError(f"{of} do not fit in memory ({memory.first_line(error)}).") from error
+                    raise TooLargeError(f"{of} do not fit in memory ({first_line(error)}).") from error
                 size = math.ceil(size / 2)
                 self._say(f"memory: {of} did not fit, and went on with {size * particles:,}")
                 continue

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from ppl_lvm.errors import DataError, TooLargeError
+from ppl_lvm.errors import DataError, TooLargeError, first_line
 
 VARIABLE = "PPL_LVM_MEMORY"
 """Environment variable: bytes that one piece of work may take at once, "500MB", "4 GB"."""
@@ -133,8 +133,3 @@ def told(library: Any, what: str, way: str) -> Iterator[None]:
         if not library.out_of_memory(error):
             raise
         raise TooLargeError(f"{what} does not fit in memory ({first_line(error)}). {way}") from error
-
-
-def first_line(error: BaseException) -> str:
-    line = next((part.strip() for part in str(error).splitlines() if part.strip()), "")
-    return (line or type(error).__name__)[:200]

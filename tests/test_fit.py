@@ -95,7 +95,10 @@ ESTIMATORS = {"vae": ("auto", "score", "rloo", "stl"), "discrete_vae": ("auto", 
 
 
 def cover() -> list[tuple[str, str, dict[str, Any]]]:
-    """Recipes by programs, estimators, mini-batches and clipping, so that every two of them meet."""
+    """Recipes by programs, estimators, mini-batches and clipping, so that every two of them are asked for together.
+
+    Where the two are not legal together, the first that is takes their place.
+    """
     cells = []
     for i, name in enumerate(COVERED):
         for j, (on, estimators) in enumerate(ESTIMATORS.items()):

@@ -41,6 +41,9 @@ from ppl_lvm.backends.hiding import Hiding
 from ppl_lvm.backends.numpyro import NumPyroBound, owned, precision
 from ppl_lvm.errors import BackendError
 
+SKIPPED_LEAF = jax.tree_util.keystr((jax.tree_util.DictKey(SKIPPED),))
+"""What a leaf is called that both backends pack under one name."""
+
 Bound = NumPyroBound
 Tree = dict[str, Any]
 STEPS = Steps()
@@ -326,20 +329,15 @@ class Trainer:
         return jax.tree.map(lambda a: a[run], tree) if self._several else tree
 
     def pack(self, tree: Tree, run: int = 0) -> dict[str, np.ndarray]:
-        one = self._of_run(tree, run)
-        return arrays_of({n: part for n, part in one.items() if n != SKIPPED}) | {SKIPPED: to_numpy(one[SKIPPED])}
+        named = arrays_of(self._of_run(tree, run))
+        return {SKIPPED if n == SKIPPED_LEAF else n: a for n, a in named.items()}
 
     def unpack(self, *runs: Mapping[str, np.ndarray]) -> Tree:
         return self._together([self._unpacked(arrays) for arrays in runs])
 
     def _unpacked(self, arrays: Mapping[str, np.ndarray]) -> Tree:
-        template = self._initial(self._initials[0])
-        skipped = template.pop(SKIPPED)
-        check_state(arrays, arrays_of(template) | {SKIPPED: to_numpy(skipped)})
-        own = {n: a for n, a in arrays.items() if n != SKIPPED}
-        tree = _filled(template, own, self._bound.dtype, "state")
-        with precision(self._bound.dtype):
-            return tree | {SKIPPED: jnp.asarray(arrays[SKIPPED], skipped.dtype)}
+        named = {SKIPPED_LEAF if n == SKIPPED else n: a for n, a in arrays.items()}
+        return _filled(self._initial(self._initials[0]), named, self._bound.dtype, "state")
 
     def params_of(self, arrays: Mapping[str, np.ndarray]) -> Mapping[str, Any]:
         tree = self._unpacked(arrays)

@@ -47,7 +47,7 @@ from ppl_lvm.backends.base import (
 )
 from ppl_lvm.backends.hiding import Hiding
 from ppl_lvm.backends.pyro import PyroBound
-from ppl_lvm.errors import BackendError
+from ppl_lvm.errors import BackendError, first_line
 from ppl_lvm.process import TURN
 
 Bound = PyroBound
@@ -212,7 +212,7 @@ class Trainer:
             # Distinct tensors: one object given twice would be merged into one input of the graph.
             graph = make_fx(eager)(*(x.detach().clone() for x in leaves))
         except RuntimeError as error:
-            why = f"the step cannot be traced{_where(error)}: {_first_line(error)}"
+            why = f"the step cannot be traced{_where(error)}: {first_line(error)}"
             return eager, "eager", [f"compile: eager, as {why}"]
         self._refuse_frozen_data(graph, rows)
         if mode == "graph":
@@ -229,7 +229,7 @@ class Trainer:
                 warnings.simplefilter("ignore", FutureWarning)
                 compiled(*(x.detach().clone() for x in leaves))
         except RuntimeError as error:
-            return graph, "graph", [f"compile: traced graph only, as torch.compile failed ({_first_line(error)})"]
+            return graph, "graph", [f"compile: traced graph only, as torch.compile failed ({first_line(error)})"]
         return compiled, "compiled", [f"compile: torch.compile, {why}"] if mode == "auto" else []
 
     def _pays(self, graph: torch.fx.GraphModule) -> tuple[bool, str]:
@@ -561,7 +561,3 @@ def _where(error: BaseException) -> str:
         if isinstance(run, poutine.trace_messenger.TraceMessenger):
             before = next((n for n, node in reversed(run.trace.nodes.items()) if node["type"] == "sample"), None)
     return f" at site {inside!r}" if inside else f" after site {before!r}" if before else ""
-
-
-def _first_line(error: BaseException) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

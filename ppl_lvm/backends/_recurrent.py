@@ -32,14 +32,13 @@ def bound(spec: nets.GRUCell, params: Mapping[str, Array], sigmoid: Callable[[Ar
         spec.check_input(x.shape)
         xp = ops.xp(x)
         given = xp.moveaxis(x @ weight_ih.T + bias, -2, 0)
-        given = xp.flip(given, axis=0) if reverse else given
 
         def one(h: Array, now: tuple[Array]) -> tuple[Array, Array]:
             h = step(now[0], h)
             return h, h
 
-        _, states = ops.scan(one, ops.zeros((*given.shape[1:-1], H), given), (given,))
-        return xp.moveaxis(xp.flip(states, axis=0) if reverse else states, 0, -2)
+        _, states = ops.scan(one, ops.zeros((*given.shape[1:-1], H), given), (given,), reverse)
+        return xp.moveaxis(states, 0, -2)
 
     reverse: Any = getattr(spec, "reverse", None)
     return cell if reverse is None else along

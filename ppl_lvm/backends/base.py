@@ -32,7 +32,7 @@ from ppl_lvm.algorithm import (
 )
 from ppl_lvm.backends.marginal import Group, groups
 from ppl_lvm.draws import Draws, Plate
-from ppl_lvm.errors import BackendError, DataError, LegalityError, PplLvmError, ProgramError
+from ppl_lvm.errors import BackendError, DataError, LegalityError, PplLvmError, ProgramError, first_line
 from ppl_lvm.latents import Discrete, Latent, PlateOf, Sketch, check_plates
 from ppl_lvm.ops import Array
 from ppl_lvm.process import TURN
@@ -973,7 +973,7 @@ def density(site: Mapping[str, Any], log_prob: Callable[[Any], Any]) -> Any:
         value = site["value"]
         raise ProgramError(
             f"Site {site['name']!r} has no density: {_kind(site['fn'])} at a value of shape {tuple(np.shape(value))} "
-            f"and dtype {getattr(value, 'dtype', type(value).__name__)} says {said(error)}."
+            f"and dtype {getattr(value, 'dtype', type(value).__name__)} says {_told(error)}."
         ) from error
     for frame in site["cond_indep_stack"]:
         size = found.shape[frame.dim] if frame.dim is not None and len(found.shape) >= -frame.dim else 1
@@ -1013,10 +1013,8 @@ def check_fits(site: Mapping[str, Any]) -> None:
         )
 
 
-def said(error: BaseException) -> str:
-    """The first line of another library's error, with its kind."""
-    line = next((line.strip() for line in str(error).splitlines() if line.strip()), "nothing")
-    return f"{type(error).__name__}: {line.rstrip('.')}"
+def _told(error: BaseException) -> str:
+    return f"{type(error).__name__}: {first_line(error).rstrip('.')}"
 
 
 @contextlib.contextmanager
@@ -1039,7 +1037,7 @@ def first_run(program: Program, batch: Call) -> Iterator[None]:
         own = [f for f in frames if f.filename in files]
         where = f" at {own[-1].filename}:{own[-1].lineno}" if own else ""
         raise ProgramError(
-            f"Program {program.name!r} failed{where} when it was first run, on {shapes or 'no data'}: {said(error)}."
+            f"Program {program.name!r} failed{where} when it was first run, on {shapes or 'no data'}: {_told(error)}."
         ) from error
 
 
