@@ -241,8 +241,8 @@ def fit(
     def seconds() -> float:
         return (0.0 if before is None else before.seconds) + time.perf_counter() - started
 
-    def now() -> Progress:
-        return Progress.of(step, tree, watch, said, seconds(), batches)
+    def now(at: int | None = None) -> Progress:
+        return Progress.of(step if at is None else at, tree, watch, said, seconds(), batches)
 
     inquiry = Inquiry(trainer, bound, library.to_numpy, numbers, batches is not None)
     orders = list[Order]()
@@ -268,7 +268,8 @@ def fit(
                 tree, chunk = trainer.run(tree, held, index, values, step, n)
             watch.add({k: library.to_numpy(v).astype(np.float64) for k, v in chunk.items()}, step)
             if watch.wrong:
-                inquiry.report(watch, tree, step, n, held, index, partial(watch.state, tree))
+                with keeper.of_a_loss(watch, now):
+                    inquiry.report(watch, tree, step, n, held, index, partial(watch.state, tree))
             step += n
             pace.took(n)
             if step % how.check_every == 0:
