@@ -344,7 +344,8 @@ def refit(
             f"run.log_likelihood(data)."
         )
     others = {n: v for n, v in run.params.items() if n not in own}
-    how = load_recipe(run.recipe.stages[-1] if run.recipe.stages else run.recipe, freeze=tuple(others), **overrides)
+    still = tuple(n for n in others if n not in run._bound.states)
+    how = load_recipe(run.recipe.stages[-1] if run.recipe.stages else run.recipe, freeze=still, **overrides)
     return fit(
         run.program,
         None,
@@ -591,12 +592,12 @@ def _initials(
     state: State | None,
     messages: list[str],
 ) -> list[Mapping[str, Any]]:
-    """Unconstrained initial parameters of every restart."""
-    initials = [bound.initial]
+    """Unconstrained initial parameters of every restart, and what else the program starts from."""
+    initials = [{**bound.initial, **bound.states}]
     for seed in seeds[1:]:
         options = {"dtype": bound.dtype, "data_plate": bound.asked_plate, "total": bound.total}
         other = library.Bound(bound.program, example, seed=seed, **options)
-        initials.append(other.initial)
+        initials.append({**other.initial, **other.states})
     if start is None:
         return initials
     if state is not None:

@@ -204,6 +204,30 @@ def test_it_goes_through_a_checkpoint(case: Case, options: dict[str, Any], tmp_p
         np.testing.assert_equal(found.params[name], value, err_msg=name)
 
 
+GOOD = np.where(np.arange(len(X)) == ROW, 0.1, X)
+
+
+def test_a_fit_and_a_stage_start_from_it() -> None:
+    """Statistics go on from those of the fit before: by hand, as the network does not move."""
+    options: dict[str, Any] = {"data": GOOD, "learning_rate": 0.0}
+    first = MOVING.run(steps=3, **options)
+    norm, net = first.params["encoder$state"]["state"]["norm"], first.params["encoder$params"]["first"]
+    mean, variance = norm["mean"], norm["var"]
+    for index in Order(len(X), SIZE, SEED).batches(0, 2):
+        h = GOOD[index][:, None] @ net["kernel"] + net["bias"]
+        mean, variance = 0.9 * mean + 0.1 * h.mean(0), 0.9 * variance + 0.1 * h.var(0)
+    for start in (first, dict(first.params)):
+        found = MOVING.run(steps=2, start=start, **options)
+        assert "start: took w, encoder$params, encoder$state" in found.messages
+        norm = found.params["encoder$state"]["state"]["norm"]
+        np.testing.assert_allclose(norm["mean"], mean, rtol=0, atol=1e-7)
+        np.testing.assert_allclose(norm["var"], variance, rtol=0, atol=1e-7)
+    recipe = {"objective": "elbo", "batch_size": SIZE, "stages": [{"steps": 3}, {"steps": 2}]}
+    recipe["optimizer"] = {"name": "adam", "learning_rate": 0.0}
+    staged = fit(*MOVING.program, GOOD, recipe, backend="numpyro", seed=SEED, dtype="float64")
+    np.testing.assert_allclose(staged.params["encoder$state"]["state"]["norm"]["mean"], mean, rtol=0, atol=1e-7)
+
+
 # The run before an error.
 
 

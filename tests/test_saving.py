@@ -243,7 +243,7 @@ def test_parameters_of_rows_stay_with_their_rows(backend: str, tmp_path: Path) -
 
 
 SOURCE = '''
-def model(ppl, x, *, scale=1.0):
+def model(ppl, x, *, scale=1.0, sizes=(1, 2)):
     with ppl.plate("data", len(x)):
         z = ppl.sample("z", ppl.dist.Normal(0.0, 1.0 + 0.0 * x))
         ppl.sample("x", ppl.dist.Normal(z, scale), obs=x)
@@ -269,7 +269,7 @@ def test_a_file_of_ones_own_is_given_and_its_changes_are_told(tmp_path: Path) ->
     with pytest.raises(StorageError, match=r"(?s)the file has changed.*-.*Normal\(z, scale.*\+.*Normal\(3\.0 \* z, sc"):
         load(path, program=file)
     again = load(path, program=file, changed=True)
-    assert dict(again.program.options) == {"scale": 2.0}
+    assert dict(again.program.options) == {"scale": 2.0, "sizes": (1, 2)}
     file.write_text(SOURCE)
     same_bits(load(path, program=str(file)).params, run.params)
     with pytest.raises(StorageError, match=r"other options of program 'mine': scale was 2\.0 and is 1\.0"):
