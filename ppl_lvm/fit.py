@@ -593,7 +593,7 @@ def _initials(
     messages: list[str],
 ) -> list[Mapping[str, Any]]:
     """Unconstrained initial parameters of every restart, and what else the program starts from."""
-    initials = [{**bound.initial, **bound.states}]
+    initials: list[Mapping[str, Any]] = [{**bound.initial, **bound.states}]
     for seed in seeds[1:]:
         options = {"dtype": bound.dtype, "data_plate": bound.asked_plate, "total": bound.total}
         other = library.Bound(bound.program, example, seed=seed, **options)
