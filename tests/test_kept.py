@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import numpyro
@@ -21,6 +20,7 @@ import pytest
 import torch
 from flax import nnx
 from numpyro.contrib.module import nnx_module
+from test_memory import run_out
 from test_nonfinite import BAD, DENSITY, ROW, SEED, SIZE, STEPS, X, same
 
 from ppl_lvm import Fit, State, backends, checkpoint, fit, pace, store
@@ -320,20 +320,13 @@ def test_what_errors_leave_in_a_checkpoint_is_said_where_there_is_one() -> None:
 # Memory.
 
 
-def run_out(backend: str) -> Exception:
-    """What a backend raises where the memory of a device runs out."""
-    if backend == "pyro":
-        return torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
-    return jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 20000000000 bytes.")
-
-
 @on_both
 def test_memory_that_runs_out_in_a_step_leaves_the_last_checkpoint(
     case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The same call goes on to the bits of a fit that had the memory."""
     options: dict[str, Any] = {"every": 3, "on_nonfinite": "skip"}
-    trainer, error = backends.load(case.backend).Trainer, run_out(case.backend)
+    trainer, error = backends.load(case.backend).Trainer, run_out(case.backend, "gpu")
     steps = trainer.run
 
     def run(self: Any, tree: Any, data: Any, index: Any, numbers: Any, start: int, n: int) -> Any:
@@ -354,7 +347,7 @@ def test_memory_that_runs_out_in_a_step_leaves_the_last_checkpoint(
 
 @on_both
 def test_memory_that_runs_out_in_a_look_is_an_error_of_ours(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    error = run_out(case.backend)
+    error = run_out(case.backend, "gpu")
 
     def full(*_: Any) -> None:
         raise error
