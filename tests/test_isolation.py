@@ -559,7 +559,7 @@ def test_the_loop_of_pyro_is_left_to_it() -> None:
 
     x = torch.as_tensor(X, dtype=torch.float32)
     with torch.random.fork_rng():
-        svi = pyro.infer.SVI(model, guide, pyro.optim.SGD({"lr": 0.0}), loss=pyro_loss("elbo"))
+        svi = pyro.infer.SVI(model, guide, pyro.optim.Adam({"lr": 0.0}), loss=pyro_loss("elbo"))
 
         def kept(call: Callable[[], Any]) -> Callable[[], Any]:
             def called() -> None:
