@@ -19,7 +19,7 @@ from ppl_lvm.backends.hiding import Hiding
 from ppl_lvm.checkpoint import Checkpoint, Progress, describe
 from ppl_lvm.data import Batches, Missing, check_missing, check_observed, is_batches, observe, read
 from ppl_lvm.errors import DataError, Interrupted, LegalityError, ProgramError, RecipeError
-from ppl_lvm.monitor import EarlyStopping, Moment, Run, Watch, restart_seeds, run_seed, without_early_stopping
+from ppl_lvm.monitor import EarlyStopping, Moment, Run, Watch, going_on, restart_seeds, run_seed
 from ppl_lvm.nonfinite import Inquiry
 from ppl_lvm.pace import FEWEST, Order, Pace, most_steps
 from ppl_lvm.parameters import descent, starting_values
@@ -211,7 +211,7 @@ def fit(
         mode=_mode(compile, states),
         hiding=hiding,
     )
-    tree, step = _start(trainer, states, name, seed, how.steps)
+    tree, step = _start(trainer, states, name, seed, how)
     messages += _about_restarts(how, trainer, tree, seeds, state)
 
     numbers = {**numbers_of(how.objective, plan, moved.optimizers, moved.turns), MOST_SKIPPED: how.skips}
@@ -569,7 +569,7 @@ def _mode(asked: str, states: Sequence[State] | None) -> str:
     return states[0].mode if states is not None and asked == "auto" else asked
 
 
-def _start(trainer: Any, states: Sequence[State] | None, backend: str, seed: int, steps: int) -> tuple[Any, int]:
+def _start(trainer: Any, states: Sequence[State] | None, backend: str, seed: int, how: Recipe) -> tuple[Any, int]:
     if states is None:
         return trainer.initial(), 0
     state = states[0]
@@ -578,9 +578,9 @@ def _start(trainer: Any, states: Sequence[State] | None, backend: str, seed: int
             f"The state is of backend {state.backend!r} and seed {state.seed}, the fit of {backend!r} and {seed}; go "
             f"on with the same."
         )
-    if state.step > steps:
-        raise DataError(f"The state is at step {state.step} already and steps = {steps}; ask for more.")
-    return trainer.unpack(*(without_early_stopping(s.arrays) for s in states)), state.step
+    if state.step > how.steps:
+        raise DataError(f"The state is at step {state.step} already and steps = {how.steps}; ask for more.")
+    return trainer.unpack(*(going_on(s.arrays, how.skips) for s in states)), state.step
 
 
 def _initials(

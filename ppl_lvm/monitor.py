@@ -98,9 +98,19 @@ class EarlyStopping:
             self.best, self.step, self.waited, self.arrays = best, int(step), int(waited), held or None
 
 
-def without_early_stopping(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The part of a state that is the trainer's."""
-    return {n: a for n, a in arrays.items() if n != PROGRESS and not n.startswith(BEST)}
+def going_on(arrays: Mapping[str, np.ndarray], skips: int) -> dict[str, np.ndarray]:
+    """The part of a state that is the trainer's, for a fit that may leave out `skips` steps in a row.
+
+    Those that were left out before do not end it: the next one that is not finite may.
+    """
+    found = {n: a for n, a in arrays.items() if n != PROGRESS and not n.startswith(BEST)}
+    return with_fewer_skipped(found, skips) if SKIPPED in found else found
+
+
+def with_fewer_skipped(arrays: Mapping[str, np.ndarray], most: int) -> dict[str, np.ndarray]:
+    """A state whose last steps were left out, for a fit that may leave out no more than `most`; others as they are."""
+    skipped = arrays[SKIPPED]
+    return {**arrays, SKIPPED: np.asarray(np.minimum(skipped, most), dtype=skipped.dtype)}
 
 
 @dataclass
@@ -317,9 +327,9 @@ class Watch:
 
     def state(self, tree: Any, step: int, r: int) -> State:
         """What a run goes on from at this step."""
-        run, arrays = self.runs[r], self._trainer.pack(tree, r)
+        run, arrays = self.runs[r], dict(self._trainer.pack(tree, r))
         if run.diverged is None:  # nor has one that was taken back, whose tree says so still
-            arrays[SKIPPED] = np.minimum(arrays[SKIPPED], arrays[SKIPPED].dtype.type(run.most_skipped))
+            arrays = with_fewer_skipped(arrays, run.most_skipped)
         return self._state(arrays | ({} if run.early is None else run.early.pack()), step, r)
 
     def finish(self, step: int, tree: Any) -> Ended:

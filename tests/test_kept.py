@@ -255,6 +255,15 @@ def test_one_step_too_many_in_a_row_is_where_the_fit_goes_on(tmp_path: Path) -> 
     same_fit(found, PLAIN.run(data=Loader(), most_skipped=2, **options))
 
 
+def test_steps_that_were_left_out_do_not_end_a_fit_that_goes_on() -> None:
+    """Where none may be left out any more, the next one that is not finite ends it."""
+    state = PLAIN.run(data=Loader(), on_nonfinite="skip", steps=4).state
+    assert state.arrays["skipped"] == 2
+    error = PLAIN.error(data=Loader(), state=state)
+    assert error.step == 7
+    assert "At step 7, the loss is nan" in str(error)
+
+
 @pytest.mark.parametrize("case", [PLAIN, pytest.param(MOVING, marks=pytest.mark.slow)])
 def test_of_restarts_the_one_that_went_furthest_goes_on(case: Case, tmp_path: Path) -> None:
     """Those before it stay dropped."""
