@@ -562,7 +562,7 @@ def test_the_loop_of_pyro_is_left_to_it() -> None:
     x = torch.as_tensor(X, dtype=torch.float32)
     pyro.param("loc", torch.tensor(0.1))
     with torch.random.fork_rng():
-        svi = pyro.infer.SVI(model, guide, pyro.optim.Adam({"lr": 0.0}), loss=pyro_loss("elbo"))
+        svi = pyro.infer.SVI(model, guide, pyro.optim.ClippedAdam({"lr": 0.0}), loss=pyro_loss("elbo"))
 
         def kept(call: Callable[[], Any]) -> Callable[[], Any]:
             def called() -> None:
@@ -576,6 +576,7 @@ def test_the_loop_of_pyro_is_left_to_it() -> None:
             errors += under(arm, kept(partial(call, x[:4])), {"Boom": (Boom, ProgramError), "Halt": Halt})
             leaves_nothing(name, kept(partial(call, x)), errors)
         run = fit(model, guide, x, **EAGER)
+        to_pyro(run)  # which is to write to the store
         leaves_nothing("to_pyro", lambda: to_pyro(run))
     other = fit(explosive(), data=X, backend="pyro", **EAGER)
     leaves_nothing("to_pyro, refused", refused(ProgramError, "only native programs", lambda: to_pyro(other)))
