@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -13,7 +14,7 @@ import numpy as np
 from ppl_lvm import backends, lookup, memory
 from ppl_lvm.backends.base import KNOWN, ROWS, Call, Plan, nested
 from ppl_lvm.backends.forward import Anatomy, Forward
-from ppl_lvm.errors import DataError, ProgramError, TooLargeError, first_line
+from ppl_lvm.errors import DataError, PplLvmError, ProgramError, TooLargeError, first_line
 from ppl_lvm.program import Program
 
 ENTRIES = 2**24
@@ -80,10 +81,15 @@ class Fitted:
 
     @property
     def anatomy(self) -> Anatomy:
-        """Found once, on rows of zeros."""
+        """Found once, on made-up rows."""
+
+        def look(call: Call) -> Anatomy:
+            bound = self.bound_for(call)
+            found: Anatomy = bound.anatomy(bound.batch(call))
+            return found
+
         if not self._anatomy:
-            call = self.blank(max(1, self.structure.rows))
-            self._anatomy.append(self.bound_for(call).anatomy(self.bound_for(call).batch(call)))
+            self._anatomy.append(on_made_up(look, self.example, self.program, max(1, self.structure.rows)))
         return self._anatomy[0]
 
     def named(self, call: Call) -> dict[str, Any]:
@@ -284,13 +290,16 @@ class Fitted:
     @property
     def weight(self) -> float:
         """Bytes that a draw of a row takes while it is evaluated; found once, at the fit's own number of rows."""
-        if self._weight is None:
-            rows = max(1, self.structure.rows)
-            call = self.blank(rows)
+        rows = max(1, self.structure.rows)
+
+        def look(call: Call) -> float:
             bound, guess = self.bound_for(call), 8.0 * self.width(call)
             held = bound.batch(call)
             two, four = (bound.peak(self.trained, held, self.plan(bound, draws)) for draws in (2, 4))
-            self._weight = guess if two is None or four is None else max(guess, (four - two) / 2 / rows)
+            return guess if two is None or four is None else max(guess, (four - two) / 2 / rows)
+
+        if self._weight is None:
+            self._weight = on_made_up(look, self.example, self.program, rows)
         return self._weight
 
     def plan(self, bound: Any, draws: int) -> Plan:
@@ -413,13 +422,32 @@ class Fitted:
             )
 
 
-def blank(example: Call, program: Program, rows: int) -> Call:
-    """Zeros in the shapes and dtypes of a call, none of them missing."""
+def blank(example: Call, program: Program, rows: int, rising: bool = False) -> Call:
+    """Zeros in the shapes and dtypes of a call, none of them missing; or, as times are, numbers that rise in a row."""
 
-    def zeros(name: str, a: Any) -> np.ndarray:
-        return (np.ones if name.endswith(KNOWN) else np.zeros)((rows, *np.shape(a)[1:]), np.asarray(a).dtype)
+    def made(name: str, a: Any) -> np.ndarray:
+        shape, dtype = (rows, *np.shape(a)[1:]), np.asarray(a).dtype
+        if name.endswith(KNOWN):
+            return np.ones(shape, dtype)
+        if rising and dtype.kind == "f" and len(shape) > 1:
+            return np.arange(shape[1], dtype=dtype).reshape(-1, *[1] * (len(shape) - 2)) + np.zeros(shape, dtype)
+        return np.zeros(shape, dtype)
 
-    return example.map_named(program.arguments, zeros)
+    return example.map_named(program.arguments, made)
+
+
+def on_made_up(work: Callable[[Call], T], example: Call, program: Program, rows: int) -> T:
+    """Work that the values of data are nothing to: on zeros, or on numbers that rise, as times have to in programs.
+
+    Raises:
+        PplLvmError: the program takes neither; what it says of zeros.
+    """
+    try:
+        return work(blank(example, program, rows))
+    except PplLvmError:
+        with contextlib.suppress(PplLvmError):
+            return work(blank(example, program, rows, rising=True))
+        raise
 
 
 @dataclass(frozen=True)

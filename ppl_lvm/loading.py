@@ -7,6 +7,7 @@ import difflib
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from ppl_lvm.backends.sampler import Outcome
 from ppl_lvm.catalogue import to_dict
 from ppl_lvm.data import read
 from ppl_lvm.errors import BackendError, DataError, PplLvmError, StorageError
-from ppl_lvm.fitted import blank
+from ppl_lvm.fitted import on_made_up
 from ppl_lvm.posterior import Fit, State
 from ppl_lvm.program import Program
 from ppl_lvm.program import program as load_program
@@ -241,9 +242,13 @@ def _set_up(
                 f"{where} is of {saved.total or 0:,} rows and asks for {size:,} numbers of blank data to set up its "
                 f"program; at most {ENTRIES:,} are made. Pass data=, the rows of the fit."
             )
-        held = blank(example, program, rows or 0) if call is None else call.map(lambda a: a[:rows])
         if not example.leaves:
-            held = Call()
+            return on(Call())
+        if call is not None:
+            return on(call.map(lambda a: a[:rows]))
+        return on_made_up(on, example, program, rows or 0)
+
+    def on(held: Call) -> Any:
         options = {"seed": saved.seed, "dtype": saved.dtype, "data_plate": saved.data_plate, "total": saved.total}
         try:
             return library.Bound(program, held, **options)
@@ -306,8 +311,12 @@ def _sampled(
     bound, call, how = common["_bound"], common["_data"], common["recipe"]
     if call is not None:
         bound = common["_bound"] = bound.on(call)
-    rows = bound.batch(blank(example, common["program"], max(1, bound.structure.rows)) if call is None else call)
-    sampler = backends.methods(common["backend"]).Sampler(bound, rows, how.method, common["params"])
+
+    def on(rows: Call) -> Any:
+        return backends.methods(common["backend"]).Sampler(bound, bound.batch(rows), how.method, common["params"])
+
+    made_up = partial(on_made_up, on, example, common["program"], max(1, bound.structure.rows))
+    sampler = made_up() if call is None else on(call)
     draws, stats = arrays.get(saving.DRAWS, {}), arrays.get(saving.STATS, {})
     u, size = draws.get("u", np.zeros(0)), sampler.size
     gaussian = (draws["mean"], draws["lower"]) if {"mean", "lower"} <= draws.keys() else None

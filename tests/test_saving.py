@@ -208,6 +208,30 @@ def test_a_native_program_is_given_by_the_caller(backend: Backend, tmp_path: Pat
     same_bits(load(path, program=(model, other), changed=True).params, run.params)
 
 
+TIMED = '''
+def model(ppl, x):
+    if not bool((x[..., 1:] > x[..., :-1]).all()):
+        raise ValueError("times must increase")
+    with ppl.plate("data", len(x)):
+        z = ppl.sample("z", ppl.dist.Normal(0.0 * x[..., 0], 1.0))
+        ppl.sample("x", ppl.dist.Normal(z[..., None] + 0.0 * x, 1.0).to_event(1), obs=x)
+
+
+def guide(ppl, x):
+    loc = ppl.param("loc", 0.5)
+    with ppl.plate("data", len(x)):
+        ppl.sample("z", ppl.dist.Normal(loc * x[..., 0], 1.0))
+'''
+
+
+def test_a_program_that_refuses_zeros_is_loaded(tmp_path: Path) -> None:
+    (tmp_path / "timed.py").write_text(TIMED)
+    data = np.sort(X, axis=1)
+    run = fit(program(tmp_path / "timed.py"), data=data, backend="pyro", compile="eager", **SHORT)
+    again = load(saved(run, tmp_path), program=tmp_path / "timed.py")
+    same_bits(again.posterior(3, data).values, run.posterior(3).values)
+
+
 @mostly_on_pyro
 def test_an_autoguide_is_given_anew(backend: Backend, tmp_path: Path) -> None:
     if backend == "pyro":
