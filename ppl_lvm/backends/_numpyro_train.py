@@ -14,7 +14,7 @@ import optax
 
 from ppl_lvm.algorithm import Algorithm, Objective
 from ppl_lvm.backends import _jax_memory, _jax_natural
-from ppl_lvm.backends._numpyro_handlers import site_key
+from ppl_lvm.backends._numpyro_handlers import StepKeys, site_key
 from ppl_lvm.backends._numpyro_state import is_key
 from ppl_lvm.backends.base import (
     MOST_SKIPPED,
@@ -43,6 +43,9 @@ from ppl_lvm.errors import BackendError
 
 SKIPPED_LEAF = jax.tree_util.keystr((jax.tree_util.DictKey(SKIPPED),))
 """What a leaf is called that both backends pack under one name."""
+
+MOST_KEYS = 64
+"""Keys of one step that are worth their memory over all steps of a chunk."""
 
 Bound = NumPyroBound
 Tree = dict[str, Any]
@@ -144,8 +147,13 @@ class Trainer:
         )
         body = self._body(bound, plan, objective)
         self._again: Callable[..., Any] | None = None
+
+        def keys_of(key: Any) -> StepKeys:
+            return bound.keys(key, plan)
+
         if self.mode == "compiled":
-            self._chunk = STEPS.get(self._cached, lambda: jax.jit(_chunk(body)))
+            ahead = sum(k.size for k in jax.tree.leaves(jax.eval_shape(keys_of, keys[0]))) <= MOST_KEYS
+            self._chunk = STEPS.get(self._cached, lambda: jax.jit(_chunk(body, keys_of if ahead else lambda key: key)))
         else:
             self._chunk = _one_by_one(body)
 
@@ -157,7 +165,7 @@ class Trainer:
             tree: Tree, batch: Call, numbers: Mapping[str, Any], key: Any, rows: Any
         ) -> tuple[Tree, dict[str, Any]]:
             here, planned = with_numbers(objective, plan, numbers)
-            batch = _hidden(hiding, batch, key)
+            batch = _hidden(hiding, batch, key.key if isinstance(key, StepKeys) else key)
 
             def natural(unit: str, values: Any, gradient: Any) -> Any:
                 rate = numbers[f"{descent.units[unit].place}.learning_rate"]
@@ -433,28 +441,32 @@ def _step(body: Callable[..., Any], i: Any, tree: Tree, inputs: tuple[Any, ...])
             batch = batch.map(lambda a: jnp.take(a, index[i], axis=0))
         return body(tree, batch, now, key, rows)
 
-    return (jax.vmap(one) if keys.ndim > 1 else one)(tree, index, keys[i])
+    several = (keys.key if isinstance(keys, StepKeys) else keys).ndim > 1
+    return (jax.vmap(one) if several else one)(tree, index, jax.tree.map(lambda k: k[i], keys))
 
 
-def _keys(key: Any, start: Any, steps: int) -> Any:
-    """A key for each of the steps from `start` on: at once, as one by one they would cost a small model more than the
+def _keys(key: Any, start: Any, steps: int, keys_of: Callable[[Any], Any] = lambda key: key) -> Any:
+    """The keys of each of the steps from `start` on: at once, as one by one they would cost a small model more than the
     rest of a step."""
-    of_step = jax.vmap(jax.random.fold_in, (0, None)) if key.ndim else jax.random.fold_in
-    return jax.vmap(of_step, (None, 0))(key, start + jnp.arange(steps))
+
+    def of_step(key: Any, step: Any) -> Any:
+        return keys_of(jax.random.fold_in(key, step))
+
+    return jax.vmap(jax.vmap(of_step, (0, None)) if key.ndim else of_step, (None, 0))(key, start + jnp.arange(steps))
 
 
 def _length(numbers: Mapping[str, Any]) -> int:
     return len(next(iter(numbers.values())))
 
 
-def _chunk(body: Callable[..., Any]) -> Callable[..., Any]:
+def _chunk(body: Callable[..., Any], keys_of: Callable[[Any], Any]) -> Callable[..., Any]:
     """A loop with a dynamic number of steps, so that the last, shorter chunk compiles nothing new."""
 
     def chunk(
         tree: Tree, args: Any, kwargs: Any, index: Any, numbers: Any, start: Any, n: Any, key: Any, rows: Any
     ) -> tuple[Tree, Any]:
         STEPS.traces += 1
-        inputs = (args, kwargs, index, numbers, _keys(key, start, _length(numbers)), rows)
+        inputs = (args, kwargs, index, numbers, _keys(key, start, _length(numbers), keys_of), rows)
 
         def one(i: Any, carry: tuple[Tree, Any]) -> tuple[Tree, Any]:
             tree, records = carry
