@@ -213,7 +213,7 @@ def log_probs(fn: Any) -> Array:
     if _bernoulli(base):
         found = jnp.stack([jax.nn.log_sigmoid(-base.logits), jax.nn.log_sigmoid(base.logits)], -1)
     else:
-        found = jax.nn.log_softmax(base.logits, -1)
+        found = base.logits if isinstance(base, OneHotCategorical) else jax.nn.log_softmax(base.logits, -1)
     return jnp.broadcast_to(found, (*fn.batch_shape, *elements(fn), found.shape[-1]))
 
 
