@@ -211,12 +211,13 @@ class Trainer:
         with precision(self._bound.dtype):
             states, own = initial_extras(self._objective, self._plan, self._example)
             arrays = jax.tree.map(jnp.asarray, own, is_leaf=lambda x: isinstance(x, list))
+            held = self._bound.states
             every = merged(values, arrays)
             return {
-                "params": dict(values),
+                "params": {n: v for n, v in values.items() if n not in held},
                 "own": arrays,
                 "states": {s: jnp.asarray(v, float) for s, v in states.items()},
-                "mutable": self._bound.states,
+                "mutable": {n: values.get(n, state) for n, state in held.items()},
                 "optimizer": {
                     unit: self._transforms[unit].init({n: every[n] for n in u.names})
                     for unit, u in self._descent.units.items()

@@ -461,6 +461,8 @@ class Bound(Protocol):
     structure: Structure
     initial: dict[str, Array]
     """Unconstrained initial parameters."""
+    states: dict[str, Any]
+    """What else the program starts from and every step moves: batch statistics."""
 
     def on(self, example: Call) -> Bound:
         """The same program on data of another shape."""

@@ -230,9 +230,9 @@ class NumPyroBound:
         found = {**model_handler.found, **guide_handler.found}
         self._constraints = {n: c for n, (_, c) in found.items()}
         self._transforms = {n: biject_to(c) for n, c in self._constraints.items()}
-        self.initial = {n: self._unconstrain(n, v) for n, (v, _) in found.items()}
         first = {**model_handler.initial_states, **guide_handler.initial_states}
         self.states = {n: self._cast(v) for n, v in first.items()}
+        self.initial = {n: self._unconstrain(n, v) for n, (v, _) in found.items()}
         self._scans = [scan.latent for scan in guide_handler.scans]
         self.constants = constants([self._transforms, self._supports, prototype_supports(self._guide)])
         scanned = [scan.latent for scan in (*guide_handler.scans, *model_handler.scans)]
@@ -535,18 +535,21 @@ class NumPyroBound:
 
     def _unconstrain(self, name: str, value: Any) -> Any:
         value = self._cast(value)
-        return value if is_tree(value) else self._transforms[name]._inverse(value)
+        return value if is_tree(value) or name in self.states else self._transforms[name]._inverse(value)
 
     def unconstrain(self, name: str, value: Any) -> Any:
         """The unconstrained value of a parameter's constrained one; DataError where it can have no such value."""
         with precision(self.dtype):
-            known = self.constrain({name: self.initial[name]})[name]
+            known = self.constrain({name: {**self.initial, **self.states}[name]})[name]
             layout = jax.tree.structure(known)
             if str(jax.tree.structure(value)) != str(layout):
                 raise DataError(f"start: {name!r} is not laid out as its parameter, which is {layout}.")
-            value = jax.tree.map(lambda a, k: owned(a, k.dtype), value, known)
+            # Keys in a state are replaced at every run.
+            value = jax.tree.map(lambda a, k: k if is_key(k) else owned(a, k.dtype), value, known)
 
             def inside() -> bool:
+                if name in self.states:
+                    return True
                 within = is_tree(value) or bool(jnp.all(self._constraints[name](value)))
                 inverse = jax.tree.leaves(self._unconstrain(name, value))
                 return within and all(bool(jnp.isfinite(a).all()) for a in inverse)
