@@ -58,12 +58,13 @@ test: lint types  ## lint, types and the fast tests
 test-all: lint types  ## the same with the slow tests
 	$(PYTEST)
 
-# What users call, on both backends: recipes, programs, data, fits, evaluations, reports; the rest of the suite looks at
-# what does not depend on versions, or at a newer flax. An old library warns of newer ones that it uses: no error here.
+# What users call, on both backends: recipes, programs, data, fits, evaluations, folders, reports. The rest of the suite
+# looks at what does not depend on versions (errors of our own, each cell that `parity` has compared on both backends),
+# or at a newer flax. An old library warns of newer ones that it uses: no error here.
 OLDEST := build/oldest
 INSTALL_OLDEST := pip install --no-compile --progress-bar off -c $(OLDEST)/constraints.txt
 OLDEST_TOOLS := arviz-plots hypothesis packaging pandas pyarrow pytest pytest-xdist
-OLDEST_TESTS := recipe program data fit loop posterior nets parity objectives bad_input to_arviz report cli methods
+OLDEST_TESTS := recipe program data datasets fit loop methods posterior nets parity saving store to_arviz report disentanglement cli
 
 test-oldest: venv  ## fast tests of what users call with the lowest versions that pyproject.toml declares (torch as tested)
 	mkdir -p $(OLDEST)

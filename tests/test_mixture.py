@@ -326,7 +326,7 @@ def test_values_outside_the_domain_are_named() -> None:
 
 
 def test_numpyro_mixes_events_of_independent_elements_and_refuses_supports_that_move() -> None:
-    """`ppl.dist.MixtureSameFamily`; NumPyro 0.21's own refuses both, and `make test-oldest` runs this with it."""
+    """`ppl.dist.MixtureSameFamily`; NumPyro 0.21's own refuses the events too."""
     rng = np.random.default_rng(4)
     w, mu, sigma = np.array([0.2, 0.5, 0.3]), rng.normal(size=(3, 2)), rng.uniform(0.5, 2.0, (3, 2))
     x = rng.normal(size=(5, 2))
