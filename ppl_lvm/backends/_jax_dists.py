@@ -133,7 +133,7 @@ class RelaxedOneHotCategorical(dist.Distribution):
         return jax.lax.lgamma(float(C)) + (C - 1) * jnp.log(tau) + own - C * norm
 
 
-class MixtureSameFamily(dist.MixtureSameFamily):  # type: ignore[misc]
+class MixtureSameFamily(dist.MixtureSameFamily):
     """NumPyro's, where components of independent elements (`to_event`) need no NumPyro 0.22.
 
     NumPyro 0.21 asks their support itself to be free of parameters, where that of the elements decides. It is shown
