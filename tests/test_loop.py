@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from toys import GLOBAL_ROWS, ROWS
 
 from ppl_lvm import Fit, State, backends, fit, progress
@@ -100,6 +101,32 @@ def test_optimisers_by_pattern_move_their_own_parameters(backend: str) -> None:
     assert_close(found.params, {n: ROWS.params[n] - rates[n] * g[n] for n in g})
     norm = np.sqrt(sum((v**2).sum() for v in g.values()))
     np.testing.assert_allclose(found.history["gradient_norm"], [norm], rtol=1e-9)
+
+
+def turned_model(ppl: Any, x: Any) -> None:
+    """Rows x ~ Normal(W', 1): in memory neither W nor its gradient is in the order of the other."""
+    W = ppl.param("W", lambda: START.T)
+    with ppl.plate("data", len(x)):
+        ppl.sample("x", ppl.dist.Normal(W.T, 1.0).to_event(2), obs=x)
+
+
+START = np.random.default_rng(6).normal(size=(2, 3))
+TURNED = Program("turned", turned_model, lambda ppl, x: None, portable=True, arguments=("x",))
+
+
+@pytest.mark.parametrize("backend", ["pyro", pytest.param("numpyro", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["adam", "adamw", "sgd"])
+def test_optimisers_move_parameters_that_are_transposed(backend: str, name: str) -> None:
+    x = np.random.default_rng(7).normal(size=(4, 2, 3))
+    W = torch.tensor(START, requires_grad=True)
+    kinds = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}
+    reference = kinds[name]([W], lr=0.01, foreach=False)
+    for _ in range(3):
+        reference.zero_grad()
+        (0.5 * (torch.tensor(x) - W) ** 2).sum().backward()
+        reference.step()
+    found = run(backend, TURNED, x, optimizer={"name": name, "learning_rate": 0.01}, steps=3, batch_size=None)
+    np.testing.assert_allclose(found.params["W"].T, W.detach(), rtol=1e-10)
 
 
 def test_the_traced_step_equals_the_eager_one() -> None:

@@ -55,7 +55,7 @@ def sealed(dtype: str) -> Iterator[None]:
 def seeded(key: int) -> Iterator[None]:
     """The generators that the engine draws from, seeded inside this block, restored afterwards."""
     with kept_generators():
-        seed_generators(key)
+        seed_generators(key, torch.get_default_device())
         yield
 
 
@@ -65,10 +65,9 @@ def kept_generators() -> contextlib.AbstractContextManager[None]:
     return torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
 
 
-def seed_generators(key: int) -> None:
-    """Those of `kept_generators`; torch.manual_seed would reach every device."""
+def seed_generators(key: int, device: torch.device) -> None:
+    """Those of `kept_generators` where this device is the default; torch.manual_seed would reach every device."""
     torch.default_generator.manual_seed(key)
-    device = torch.get_default_device()
     if device.type == "cuda":
         with torch.cuda.device(device):
             torch.cuda.manual_seed(key)

@@ -1,7 +1,7 @@
 """Training on Pyro: the whole gradient traced through the handlers once, compiled where that pays.
 
 Modes. "eager": every step runs the program through Pyro's handlers. "graph": one such run is recorded by make_fx as
-a graph of torch operations, and replayed. "compiled": that graph goes through torch.compile. All three draw the same
+a graph of torch operations, and replayed. "compiled": that graph goes through Inductor. All three draw the same
 random numbers at one seed.
 """
 
@@ -14,18 +14,19 @@ import traceback
 import warnings
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from pyro import poutine
-from torch import Tensor
+from torch import Tensor, _inductor
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
 from ppl_lvm.algorithm import Objective
 from ppl_lvm.backends import _torch_memory, _torch_natural
 from ppl_lvm.backends._pyro_handlers import kept_generators, sealed, seed_generators
+from ppl_lvm.backends._torch_optimizers import Fused
 from ppl_lvm.backends.base import (
     MOST_SKIPPED,
     RECORDS,
@@ -36,6 +37,7 @@ from ppl_lvm.backends.base import (
     Numbers,
     Plan,
     Steps,
+    Unit,
     check_state,
     initial_extras,
     losses,
@@ -59,13 +61,29 @@ SAVED_PER_NODE, SAVED_PER_ELEMENT = 2e-6, 4e-10
 COMPILE_SECONDS, COMPILE_SECONDS_PER_NODE = 5.0, 0.02
 """Rough figures of a two-core machine, in seconds: what compiling a traced graph saves in a step, and costs."""
 
-_OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
-    "adam": lambda params: torch.optim.Adam(params, lr=0.0, fused=True),
-    "adamw": lambda params: torch.optim.AdamW(params, lr=0.0, fused=True),
-    "sgd": lambda params: torch.optim.SGD(params, lr=0.0, fused=True),
-    "natural": lambda params: torch.optim.SGD(params, lr=1.0, fused=True),
-}
-"""Fused ones leave everything as it is where a tensor says so, which nothing waits for (`found_inf`)."""
+
+class Form(NamedTuple):
+    """Where the tensors that a step takes have their places, one after the other."""
+
+    held: pytree.TreeSpec
+    """Of what stays over a chunk: parameters, data, the number of rows."""
+    numbers: tuple[str, ...]
+    """Of the entries of one tensor."""
+    states: tuple[str, ...]
+    batched: bool
+    """The rows' places in the data come last."""
+
+    def given(self, leaves: Sequence[Tensor]) -> dict[str, Any]:
+        """The same by name."""
+        first = self.held.num_leaves
+        numbers, skipped, *rest = leaves[first:]
+        given: dict[str, Any] = pytree.tree_unflatten(list(leaves[:first]), self.held)
+        given["numbers"] = dict(zip(self.numbers, numbers.unbind(), strict=True))
+        given[SKIPPED] = skipped
+        given["states"] = dict(zip(self.states, rest, strict=False))
+        if self.batched:
+            given["index"] = rest[-1]
+        return given
 
 
 def key_of(seed: int) -> int:
@@ -159,13 +177,13 @@ class Trainer:
 
     # One step as a function of tensors alone: records, gradients of the trained parameters, next states.
 
-    def _flat(self, structure: pytree.TreeSpec) -> Callable[..., list[Tensor]]:
+    def _flat(self, form: Form) -> Callable[..., list[Tensor]]:
         bound, plan, objective, descent = self._bound, self._plan, self._objective, self._descent
         # A step is kept when its trainer, which holds data, is gone: it must not be reached from here.
-        factors, hiding = self._factors, self._hiding
+        factors, hiding, units = self._factors, self._hiding, descent.units
 
         def step(*leaves: Tensor) -> list[Tensor]:
-            given = pytree.tree_unflatten(list(leaves), structure)
+            given = form.given(leaves)
             batch, rows = Call(tuple(given["args"]), given["kwargs"]), given.get("rows")
             if "index" in given:
                 batch = batch.map(lambda a: a[given["index"]])
@@ -183,23 +201,24 @@ class Trainer:
             )
             found, norm = _clipped(descent, merged(result.params, result.own), given["numbers"])
             for unit, chosen in factors.items():
-                place, own = descent.units[unit].place, {n: found[n] for n in descent.units[unit].names}
+                place, own = units[unit].place, {n: found[n] for n in units[unit].names}
                 rate = given["numbers"][f"{place}.learning_rate"]
                 moves = _torch_natural.displaced(bound, batch, chosen, given["params"], own, rate)
                 # The gradient may be finite where what the Fisher information makes of it is not.
                 norm = norm + 0.0 * sum(m.sum() for m in moves.values())
                 found |= moves
-            gradients = [found[n] for u in descent.units.values() for n in u.names]
+            # As the optimisers' kernels take them (see `Fused`): that of a transposed parameter comes transposed.
+            gradients = [found[n].contiguous() for u in units.values() for n in u.names]
             total = bound.structure.plate_size or (bound.structure.rows if rows is None else rows)
             skipped = skipped_in_a_row(given[SKIPPED], given["numbers"][MOST_SKIPPED], result.loss, norm)
             states = [torch.where(skipped == 0, result.states[s], old) for s, old in given["states"].items()]
-            return [result.loss / total, norm, skipped, *gradients, *states]
+            return [result.loss / total, norm, skipped, skipped.clamp(max=1.0), *gradients, *states]
 
         return step
 
-    def _prepare(self, leaves: list[Tensor], structure: pytree.TreeSpec, rows: int) -> tuple[Any, str, list[str]]:
+    def _prepare(self, leaves: list[Tensor], form: Form, rows: int) -> tuple[Any, str, list[str]]:
         """The step to run, its mode, and what to tell the user."""
-        eager = self._flat(structure)
+        eager = self._flat(form)
         mode = self.mode
         if mode == "eager":
             return eager, "eager", []
@@ -222,15 +241,16 @@ class Trainer:
             return graph, "graph", [f"compile: traced graph, {why}"]
         if not _compiler():
             return graph, "graph", ["compile: traced graph only, as no C++ compiler was found (set CXX)"]
-        compiled = torch.compile(graph, fullgraph=True, dynamic=False, options={"fallback_random": True})
         try:
             with warnings.catch_warnings():
                 # The compiler calls what its own library has deprecated, which would end it where warnings are errors.
                 warnings.simplefilter("ignore", FutureWarning)
+                # Not torch.compile, which asks at every call whether the graph is still the one for these tensors.
+                compiled = _inductor.compile(graph, [x.detach().clone() for x in leaves], {"fallback_random": True})
                 compiled(*(x.detach().clone() for x in leaves))
         except RuntimeError as error:
-            return graph, "graph", [f"compile: traced graph only, as torch.compile failed ({first_line(error)})"]
-        return compiled, "compiled", [f"compile: torch.compile, {why}"] if mode == "auto" else []
+            return graph, "graph", [f"compile: traced graph only, as compiling failed ({first_line(error)})"]
+        return compiled, "compiled", [f"compile: compiled graph, {why}"] if mode == "auto" else []
 
     def _pays(self, graph: torch.fx.GraphModule) -> tuple[bool, str]:
         """Whether compiling costs less than it saves, from the number of steps and the work in the graph.
@@ -271,7 +291,8 @@ class Trainer:
     def _initial(self, values: Mapping[str, Tensor]) -> Tree:
         dtype = getattr(torch, self._bound.dtype)
         states, own = initial_extras(self._objective, self._plan, self._example)
-        params = {n: p.detach().to(torch.get_default_device()).clone() for n, p in values.items()}
+        device, layout = torch.get_default_device(), torch.contiguous_format
+        params = {n: p.detach().to(device).clone(memory_format=layout) for n, p in values.items()}
         own_params = {s: {n: torch.tensor(v, dtype=dtype) for n, v in ps.items()} for s, ps in own.items()}
         return self._with_optimizers(
             params, own_params, {s: torch.tensor(v, dtype=dtype) for s, v in states.items()}
@@ -281,10 +302,7 @@ class Trainer:
         self, params: dict[str, Tensor], own: dict[str, Any], states: dict[str, Tensor]
     ) -> Tree:
         every = merged(params, own)
-        optimizers = {
-            unit: _OPTIMIZERS[u.optimizer.name]([every[n] for n in u.names])  # type: ignore[attr-defined]
-            for unit, u in self._descent.units.items()
-        }
+        optimizers = {n: Fused(u.optimizer, [every[p] for p in u.names]) for n, u in self._descent.units.items()}
         skipped = torch.zeros((), dtype=torch.float32)  # as fused optimisers take it
         return {"params": params, "own": own, "states": states, "optimizer": optimizers, SKIPPED: skipped}
 
@@ -314,48 +332,47 @@ class Trainer:
         n: int,
         seed: int,
     ) -> tuple[Tree, Tensor, Tensor, Tensor]:
-        dtype = getattr(torch, self._bound.dtype)
-        scalars = {name: torch.as_tensor(v, dtype=dtype) for name, v in numbers.items()}
-        fixed: dict[str, Any] = {"args": list(data.args), "kwargs": dict(data.kwargs)}
+        dtype, units = getattr(torch, self._bound.dtype), self._descent.units
+        data = data.map(lambda a: a.contiguous())  # a compiled step is for this layout alone
+        held: dict[str, Any] = {"params": tree["params"], "own": tree["own"]}
+        held |= {"args": list(data.args), "kwargs": dict(data.kwargs)}
         if self._rows is not None:
-            fixed["rows"] = torch.tensor(float(self._rows), dtype=dtype)
-        where = None if index is None else torch.as_tensor(index)
-        found, norms, counts = [], [], []
+            held["rows"] = torch.tensor(float(self._rows), dtype=dtype)
+        fixed, structure = pytree.tree_flatten(held)
+        form = Form(structure, tuple(numbers), tuple(tree["states"]), index is not None)
+        now = torch.as_tensor(np.stack([v[:n] for v in numbers.values()], 1), dtype=dtype).unbind()
+        places = () if index is None else torch.as_tensor(index[:n]).unbind()
+        plain = {name: v[:n].tolist() for name, v in numbers.items()}
+        moves = ("model", "guide") if self._descent.model_first else (None,)
+        device, records = torch.get_default_device(), []
         with sealed(self._bound.dtype), kept_generators(), torch.no_grad():
             for i in range(n):
-                inputs = fixed | {key: tree[key] for key in ("params", "own", "states", SKIPPED)}
-                inputs["numbers"] = {name: v[i] for name, v in scalars.items()}
-                if where is not None:
-                    inputs["index"] = where[i]
-                leaves, structure = pytree.tree_flatten(inputs)
+                leaves = [*fixed, now[i], tree[SKIPPED], *tree["states"].values(), *places[i : i + 1]]
                 if self._step is None:
                     of_data = data.leaves[0].shape[0] if data.leaves else 0
-                    rows = of_data if where is None else where.shape[1]
-                    key = (*self._key, self.mode, self._steps if self.mode == "auto" else None, structure)
+                    rows = of_data if index is None else index.shape[1]
+                    key = (*self._key, self.mode, self._steps if self.mode == "auto" else None, form)
                     self._step, self.mode, notes = STEPS.get(
-                        key, lambda: self._prepare(leaves, structure, rows)  # noqa: B023 - called at once
+                        key, lambda: self._prepare(leaves, form, rows)  # noqa: B023 - called at once
                     )
                     self.notes.extend(notes)
-                now = {name: float(v[i]) for name, v in numbers.items()}
-                values, following = [], tree
-                moves = ("model", "guide") if self._descent.model_first else (None,)
-                before = {id(t): t.clone() for t in _moving(tree)} if len(moves) > 1 else {}
+                key_of_step, values, following = _step_seed(seed, start + i), list[Tensor](), tree
                 skipped = tree[SKIPPED]
+                before = [t.clone() for t in _moving(tree)] if len(moves) > 1 else []
                 # The optimisers work in place, so a second run is at what the first has moved.
                 for moving in moves:
-                    seed_generators(_step_seed(seed, start + i))
-                    value, norm, of_run, *rest = self._step(*leaves)
-                    skipped = torch.maximum(skipped, of_run) if moving == "guide" else of_run
+                    seed_generators(key_of_step, device)
+                    value, norm, of_run, away, *rest = self._step(*leaves)
+                    skipped = torch.maximum(skipped, of_run) if values else of_run
                     values.append(value)
-                    following = self._update(tree, rest, now, moving, skipped)
-                for tensor in _moving(tree) if before else ():
-                    old = before.get(id(tensor), torch.zeros_like(tensor))
+                    away = skipped.clamp(max=1.0) if len(values) > 1 else away
+                    following = self._update(units, tree, rest, {k: v[i] for k, v in plain.items()}, moving, away)
+                for tensor, old in zip(_moving(tree), before, strict=True) if before else ():
                     tensor.copy_(torch.where(skipped == 0, tensor, old))
-                found.append(values[0])
-                norms.append(norm)
-                counts.append(skipped)
-                tree = following
-        return tree, torch.stack(found), torch.stack(norms), torch.stack(counts)
+                records.append((values[0], norm, skipped))
+                tree = {**following, SKIPPED: skipped}
+        losses_, norms, counts = (torch.stack(found) for found in zip(*records, strict=True))
+        return tree, losses_, norms, counts
 
     def again(
         self,
@@ -373,10 +390,10 @@ class Trainer:
             here, planned = with_numbers(self._objective, self._plan, now)
             batch = data if index is None else data.map(lambda a: a[torch.as_tensor(index[run, i])])
             options = {"total_rows": self._rows, "states": one["states"], "own": one["own"]}
-            seed_generators(_step_seed(self._seeds[run], step))
+            seed_generators(_step_seed(self._seeds[run], step), torch.get_default_device())
             with torch.no_grad():
                 draws = self._bound.draws(one["params"], _hidden(self._hiding, batch), None, planned, **options)
-            seed_generators(_step_seed(self._seeds[run], step))
+            seed_generators(_step_seed(self._seeds[run], step), torch.get_default_device())
             hidden = _hidden(self._hiding, batch)
             found = self._bound.gradients(one["params"], hidden, None, planned, here, **options)
         gradient = {n: g.cpu().numpy() for n, g in merged(found.params, found.own).items()}
@@ -398,25 +415,23 @@ class Trainer:
             return _torch_memory.peak(step, *state, batch.args, dict(batch.kwargs))
 
     def _update(
-        self, tree: Tree, out: list[Tensor], numbers: Mapping[str, float], moving: str | None, skipped: Tensor
+        self,
+        units: Mapping[str, Unit],
+        tree: Tree,
+        out: list[Tensor],
+        numbers: Mapping[str, float],
+        moving: str | None,
+        away: Tensor,
     ) -> Tree:
         """Moves the parameters whose turn it is, of one group or of all, unless the step is skipped."""
-        rest = iter(out)
-        away = skipped.clamp(max=1.0)
-        for unit, u in self._descent.units.items():
-            optimizer = tree["optimizer"][unit]
-            optimizer.found_inf = away
-            still = not numbers.get(u.turn, 1.0) or moving not in (None, u.group)
-            for group in optimizer.param_groups:
-                group["lr"] = 1.0 if u.natural else numbers[f"{u.place}.learning_rate"]
-                if f"{u.place}.weight_decay" in numbers:
-                    group["weight_decay"] = numbers[f"{u.place}.weight_decay"]
-                for parameter in group["params"]:
-                    gradient = next(rest)
-                    parameter.grad = None if still else gradient
-            if not still:
-                optimizer.step()
-        return {**tree, "states": dict(zip(tree["states"], rest, strict=True)), SKIPPED: skipped}
+        moved, first = 1.0 - away, 0
+        for name, unit in units.items():
+            mine = out[first : first + len(unit.names)]
+            first += len(unit.names)
+            if numbers.get(unit.turn, 1.0) and moving in (None, unit.group):
+                rate = 1.0 if unit.natural else numbers[f"{unit.place}.learning_rate"]
+                tree["optimizer"][name].move(mine, rate, numbers.get(f"{unit.place}.weight_decay"), away, moved)
+        return {**tree, "states": dict(zip(tree["states"], out[first:], strict=True))}
 
     def loss(
         self,
@@ -443,36 +458,26 @@ class Trainer:
         return {n: p.detach().clone() for n, p in tree[run]["params"].items()}
 
     def pack(self, tree: list[Tree], run: int = 0) -> dict[str, np.ndarray]:
-        return _packed(tree[run])
+        kept = _plain(tree[run])
+        for unit, u in self._descent.units.items():
+            # One that has not moved yet keeps nothing.
+            kept |= _of_optimizer(unit, u, tree[run]) if float(tree[run]["optimizer"][unit].step) else {}
+        return arrays_of(kept)
 
     def unpack(self, *runs: Mapping[str, np.ndarray]) -> list[Tree]:
         return [self._unpacked(arrays) for arrays in runs]
 
     def _unpacked(self, arrays: Mapping[str, np.ndarray]) -> Tree:
         tree = self._initial(self._initials[0])
-        every, moments = merged(tree["params"], tree["own"]), dict[str, np.ndarray]()
+        kept = _plain(tree)
         for unit, u in self._descent.units.items():
-            for name in u.names:
-                # An optimiser that works in place would write past the end of moments of another size.
-                moments |= arrays_of(_moments(u.optimizer, f"optimizer/{unit}/{name}", every[name]))
-        needed = _packed(tree) | {n: a for n, a in moments.items() if n in arrays}
-        check_state(arrays, needed)
-        device = torch.get_default_device()
-        # In memory of torch's own: BLAS adds up in another order where NumPy's happens to be aligned otherwise.
-        held = {n: torch.tensor(v, device=device) for n, v in arrays.items()}
-        params = {n: held[f"params/{n}"] for n in tree["params"]}
-        own = {s: {n: held[f"own/{s}/{n}"] for n in ps} for s, ps in tree["own"].items()}
-        states = {s: held[f"states/{s}"] for s in tree["states"]}
-        tree = self._with_optimizers(params, own, states)
-        for unit, u in self._descent.units.items():
-            optimizer, found = tree["optimizer"][unit], dict[int, dict[str, Tensor]]()
-            for i, name in enumerate(u.names):
-                prefix = f"optimizer/{unit}/{name}"
-                known = [n for n in _moments(u.optimizer, prefix, every[name]) if n in held]
-                if known:
-                    found[i] = {n.removeprefix(f"{prefix}/"): held[n] for n in known}
-            optimizer.load_state_dict({"state": found, "param_groups": optimizer.state_dict()["param_groups"]})
-        return {**tree, SKIPPED: held[SKIPPED]}
+            moments = _of_optimizer(unit, u, tree)
+            kept |= moments if arrays.keys() & moments.keys() else {}
+        check_state(arrays, arrays_of(kept))
+        for name, tensor in kept.items():
+            # In memory of torch's own: BLAS adds up in another order where NumPy's happens to be aligned otherwise.
+            tensor.copy_(torch.tensor(arrays[name]))
+        return tree
 
     def params_of(self, arrays: Mapping[str, np.ndarray]) -> Mapping[str, Tensor]:
         return self._unpacked(arrays)["params"]
@@ -500,33 +505,21 @@ def _clipped(
 
 
 def _moving(tree: Tree) -> list[Tensor]:
-    """What a step changes in place: parameters, and the optimisers' states, zeros before they are made."""
+    """What a step changes in place: parameters, and the optimisers' states."""
     held = [*merged(tree["params"], tree["own"]).values()]
-    for optimizer in tree["optimizer"].values():
-        held += [v for state in optimizer.state.values() for v in state.values() if isinstance(v, Tensor)]
-    return held
+    return held + [tensor for optimizer in tree["optimizer"].values() for tensor in optimizer.tensors]
 
 
-def _packed(tree: Tree) -> dict[str, np.ndarray]:
-    arrays = {f"params/{n}": p for n, p in tree["params"].items()}
-    arrays |= {f"own/{s}/{n}": p for s, ps in tree["own"].items() for n, p in ps.items()}
-    arrays |= {f"states/{s}": v for s, v in tree["states"].items()} | {SKIPPED: tree[SKIPPED]}
-    known = {id(p): n for n, p in merged(tree["params"], tree["own"]).items()}
-    for unit, optimizer in tree["optimizer"].items():
-        for parameter, state in optimizer.state.items():
-            if float(state.get("step", 1)) == 0:  # made in a step that was skipped, and as good as none
-                continue
-            prefix = f"optimizer/{unit}/{known[id(parameter)]}"
-            arrays |= {f"{prefix}/{n}": v for n, v in state.items() if isinstance(v, Tensor)}
-    return arrays_of(arrays)
+def _plain(tree: Tree) -> dict[str, Tensor]:
+    """All state but that of the optimisers."""
+    kept = {f"params/{n}": p for n, p in tree["params"].items()}
+    kept |= {f"own/{s}/{n}": p for s, ps in tree["own"].items() for n, p in ps.items()}
+    return kept | {f"states/{s}": v for s, v in tree["states"].items()} | {SKIPPED: tree[SKIPPED]}
 
 
-def _moments(optimizer: Any, prefix: str, parameter: Tensor) -> dict[str, Tensor]:
-    """What an optimiser keeps of a parameter once it has moved it."""
-    if optimizer.name not in ("adam", "adamw"):
-        return {}
-    kept = {"step": torch.zeros((), dtype=torch.float32), "exp_avg": parameter, "exp_avg_sq": parameter}
-    return {f"{prefix}/{n}": v for n, v in kept.items()}
+def _of_optimizer(name: str, unit: Unit, tree: Tree) -> dict[str, Tensor]:
+    kept = tree["optimizer"][name].kept(unit.names)
+    return {f"optimizer/{name}/{n}": v for n, v in kept.items()}
 
 
 def arrays_of(values: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
