@@ -279,7 +279,9 @@ def test_of_restarts_the_one_that_went_furthest_goes_on(case: Case, tmp_path: Pa
     assert dropped[0].startswith(f"restarts: {1 - last} dropped: at step {min(met)}")
     alone = case.run(seed=seeds[last], on_nonfinite="skip")
     for name, array in alone.state.arrays.items():
-        np.testing.assert_allclose(found.state.arrays[name], array, rtol=1e-12, err_msg=name)
+        # Flax finds statistics in single precision.
+        rtol = 1e-12 if case is PLAIN else 1e-5
+        np.testing.assert_allclose(found.state.arrays[name], array, rtol=rtol, atol=rtol, err_msg=name)
     assert found.history["skipped_step"].tolist() == alone.history["skipped_step"].tolist()
 
 
@@ -398,7 +400,9 @@ def test_a_limit_of_memory_that_is_met_in_training_leaves_the_last_checkpoint(ba
     """The system's own: a process that may not have more in the middle of its fit."""
     paths = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[1])])
     command = [sys.executable, "-c", LIMITED, backend, str(tmp_path / "kept")]
-    environment = {**os.environ, "PYTHONPATH": paths}
+    # Memory that is given back is given back at once, so that every step asks for its own.
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+    environment["PYTHONPATH"] = paths
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "does not fit in memory" in done.stdout and "is at step 4: the same call" in done.stdout, done.stdout

@@ -95,7 +95,9 @@ def off_device(params: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def out_of_memory(error: BaseException) -> bool:
     """Whether an error says that memory ran out."""
-    found = isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(error)
+    # The second where an operation ran out that had been sent off.
+    words = ("RESOURCE_EXHAUSTED", "Out of memory")
+    found = isinstance(error, jax.errors.JaxRuntimeError) and any(word in str(error) for word in words)
     return found or isinstance(error, MemoryError)
 
 
