@@ -187,7 +187,7 @@ def test_arviz_plots_work(tree: "DataTree") -> None:
 
 def test_older_arviz_takes_it(tree: "DataTree") -> None:
     arviz = pytest.importorskip("arviz", reason="only the older ArviZ has InferenceData")
-    if not hasattr(arviz, "InferenceData") or not hasattr(arviz.InferenceData, "from_datatree"):
+    if int(arviz.__version__.split(".")[0]) >= 1:
         pytest.skip("this ArviZ works with the DataTree itself")
     data = arviz.InferenceData.from_datatree(tree)
     assert data.posterior["z"].shape == (1, DRAWS, ROWS)

@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import numpyro.distributions as dist
-from numpyro.ops.provenance import eval_provenance
 
 from ppl_lvm.backends._jax_dists import draw, site_log_prob
+from ppl_lvm.backends._jax_provenance import provenance
 from ppl_lvm.backends._numpyro_handlers import Handler, Message, Params, message_key, of_step, plates_of, precision
 from ppl_lvm.backends._numpyro_state import evaluation
 from ppl_lvm.backends.base import Call, is_factor
@@ -246,7 +246,7 @@ def _anatomy(bound: NumPyroBound, batch: Call) -> Anatomy:
         return {k: {n: site_log_prob(s) for n, s in t.items()} for k, t in sides.items()} | {"raw": raw}
 
     marks = {f"site:{n}": v for n, v in held.items()} | {f"argument:{n}": a for n, a in args.items()}
-    found = eval_provenance(looks, **marks)
+    found = provenance(looks, **marks)
 
     def of(side: str, kind: str) -> dict[str, frozenset[str]]:
         return {

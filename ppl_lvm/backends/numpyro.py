@@ -13,7 +13,6 @@ import jax.numpy as jnp
 import numpy as np
 from numpyro.distributions.transforms import biject_to
 from numpyro.infer.autoguide import AutoGuide
-from numpyro.ops.provenance import eval_provenance
 
 from ppl_lvm.algorithm import GuideFamily, Objective, Resampling, Variant
 from ppl_lvm.backends import _jax_memory, _numpyro_forward
@@ -35,6 +34,7 @@ from ppl_lvm.backends._jax_dists import (
 )
 from ppl_lvm.backends._jax_missing import JaxMissing, feasible
 from ppl_lvm.backends._jax_ops import stopped_once
+from ppl_lvm.backends._jax_provenance import provenance
 from ppl_lvm.backends._numpyro_guides import constants, own_guide, prototype_supports
 from ppl_lvm.backends._numpyro_handlers import (
     Handler,
@@ -484,7 +484,7 @@ class NumPyroBound:
                 for side, trace in (("guide", guide), ("model", model))
             }
 
-        parents = eval_provenance(densities, **values)
+        parents = provenance(densities, **values)
         parameterised = self._parameterised(batch, values, key)
         sites = {
             name: replace(
@@ -518,7 +518,7 @@ class NumPyroBound:
                 n: jax.tree.leaves(trace[n]["fn"]) if sites[n].point else site_log_prob(trace[n]) for n in asked
             }
 
-        found = eval_provenance(places, params=self.initial)
+        found = provenance(places, params=self.initial)
         return frozenset(n for n, looks in found.items() if any(jax.tree.leaves(looks, is_leaf=_is_set)))
 
     def _cast(self, value: Any) -> Any:
