@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import jax
@@ -187,7 +186,7 @@ class Trainer:
                 "mutable": step.mutable,
                 "optimizer": optimizer,
             }
-            skipped = skipped_in_a_row(tree[SKIPPED], numbers[MOST_SKIPPED], step.loss, norm)
+            skipped = skipped_in_a_row(jnp, tree[SKIPPED], numbers[MOST_SKIPPED], step.loss, norm)
             before = {name: tree[name] for name in after}
             after = jax.tree.map(lambda new, old: jnp.where(skipped == 0, new, old), after, before)
             return after | {SKIPPED: skipped}, {"loss": step.loss / total, "gradient_norm": norm, SKIPPED: skipped}
@@ -259,7 +258,7 @@ class Trainer:
             options = {"states": tree["states"], "own": tree["own"]}
             params = {**tree["params"], **tree["mutable"]}
             draws = bound.draws(params, Call(args, kwargs), key, planned, total_rows=rows, **options)
-            loss, *_ = losses(replace(draws, allowed=here.verbs), here, planned)
+            loss, *_ = losses(draws, here, planned)
             return loss / (bound.structure.rows if rows is None else rows)
 
         def all_runs(tree: Tree, *inputs: Any) -> jax.Array:
