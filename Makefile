@@ -41,15 +41,16 @@ types: venv  ## mypy
 	$(BIN)/mypy
 
 # Tests run in $(WORKERS) processes of one thread each: the cores are full then, and small arrays gain nothing from more.
-test test-all: export OMP_NUM_THREADS := 1
-test test-all: export MKL_NUM_THREADS := 1
-test test-all: export OPENBLAS_NUM_THREADS := 1
-test test-all: export NPROC := 1
-test test-all: export TORCHINDUCTOR_COMPILE_THREADS := 1
-test test-all: export JAX_PLATFORMS ?= cpu
-test test-all: export MPLBACKEND := agg
+test test-all test-oldest: export OMP_NUM_THREADS := 1
+test test-all test-oldest: export MKL_NUM_THREADS := 1
+test test-all test-oldest: export OPENBLAS_NUM_THREADS := 1
+test test-all test-oldest: export NPROC := 1
+test test-all test-oldest: export TORCHINDUCTOR_COMPILE_THREADS := 1
+test test-all test-oldest: export JAX_PLATFORMS ?= cpu
+test test-all test-oldest: export MPLBACKEND := agg
 # worksteal hands out neighbouring tests together, so what one of them compiled serves the next.
-PYTEST := $(BIN)/pytest -n $(WORKERS) --dist worksteal --durations=15
+SPREAD := -n $(WORKERS) --dist worksteal --durations=15
+PYTEST := $(BIN)/pytest $(SPREAD)
 
 test: lint types  ## lint, types and the fast tests
 	$(PYTEST) -m 'not slow'
@@ -57,21 +58,22 @@ test: lint types  ## lint, types and the fast tests
 test-all: lint types  ## the same with the slow tests
 	$(PYTEST)
 
-# What users call, on both backends: recipes, programs, data, fits, evaluations, reports; the rest of the suite looks at
-# what does not depend on versions, or at a newer flax. An old library warns of newer ones that it uses: no error here.
+# What users call, on both backends: recipes, programs, data, fits, evaluations, folders, reports. The rest of the suite
+# looks at what does not depend on versions (errors of our own, each cell that `parity` has compared on both backends),
+# or at a newer flax. An old library warns of newer ones that it uses: no error here.
 OLDEST := build/oldest
-OLDEST_TESTS := recipe program data fit loop posterior nets parity objectives bad_input to_arviz report cli methods
+INSTALL_OLDEST := pip install --no-compile --progress-bar off -c $(OLDEST)/constraints.txt
+OLDEST_TOOLS := arviz-plots hypothesis packaging pandas pyarrow pytest pytest-xdist
+OLDEST_TESTS := recipe program data datasets fit loop methods posterior nets parity saving store to_arviz report disentanglement cli
 
-test-oldest: export OMP_NUM_THREADS := 1
-test-oldest: export JAX_PLATFORMS ?= cpu
-test-oldest: export MPLBACKEND := agg
 test-oldest: venv  ## fast tests of what users call with the lowest versions that pyproject.toml declares (torch as tested)
 	mkdir -p $(OLDEST)
 	$(BIN)/python .ci/oldest.py > $(OLDEST)/constraints.txt
 	test -x $(OLDEST)/venv/bin/python || $(PYTHON) -m venv $(OLDEST)/venv
-	$(OLDEST)/venv/bin/pip install --progress-bar off -c $(OLDEST)/constraints.txt '.[all]' hypothesis packaging pandas pyarrow pytest flax
+	$(OLDEST)/venv/bin/$(INSTALL_OLDEST) $(TORCH)
+	$(OLDEST)/venv/bin/$(INSTALL_OLDEST) '.[all]' $(OLDEST_TOOLS)
 	$(OLDEST)/venv/bin/pip uninstall -q -y ppl_lvm
-	$(OLDEST)/venv/bin/python -m pytest -q -m 'not slow' -W default::DeprecationWarning $(OLDEST_TESTS:%=tests/test_%.py)
+	$(OLDEST)/venv/bin/python -m pytest $(SPREAD) -m 'not slow' -W default::DeprecationWarning $(OLDEST_TESTS:%=tests/test_%.py)
 
 docs: export OMP_NUM_THREADS := 1
 docs: export MKL_NUM_THREADS := 1

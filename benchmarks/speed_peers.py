@@ -187,10 +187,10 @@ def jax_vae(draws: int) -> Callable[..., Any]:
 
 
 def jax_network(layers: Any, x: Any) -> Any:
-    import jax
+    import jax.numpy as jnp
 
     for weight, bias in layers[:-1]:
-        x = jax.nn.relu(x @ weight.T + bias)
+        x = jnp.tanh(x @ weight.T + bias)
     weight, bias = layers[-1]
     return x @ weight.T + bias
 
@@ -416,7 +416,7 @@ def torch_network(layers: Any, x: Any) -> Any:
     from torch.nn import functional as F
 
     for weight, bias in layers[:-1]:
-        x = F.linear(x, weight, bias).relu()
+        x = F.linear(x, weight, bias).tanh()
     weight, bias = layers[-1]
     return F.linear(x, weight, bias)
 
@@ -542,7 +542,7 @@ def pyro_vae(features: int, hidden: int, latent: int, device: str) -> tuple[Any,
     from torch import nn
 
     def network(i: int, o: int) -> Any:
-        return nn.Sequential(nn.Linear(i, hidden), nn.ReLU(), nn.Linear(hidden, o)).to(device)
+        return nn.Sequential(nn.Linear(i, hidden), nn.Tanh(), nn.Linear(hidden, o)).to(device)
 
     encoder, decoder = network(features, 2 * latent), network(latent, features)
 
@@ -562,7 +562,6 @@ def pyro_vae(features: int, hidden: int, latent: int, device: str) -> tuple[Any,
 
 
 def numpyro_vae(features: int, hidden: int, latent: int) -> tuple[Any, Any]:
-    import jax
     import jax.numpy as jnp
     import numpyro
     import numpyro.distributions as dist
@@ -571,7 +570,7 @@ def numpyro_vae(features: int, hidden: int, latent: int) -> tuple[Any, Any]:
         for i, (weight, bias) in enumerate(networks(sizes, 0)):
             weight = numpyro.param(f"{name}.{i}.weight", jnp.asarray(weight, jnp.float32))
             bias = numpyro.param(f"{name}.{i}.bias", jnp.asarray(bias, jnp.float32))
-            x = (jax.nn.relu(x) if i else x) @ weight.T + bias
+            x = (jnp.tanh(x) if i else x) @ weight.T + bias
         return x
 
     def model(x: Any) -> None:

@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +23,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ppl_lvm import fingerprint, store
 from ppl_lvm.backends.base import RECORDS, Call
-from ppl_lvm.errors import DataError, StorageError
+from ppl_lvm.errors import DataError, NonFiniteError, StorageError, TooLargeError
 from ppl_lvm.monitor import LOOKS
 from ppl_lvm.posterior import Fit, State
 from ppl_lvm.to_arviz import versions
@@ -77,7 +78,7 @@ class Progress:
     ) -> Progress:
         """Where a loop is."""
         states = [watch.state(tree, step, r) for r in range(len(watch.runs))]
-        seen = None if batches is None else batches.seen
+        seen = None if batches is None else batches.seen[step]
         return cls(states, [run.pack() for run in watch.runs], said, watch.stopped, seconds, seen)
 
     def restore(self, watch: Watch, said: Mapping[str, list[str]], batches: Batches | None) -> None:
@@ -94,7 +95,7 @@ class Progress:
         if batches is not None:
             step = self.states[0].step
             batches.go_to(step)
-            if batches.seen != self.batches:
+            if batches.seen[step] != self.batches:
                 raise DataError(
                     f"The {step} batches before the checkpoint hold other rows, or rows in another order, than when it "
                     f"was written, so the fit would not go on as it began. Give the same data, and a source that draws "
@@ -205,7 +206,7 @@ class Checkpoint:
     def _refuse_others(self, asked: Mapping[str, Any]) -> None:
         assert self._held is not None
         before = {name: value for name, value in self._held.content.asked.items() if name in asked}
-        lines = fingerprint.differences(_without_steps(before), _without_steps(asked))
+        lines = fingerprint.differences(_without_free(before), _without_free(asked))
         if lines:
             more = f" (and {len(lines) - 3} more)" if len(lines) > 3 else ""
             raise StorageError(
@@ -242,6 +243,14 @@ class Checkpoint:
         try:
             _lock(handle, self.folder)
             yield
+        except TooLargeError as error:
+            if self._saved >= 0:
+                error.args = (
+                    f"{error} The checkpoint in {str(self.folder)!r} is at step {self._saved}: the same call goes on "
+                    f"from there where there is more memory, and here another one does with smaller steps and "
+                    f"state=ppl_lvm.checkpoint.newest({str(self.folder)!r}).states[0].",
+                )
+            raise
         finally:
             os.close(handle)  # which gives the lock back
 
@@ -268,6 +277,24 @@ class Checkpoint:
             raise StorageError(f"{cause} The fit ended at step {step}, without a checkpoint of it{before}.") from cause
         now = time.monotonic()
         self._saved, self._due = step, now + max(SECONDS, (now - began) / SHARE)
+
+    @contextlib.contextmanager
+    def of_a_loss(self, watch: Watch, progress: Callable[[int], Progress]) -> Iterator[None]:
+        """A step that is not finite ends the fit in this block: the run before it is written, and the error says so."""
+        try:
+            yield
+        except NonFiniteError as error:
+            if self.folder is None or watch.lost is None:
+                raise
+            step = watch.runs[watch.lost].rewind()
+            try:
+                self.look(step, partial(progress, step), last=True)
+            except StorageError as cause:
+                raise error.saying(f"{cause} error.state is kept nowhere else.") from cause
+            raise error.saying(
+                f"The checkpoint in {str(self.folder)!r} is at step {step}: the same call goes on from there, with "
+                f"on_nonfinite='skip' or more of most_skipped past it."
+            ) from None
 
     def _write(self, folder: Path, now: Progress) -> None:
         parts: dict[str, Sequence[Arrays]] = {"state": [state.arrays for state in now.states], "records": now.records}
@@ -402,12 +429,23 @@ def _of_start(start: Any) -> str | None:
     return None if start is None else fingerprint.of_values(start.params if isinstance(start, Fit) else start)
 
 
-def _without_steps(asked: Mapping[str, Any]) -> dict[str, Any]:
-    """A fit that is asked for more steps goes on; of stages each has its own."""
+PAST = ("on_nonfinite", "most_skipped")
+"""Of a recipe, past what the fit goes on; as how long it does, that may be other than it was."""
+
+
+def _without_free(asked: Mapping[str, Any]) -> dict[str, Any]:
+    """What makes it another fit. Of stages each has its own steps."""
     recipe = asked.get("recipe")
-    if not isinstance(recipe, Mapping) or "stages" in recipe:
+    if not isinstance(recipe, Mapping):
         return dict(asked)
-    return {**asked, "recipe": {name: value for name, value in recipe.items() if name != "steps"}}
+
+    def without(recipe: Mapping[str, Any], *free: str) -> dict[str, Any]:
+        return {name: value for name, value in recipe.items() if name not in free}
+
+    if "stages" not in recipe:
+        return {**asked, "recipe": without(recipe, "steps", *PAST)}
+    stages = [without(stage, *PAST) for stage in recipe["stages"]]
+    return {**asked, "recipe": {**without(recipe, *PAST), "stages": stages}}
 
 
 def _check_own(folder: Path) -> None:

@@ -454,8 +454,8 @@ class Batches:
             self.rows = sum(len(self._batch(b).leaves[0]) for b in source)
             notes.append(f"data: {self.rows} rows were counted in a first pass over the batches")
         self._next, self._stream = 0, self._epochs()
-        self.seen = 0
-        """A checksum of the batches so far."""
+        self.seen = {0: 0}
+        """A checksum of all batches before a step, for every step of the last chunk and the one behind it."""
 
     @property
     def kind(self) -> dict[str, Any]:
@@ -501,20 +501,23 @@ class Batches:
         unbroken run meets, if the source draws it from a seed.
         """
         if step != self._next:
-            self._next, self._stream, self.seen = 0, self._epochs(), 0
+            self._next, self._stream, self.seen = 0, self._epochs(), {0: 0}
             while self._next < step:
                 self._taken()
+                self.seen = {self._next: self.seen[self._next]}
 
     def _taken(self) -> Call:
-        batch = next(self._stream)
+        batch, seen = next(self._stream), self.seen[self._next]
         self._next += 1
         for a in batch.leaves:
-            self.seen = zlib.crc32(np.ascontiguousarray(a).tobytes(), self.seen)
+            seen = zlib.crc32(np.ascontiguousarray(a).tobytes(), seen)
+        self.seen[self._next] = seen
         return batch
 
     def chunk(self, first: int, steps: int, room: int) -> tuple[Call, np.ndarray]:
         """The rows of `steps` batches from step `first` on, repeated to `room` batches, and the indices `[room, B]`."""
         self.go_to(first)
+        self.seen = {first: self.seen[first]}
         batches = [self._taken() for _ in range(steps)]
 
         def joined(*parts: Any) -> np.ndarray:

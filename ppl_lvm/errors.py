@@ -71,6 +71,10 @@ class NonFiniteError(PplLvmError):
         super().__init__(message)
         self.step, self.state, self.cause = step, state, cause
 
+    def saying(self, more: str) -> NonFiniteError:
+        """The same with more to say."""
+        return NonFiniteError(f"{self} {more}", step=self.step, state=self.state, cause=self.cause)
+
 
 class TooLargeError(PplLvmError):
     """What was asked for does not fit in memory."""

@@ -19,7 +19,7 @@ from ppl_lvm.backends.hiding import Hiding
 from ppl_lvm.checkpoint import Checkpoint, Progress, describe
 from ppl_lvm.data import Batches, Missing, check_missing, check_observed, is_batches, observe, read
 from ppl_lvm.errors import DataError, Interrupted, LegalityError, ProgramError, RecipeError
-from ppl_lvm.monitor import EarlyStopping, Moment, Run, Watch, restart_seeds, run_seed, without_early_stopping
+from ppl_lvm.monitor import EarlyStopping, Moment, Run, Watch, going_on, restart_seeds, run_seed
 from ppl_lvm.nonfinite import Inquiry
 from ppl_lvm.pace import FEWEST, Order, Pace, most_steps
 from ppl_lvm.parameters import descent, starting_values
@@ -211,7 +211,7 @@ def fit(
         mode=_mode(compile, states),
         hiding=hiding,
     )
-    tree, step = _start(trainer, states, name, seed, how.steps)
+    tree, step = _start(trainer, states, name, seed, how)
     messages += _about_restarts(how, trainer, tree, seeds, state)
 
     numbers = {**numbers_of(how.objective, plan, moved.optimizers, moved.turns), MOST_SKIPPED: how.skips}
@@ -241,8 +241,8 @@ def fit(
     def seconds() -> float:
         return (0.0 if before is None else before.seconds) + time.perf_counter() - started
 
-    def now() -> Progress:
-        return Progress.of(step, tree, watch, said, seconds(), batches)
+    def now(at: int | None = None) -> Progress:
+        return Progress.of(step if at is None else at, tree, watch, said, seconds(), batches)
 
     inquiry = Inquiry(trainer, bound, library.to_numpy, numbers, batches is not None)
     orders = list[Order]()
@@ -268,7 +268,8 @@ def fit(
                 tree, chunk = trainer.run(tree, held, index, values, step, n)
             watch.add({k: library.to_numpy(v).astype(np.float64) for k, v in chunk.items()}, step)
             if watch.wrong:
-                inquiry.report(watch, tree, step, n, held, index, partial(watch.state, tree))
+                with keeper.of_a_loss(watch, now):
+                    inquiry.report(watch, tree, step, n, held, index, partial(watch.state, tree))
             step += n
             pace.took(n)
             if step % how.check_every == 0:
@@ -343,7 +344,8 @@ def refit(
             f"run.log_likelihood(data)."
         )
     others = {n: v for n, v in run.params.items() if n not in own}
-    how = load_recipe(run.recipe.stages[-1] if run.recipe.stages else run.recipe, freeze=tuple(others), **overrides)
+    still = tuple(n for n in others if n not in run._bound.states)
+    how = load_recipe(run.recipe.stages[-1] if run.recipe.stages else run.recipe, freeze=still, **overrides)
     return fit(
         run.program,
         None,
@@ -567,7 +569,7 @@ def _mode(asked: str, states: Sequence[State] | None) -> str:
     return states[0].mode if states is not None and asked == "auto" else asked
 
 
-def _start(trainer: Any, states: Sequence[State] | None, backend: str, seed: int, steps: int) -> tuple[Any, int]:
+def _start(trainer: Any, states: Sequence[State] | None, backend: str, seed: int, how: Recipe) -> tuple[Any, int]:
     if states is None:
         return trainer.initial(), 0
     state = states[0]
@@ -576,9 +578,9 @@ def _start(trainer: Any, states: Sequence[State] | None, backend: str, seed: int
             f"The state is of backend {state.backend!r} and seed {state.seed}, the fit of {backend!r} and {seed}; go "
             f"on with the same."
         )
-    if state.step > steps:
-        raise DataError(f"The state is at step {state.step} already and steps = {steps}; ask for more.")
-    return trainer.unpack(*(without_early_stopping(s.arrays) for s in states)), state.step
+    if state.step > how.steps:
+        raise DataError(f"The state is at step {state.step} already and steps = {how.steps}; ask for more.")
+    return trainer.unpack(*(going_on(s.arrays, how.skips) for s in states)), state.step
 
 
 def _initials(
@@ -590,12 +592,12 @@ def _initials(
     state: State | None,
     messages: list[str],
 ) -> list[Mapping[str, Any]]:
-    """Unconstrained initial parameters of every restart."""
-    initials = [bound.initial]
+    """Unconstrained initial parameters of every restart, and what else the program starts from."""
+    initials: list[Mapping[str, Any]] = [{**bound.initial, **bound.states}]
     for seed in seeds[1:]:
         options = {"dtype": bound.dtype, "data_plate": bound.asked_plate, "total": bound.total}
         other = library.Bound(bound.program, example, seed=seed, **options)
-        initials.append(other.initial)
+        initials.append({**other.initial, **other.states})
     if start is None:
         return initials
     if state is not None:

@@ -24,6 +24,8 @@ EASY = 0.8
 MOST_BYTES = 512
 """Bytes that a number of a row takes at most in a step, in programs that need no measuring."""
 
+SMALLER = "Ask for fewer draws, a smaller batch_size, or chunk = 1 to take draws one at a time."
+
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _CGROUPS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 
@@ -111,7 +113,7 @@ def foretold(library: Any, trainer: Any, tree: Any, batch: Any, numbers: Mapping
 def of_step(library: Any, plan: Any, rows: int) -> contextlib.AbstractContextManager[None]:
     """Memory that runs out in a step is an error of ours."""
     what = f"A step of {plan.K * plan.M:,} draws of {rows:,} rows"
-    return told(library, what, "Ask for fewer draws, a smaller batch_size, or chunk = 1 to take draws one at a time.")
+    return told(library, what, SMALLER)
 
 
 def _shape(batch: Any) -> tuple[int, int]:

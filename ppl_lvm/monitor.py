@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ppl_lvm.backends.base import RECORDS
+from ppl_lvm.backends.base import RECORDS, SKIPPED
 
 if TYPE_CHECKING:
     from ppl_lvm.posterior import State
@@ -98,9 +98,19 @@ class EarlyStopping:
             self.best, self.step, self.waited, self.arrays = best, int(step), int(waited), held or None
 
 
-def without_early_stopping(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The part of a state that is the trainer's."""
-    return {n: a for n, a in arrays.items() if n != PROGRESS and not n.startswith(BEST)}
+def going_on(arrays: Mapping[str, np.ndarray], skips: int) -> dict[str, np.ndarray]:
+    """The part of a state that is the trainer's, for a fit that may leave out `skips` steps in a row.
+
+    Those that were left out before do not end it: the next one that is not finite may.
+    """
+    found = {n: a for n, a in arrays.items() if n != PROGRESS and not n.startswith(BEST)}
+    return with_fewer_skipped(found, skips) if SKIPPED in found else found
+
+
+def with_fewer_skipped(arrays: Mapping[str, np.ndarray], most: int) -> dict[str, np.ndarray]:
+    """A state whose last steps were left out, for a fit that may leave out no more than `most`; others as they are."""
+    skipped = arrays[SKIPPED]
+    return {**arrays, SKIPPED: np.asarray(np.minimum(skipped, most), dtype=skipped.dtype)}
 
 
 @dataclass
@@ -135,6 +145,14 @@ class Run:
         if len(over):
             self.diverged, count = first + int(over[0]), count[: over[0] + 1]
         self.skipped += (first + np.flatnonzero(count > 0)).tolist()
+
+    def rewind(self) -> int:
+        """To before the step at which it diverged, as if that were still to come; gives its number."""
+        assert self.diverged is not None
+        step, self.diverged = self.diverged, None
+        self.records = {name: [self.record(name)[: step - self.first]] for name in RECORDS}
+        self.skipped = [skipped for skipped in self.skipped if skipped < step]
+        return step
 
     def pack(self) -> dict[str, np.ndarray]:
         """What is recorded, and how the run ended; early stopping is in the state."""
@@ -266,11 +284,13 @@ class Watch:
 
     def add(self, chunk: Mapping[str, np.ndarray], first: int) -> None:
         """Records of a chunk that began at step `first`, each `[R, n]`."""
-        for r, run in enumerate(self.runs):
-            if not run.over:
-                run.add({name: values[r] for name, values in chunk.items()}, first)
-                if run.diverged is not None and len(self.runs) > 1:
-                    self.messages.append(f"restarts: {r} dropped: at step {run.diverged}, {run.said(run.diverged)}")
+        going = [r for r, run in enumerate(self.runs) if not run.over]
+        for r in going:
+            self.runs[r].add({name: values[r] for name, values in chunk.items()}, first)
+        for r in going:
+            step = self.runs[r].diverged
+            if step is not None and r != self.lost:  # that one is an error, and its restart is what it goes on from
+                self.messages.append(f"restarts: {r} dropped: at step {step}, {self.runs[r].said(step)}")
 
     def check(self, step: int, tree: Any) -> None:
         """Validation and early stopping at this step, then the callbacks."""
@@ -307,8 +327,10 @@ class Watch:
 
     def state(self, tree: Any, step: int, r: int) -> State:
         """What a run goes on from at this step."""
-        early = self.runs[r].early
-        return self._state(self._trainer.pack(tree, r) | ({} if early is None else early.pack()), step, r)
+        run, arrays = self.runs[r], dict(self._trainer.pack(tree, r))
+        if run.diverged is None:  # nor has one that was taken back, whose tree says so still
+            arrays = with_fewer_skipped(arrays, run.most_skipped)
+        return self._state(arrays | ({} if run.early is None else run.early.pack()), step, r)
 
     def finish(self, step: int, tree: Any) -> Ended:
         """The best run at the end, after a last look if steps were made since the one before."""

@@ -248,10 +248,11 @@ def shipped(name: str) -> Path | None:
 
 
 def _options(program: Program) -> dict[str, Any]:
-    found = dict(program.options)
-    for name, value in found.items():
+    """As they are read back: a tuple is a list there."""
+    found = {}
+    for name, value in program.options:
         try:
-            json.dumps(value, allow_nan=False)
+            found[name] = json.loads(json.dumps(value, allow_nan=False))
         except (TypeError, ValueError) as cause:
             raise StorageError(
                 f"Option {name!r} of program {program.name!r} is {value!r}, which JSON cannot hold ({cause}); numbers, "

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from ppl_lvm import memory
 from ppl_lvm.algorithm import Schedule, Turn
 from ppl_lvm.backends.base import Call, Plan
 from ppl_lvm.errors import DataError
@@ -82,7 +83,7 @@ class HeldOut:
                 f"The program subsamples plate {structure.data_plate!r} itself, so there is no loss on rows that are "
                 f"held out; size the plate by its data (len(x)) and let batch_size choose the rows."
             )
-        self._to_numpy = library.to_numpy
+        self._library = library
         self._rows = None if structure.data_plate is None else rows
 
         self.blocks: list[tuple[Any, Call, Any, float]] = []
@@ -101,7 +102,7 @@ class HeldOut:
     def _of_training(self, library: Any, call: Call, bound: Any, rows: int | None, seed: int) -> None:
         structure, size = bound.structure, bound.structure.rows
         held = len(call.leaves[0]) if call.leaves else 0
-        self._to_numpy, self._rows = library.to_numpy, rows
+        self._library, self._rows = library, rows
         if structure.data_plate is None or structure.plate_size is not None:
             self._rows, parts = structure.plate_size, [call]
         else:
@@ -121,10 +122,12 @@ class HeldOut:
         final = {n: v.end if isinstance(v, Schedule | Turn) else v for n, v in numbers.items()}
 
         def loss(tree: Any) -> np.ndarray:
-            parts = [
-                (trainer.loss(tree, bound, batch, key, final, self._rows, plan), share)
-                for bound, batch, key, share in self.blocks
-            ]
-            return np.sum([self._to_numpy(x).astype(np.float64) * share for x, share in parts], axis=0)
+            with memory.told(self._library, f"The loss of {self.size:,} rows that are looked at", memory.SMALLER):
+                parts = [
+                    (trainer.loss(tree, bound, batch, key, final, self._rows, plan), share)
+                    for bound, batch, key, share in self.blocks
+                ]
+                to_numpy = self._library.to_numpy
+                return np.sum([to_numpy(x).astype(np.float64) * share for x, share in parts], axis=0)
 
         return loss

@@ -152,6 +152,48 @@ def test_all_is_that_of_the_joint_density(library: str, method: Method, T: int, 
 
 
 @on_both
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_chain_without_potentials_is_drawn_as_it_is_written(library: str, method: Method, shared: bool) -> None:
+    """Also where transitions expand over so many steps that all digits of a conditional backwards would be lost."""
+    T, D, rows = 60, 2, 3
+    given = {n: a for n, a in arguments(T, D, (rows,)).items() if n not in ("precision", "shift")}
+    given["transition"] = 3.0 * given["transition"]
+    if shared:
+        given |= {n: given[n][:1, 0] for n in ("transition", "noise")}
+    rng = np.random.default_rng(7)
+    noise = rng.normal(size=(T, 2, rows, D))
+    F, Q = (np.broadcast_to(given[n], (T - 1, rows, D, D)) for n in ("transition", "noise"))
+    z, mean, cov, cross = [given["mean"] + (np.linalg.cholesky(given["cov"]) @ noise[0][..., None])[..., 0]], [], [], []
+    mean.append(given["mean"])
+    cov.append(given["cov"])
+    for t in range(T - 1):
+        b = given["bias"][t]
+        z.append(((F[t] @ z[-1][..., None]) + np.linalg.cholesky(Q[t]) @ noise[t + 1][..., None])[..., 0] + b)
+        mean.append((F[t] @ mean[-1][..., None])[..., 0] + b)
+        cross.append(F[t] @ cov[-1])
+        cov.append(F[t] @ cov[-1] @ np.swapaxes(F[t], -1, -2) + Q[t])
+    assert np.abs(z[-1]).min() > 1e8
+
+    def everything(leaves: dict[str, Any], noise: Any) -> Any:
+        p = GaussianChain(**leaves, method=method, validate=False)
+        draws = p.sample(noise)
+        return draws, p.noise_of(draws)[:10], p.log_prob(draws), p.moments()
+
+    if library == "torch":
+        found = everything({n: torch.tensor(a) for n, a in given.items()}, torch.tensor(noise))
+    else:
+        step = jax.jit(everything, compiler_options=_QUICK)
+        found = step({n: jnp.asarray(a) for n, a in given.items()}, noise)
+    draws, back, log_prob, moments = found
+    np.testing.assert_allclose(back, noise[:10], rtol=0, atol=1e-8)
+    assert np.isfinite(np.asarray(log_prob)).all()
+    for actual, expected in zip((draws, *moments), (z, mean, cov, cross), strict=True):
+        for here, wanted in zip(np.asarray(actual), expected, strict=True):
+            np.testing.assert_allclose(here, wanted, rtol=0, atol=EXACT * np.abs(wanted).max())
+
+
+@on_both
 def test_batches_broadcast(library: str) -> None:
     T, D = 4, 2
     shared, own = arguments(T, D), arguments(T, D, (3,), seed=5)

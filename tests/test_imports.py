@@ -66,7 +66,7 @@ ARROWS = {
     "pace": set[str](),
     "asking": {"errors"},
     "arguments": {"asking", "errors", "posterior", "recipe", "to_arviz"},
-    "validation": {"algorithm", "backends", "errors"},
+    "validation": {"algorithm", "backends", "errors", "memory"},
     "interrupts": set[str](),
     "fingerprint": set[str](),
     "checkpoint": {"backends", "errors", "fingerprint", "monitor", "posterior", "store", "to_arviz"},

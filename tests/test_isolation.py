@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import gc
 import inspect
+import itertools
 import os
 import random
+import shutil
 import signal
 import sys
 import tempfile
 import threading
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +32,10 @@ import pyro
 import pytest
 import torch
 from toys import Array, Backend, Ppl
+from typer.testing import CliRunner
 
-from ppl_lvm import Fit, State, fit
-from ppl_lvm.errors import PplLvmError, ProgramError
+from ppl_lvm import Fit, State, cli, fit, load, numpyro_loss, program, pyro_loss, refit, to_pyro
+from ppl_lvm.errors import PplLvmError, ProgramError, StorageError
 from ppl_lvm.program import Program
 
 X = np.array([0.4, -1.1, 0.9, 1.6, -0.2, 0.7])
@@ -421,3 +425,232 @@ def test_a_call_leaves_nothing_behind(backend: Backend, ended: tuple[str, ...], 
         State.load(Path(__file__))
     assert changes(before) == {}, "State"
     pyro.clear_param_store()
+
+# The same of what is no method of a fit: refits, files, the libraries' own loops, the command line.
+
+MINE = '''
+from pathlib import Path
+
+recipe = "elbo"
+
+
+def model(ppl, x):
+    scale = ppl.param("scale", 0.8, constraint=ppl.dist.constraints.positive)
+    with ppl.plate("data", len(x)):
+        z = ppl.sample("z", ppl.dist.Normal(0.0 * x[..., 0], scale))
+        if Path({armed!r}).exists():
+            raise {{"Boom": ValueError, "Halt": KeyboardInterrupt}}[Path({armed!r}).read_text()]("a bug in the program")
+        ppl.sample("x", ppl.dist.Normal(z[..., None] + 0.0 * x, 1.0).to_event(1), obs=x)
+
+
+def guide(ppl, x):
+    with ppl.plate("data", len(x)):
+        ppl.sample("z", ppl.dist.Normal(ppl.param("loc", 0.1) + 0.0 * x[..., 0], 0.5))
+'''
+"""A program in a file, which raises while there is a file that says how."""
+
+
+def mine(folder: Path) -> tuple[Path, Path]:
+    """Its path, and that of the file that arms it; beside them rows."""
+    path, armed = folder / "mine.py", folder / "armed"
+    path.write_text(MINE.format(armed=str(armed)))
+    np.save(folder / "rows.npy", np.random.default_rng(0).normal(size=(20, 2)))
+    return path, armed
+
+
+def local() -> Program:
+    """A latent for every row; raises where it is armed."""
+
+    def model(ppl: Ppl, x: Array) -> None:
+        scale = ppl.param("scale", 0.8, ppl.dist.constraints.positive)
+        with ppl.plate("data", len(x)):
+            z = ppl.sample("z", ppl.dist.Normal(0.0 * x, scale))
+            if ARMED:
+                raise ARMED[0]("a bug in the program")
+            ppl.sample("x", ppl.dist.Normal(z, 1.0), obs=x)
+
+    return Program("local", model, None, portable=True, arguments=("x",))
+
+
+def leaves_nothing(name: str, call: Callable[[], Any], errors: Sequence[Callable[[], Any]] = ()) -> None:
+    """The call and its errors; the first time it may import libraries, which set these things when they are."""
+    before = process()
+    call()
+    assert changes(before).keys() <= {"environment", "warning filters"}, name
+    before = process()
+    call()
+    assert changes(before) == {}, name
+    for i, error in enumerate(errors):
+        error()
+        assert changes(before) == {}, f"{name}, error {i}"
+
+
+def refused(kind: Any, match: str, call: Callable[[], Any]) -> Callable[[], None]:
+    def error() -> None:
+        with pytest.raises(kind, match=match):
+            call()
+
+    return error
+
+
+def under(arm: Callable[[str], None], call: Callable[[], Any], kinds: Mapping[str, Any]) -> list[Callable[[], None]]:
+    """The call in a program that raises, by what it then raises."""
+
+    def error(name: str, kind: Any) -> None:
+        arm(name)
+        try:
+            with pytest.raises(kind, match="a bug in the program"):
+                call()
+        finally:
+            arm("")
+
+    return [partial(error, name, kind) for name, kind in kinds.items()]
+
+
+def arm(name: str) -> None:
+    ARMED[:] = [{"Boom": Boom, "Halt": Halt}[name]] if name else []
+
+
+@pytest.mark.parametrize("backend", ["pyro", pytest.param("numpyro", marks=pytest.mark.slow)])
+def test_a_refit_and_files_leave_nothing_behind(backend: Backend, tmp_path: Path) -> None:
+    run = fit(local(), data=X, backend=backend, guide="auto_normal", **EAGER)
+    again = partial(refit, run, OTHER, steps=2, compile="eager")
+    leaves_nothing("refit", again, under(arm, again, {"Boom": ProgramError, "Halt": Halt}))
+
+    path, armed = mine(tmp_path)
+    rows = np.load(tmp_path / "rows.npy")
+    run = fit(program(path), data=rows, backend=backend, **EAGER)
+    taken = tmp_path / "taken"
+    taken.mkdir()
+    (taken / "letter.txt").write_text("mine")
+    leaves_nothing(
+        "save",
+        lambda: run.save(tmp_path / "fit", overwrite=True),
+        [refused(StorageError, "letter", lambda: run.save(taken))],
+    )
+
+    def arm_file(name: str) -> None:
+        armed.unlink() if not name else armed.write_text(name)
+
+    def loaded() -> Fit:
+        return load(tmp_path / "fit", program=path)
+
+    broken = tmp_path / "broken"
+    shutil.copytree(tmp_path / "fit", broken)
+    (broken / "manifest.json").write_bytes((tmp_path / "fit" / "manifest.json").read_bytes()[:-9])
+    errors = under(arm_file, loaded, {"Boom": PplLvmError, "Halt": KeyboardInterrupt})
+    errors += [
+        refused(StorageError, "manifest", lambda: load(broken, program=path)),
+        refused(PplLvmError, "pass program", lambda: load(tmp_path / "fit")),
+    ]
+    leaves_nothing("load", loaded, errors)
+
+
+def test_the_loop_of_pyro_is_left_to_it() -> None:
+    """Its parameters and the generator that SVI draws from are the loop's own; all else stays."""
+    pyro.clear_param_store()
+
+    def model(x: Any) -> None:
+        g = pyro.sample("g", pyro.distributions.Normal(0.0, 1.0))
+        with pyro.plate("data", len(x)):
+            if ARMED:
+                raise ARMED[0]("a bug in the program")
+            pyro.sample("x", pyro.distributions.Normal(g, 1.0), obs=x)
+
+    def guide(x: Any) -> None:
+        pyro.sample("g", pyro.distributions.Normal(pyro.param("loc", torch.tensor(0.1)), 0.5))
+
+    x = torch.as_tensor(X, dtype=torch.float32)
+    pyro.param("loc", torch.tensor(0.1))
+    with torch.random.fork_rng():
+        svi = pyro.infer.SVI(model, guide, pyro.optim.ClippedAdam({"lr": 0.0}), loss=pyro_loss("elbo"))
+
+        def kept(call: Callable[[], Any]) -> Callable[[], Any]:
+            def called() -> None:
+                with torch.random.fork_rng():
+                    call()
+
+            return called
+
+        for name, call in {"step": svi.step, "evaluate_loss": svi.evaluate_loss}.items():
+            errors = under(arm, kept(partial(call, x)), {"Boom": (Boom, ProgramError), "Halt": Halt})
+            errors += under(arm, kept(partial(call, x[:4])), {"Boom": (Boom, ProgramError), "Halt": Halt})
+            leaves_nothing(name, kept(partial(call, x)), errors)
+        run = fit(model, guide, x, **EAGER)
+        to_pyro(run)  # which is to write to the store
+        leaves_nothing("to_pyro", lambda: to_pyro(run))
+    other = fit(explosive(), data=X, backend="pyro", **EAGER)
+    leaves_nothing("to_pyro, refused", refused(ProgramError, "only native programs", lambda: to_pyro(other)))
+    pyro.clear_param_store()
+
+
+def test_the_loop_of_numpyro_is_left_to_it() -> None:
+    def model(x: Any) -> None:
+        g = numpyro.sample("g", numpyro.distributions.Normal(0.0, 1.0))
+        with numpyro.plate("data", len(x)):
+            if ARMED:
+                raise ARMED[0]("a bug in the program")
+            numpyro.sample("x", numpyro.distributions.Normal(g, 1.0), obs=x)
+
+    def guide(x: Any) -> None:
+        numpyro.sample("g", numpyro.distributions.Normal(numpyro.param("loc", 0.1), 0.5))
+
+    x = jnp.asarray(X)
+    svi = numpyro.infer.SVI(model, guide, numpyro.optim.SGD(0.1), numpyro_loss("elbo"))
+    state = svi.init(jax.random.key(0), x)
+    for name, call in {"update": svi.update, "evaluate": svi.evaluate}.items():
+        errors = under(arm, partial(call, state, x[:4]), {"Boom": (Boom, ProgramError), "Halt": Halt})
+        leaves_nothing(name, partial(call, state, x), errors)
+
+
+@pytest.mark.parametrize("backend", ["pyro", pytest.param("numpyro", marks=pytest.mark.slow)])
+def test_the_command_line_leaves_nothing_behind(
+    backend: Backend, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, armed = mine(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "elsewhere").mkdir()
+    count = itertools.count()
+
+    def command(*arguments: str) -> Any:
+        return CliRunner().invoke(cli.app, arguments, prog_name="ppl-lvm")
+
+    def fine(*arguments: str) -> None:
+        found = command(*arguments)
+        assert found.exit_code == 0, found.output
+
+    def wrong(said: str, *arguments: str) -> None:
+        found = command(*arguments)
+        assert found.exit_code not in (0, None) and said in found.output, found.output
+
+    def fitted(*rest: str) -> tuple[str, ...]:
+        short = ("--set", "steps=2", "--set", "batch_size=5", "--draws", "7", "--compile", "eager")
+        names = ("--out", f"run{next(count)}", "--checkpoint", f"kept{next(count)}")
+        return ("fit", "mine.py", "--data", "rows.npy", "--backend", backend, *short, *names, *rest)
+
+    def armed_by(name: str, *arguments: str) -> None:
+        armed.write_text(name)
+        try:
+            found = command(*arguments)
+        finally:
+            armed.unlink()
+        assert found.exit_code != 0
+        assert "a bug in the program" in found.output or name == "Halt", found.output
+
+    fine(*fitted()[:-4], "--out", "a", "--checkpoint", "b")
+    evaluated = ("evaluate", "a", "--data", "rows.npy", "--program", "mine.py", "--draws", "7")
+    leaves_nothing(
+        "fit",
+        lambda: fine(*fitted()),
+        [
+            lambda: armed_by("Boom", *fitted()),
+            lambda: armed_by("Halt", *fitted()),
+            lambda: wrong("Unknown recipe", *fitted("--recipe", "nothing")),
+            lambda: wrong("stepz", *fitted("--set", "stepz=1")),
+        ],
+    )
+    resumed = [lambda: armed_by("Boom", "resume", "b"), lambda: wrong("no checkpoint", "resume", "elsewhere")]
+    leaves_nothing("resume", lambda: fine("resume", "b"), resumed)
+    asked = [lambda: armed_by("Boom", *evaluated), lambda: wrong("", "evaluate", "elsewhere")]
+    leaves_nothing("evaluate", lambda: fine(*evaluated), asked)
+    leaves_nothing("list", lambda: fine("list", "recipes"), [lambda: wrong("", "show", "recipe", "nothing")])

@@ -30,11 +30,16 @@ def made(backend: str) -> Fit:
     return MADE[backend]
 
 
-def run_out(backend: str) -> Exception:
-    """What a backend raises where memory runs out, as it words it itself."""
-    if backend == "pyro":
-        import torch
+def run_out(backend: str, device: str = "cpu") -> Exception:
+    """What a backend raises where memory runs out: as it words it itself, and as it does for a device of its own."""
+    import jax
+    import torch
 
+    if device == "gpu":
+        of_torch = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+        of_jax = jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 2000000 bytes.")
+        return of_torch if backend == "pyro" else of_jax
+    if backend == "pyro":
         with pytest.raises(RuntimeError) as caught:
             torch.empty(2**55)
     else:
@@ -48,9 +53,11 @@ def run_out(backend: str) -> Exception:
 class Small:
     """Stands before a method of a bound and lets it have so many draws of rows at once, no more."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, run: Fit, method: str, most: int) -> None:
+    def __init__(
+        self, monkeypatch: pytest.MonkeyPatch, run: Fit, method: str, most: int, device: str = "cpu"
+    ) -> None:
         self.tried: list[int] = []
-        error, kind = run_out(run.backend), type(run._bound)
+        error, kind = run_out(run.backend, device), type(run._bound)
         before = getattr(kind, method)
 
         def called(bound: Any, params: Any, batch: Any, key: Any, plan: Any, *rest: Any) -> Any:
@@ -114,11 +121,12 @@ def test_a_small_limit_cuts_the_draws(backend: str, monkeypatch: pytest.MonkeyPa
     assert run.messages == []
 
 
+@pytest.mark.parametrize("device", ["cpu", "gpu"])
 @on_both
-def test_memory_that_runs_out_halves_the_draws(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_that_runs_out_halves_the_draws(backend: str, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     run = made(backend)
     whole = run.log_likelihood(draws=100)
-    seen = Small(monkeypatch, run, "log_w", 12 * 30)
+    seen = Small(monkeypatch, run, "log_w", 12 * 30, device)
     found = run.log_likelihood(draws=100)
     np.testing.assert_allclose(found.values, whole.values, rtol=0.2)
     assert [n // 12 for n in seen.tried] == [100, 50, 25, 25, 25, 25]

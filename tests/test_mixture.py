@@ -323,3 +323,24 @@ def test_values_outside_the_domain_are_named() -> None:
         NormalInverseWishart(torch.tensor(B), torch.tensor(0.5))
     with pytest.raises(DataError, match=r"form has shape \(3, 2\)"):
         NormalInverseWishart(torch.tensor(B[:, :2]), torch.tensor(df))
+
+
+def test_numpyro_mixes_events_of_independent_elements_and_refuses_supports_that_move() -> None:
+    """`ppl.dist.MixtureSameFamily`; NumPyro 0.21's own refuses the events too."""
+    rng = np.random.default_rng(4)
+    w, mu, sigma = np.array([0.2, 0.5, 0.3]), rng.normal(size=(3, 2)), rng.uniform(0.5, 2.0, (3, 2))
+    x = rng.normal(size=(5, 2))
+    library = _jax_dists.namespace()
+    mixing = library.Categorical(probs=jnp.asarray(w))
+    mixture = library.MixtureSameFamily(mixing, library.Normal(mu, sigma).to_event(1), validate_args=True)
+    assert (mixture.batch_shape, mixture.event_shape, mixture.support.event_dim) == ((), (2,), 1)
+    exact = logsumexp(np.log(w) + stats.norm.logpdf(x[:, None], mu, sigma).sum(-1), axis=-1)
+    np.testing.assert_allclose(mixture.log_prob(x), exact, rtol=EXACT)
+    np.testing.assert_allclose(mixture.mean, w @ mu, rtol=EXACT)
+    assert mixture.sample(jax.random.key(0), (7,)).shape == (7, 2)
+    np.testing.assert_allclose(jax.jit(lambda m: m.log_prob(x))(mixture), exact, rtol=EXACT)
+    assert library.MixtureSameFamily(mixing, library.Normal(mu[:, 0], 1.0)).event_shape == ()
+    with pytest.raises(AssertionError, match="does not depend on their parameters"):
+        library.MixtureSameFamily(mixing, library.Uniform(mu, mu + sigma).to_event(1))
+    with pytest.raises(AssertionError, match="mixture_size=3"):
+        library.MixtureSameFamily(mixing, library.Normal(mu[:2], 1.0).to_event(1))

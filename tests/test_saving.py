@@ -101,6 +101,7 @@ def test_with_its_rows_a_loaded_fit_lacks_nothing(backend: str, tmp_path: Path) 
 
 
 LIGHT: dict[str, Any] = {"dtype": "float64", "batch_size": None}
+DRAWS = 3
 
 
 # On the other backend.
@@ -109,7 +110,7 @@ LIGHT: dict[str, Any] = {"dtype": "float64", "batch_size": None}
 def scores(run: Fit, values: dict[str, np.ndarray], data: Any) -> dict[str, np.ndarray]:
     """All densities of the program at given latents, `[draws, rows]`: nothing of it is noise."""
     call = run._call(data)
-    found = run._evaluated(call, len(next(iter(values.values()))), 0, values, whole=True)
+    found = run._evaluated(call, DRAWS, 0, values, whole=True)
     given = {"log_p": found.log_p, "log_q": found.log_q, **found.log_likelihood}
     globals_ = {"log_p_global": found.log_p_global, "log_q_global": found.log_q_global}
     return given | {n: v for n, v in globals_.items() if v is not None}
@@ -119,7 +120,9 @@ def assert_same_predictions(a: Fit, b: Fit, data: Any, tolerance: float = 1e-10)
     """Densities at the same latents, the means of data given them, parameters: of a fit on two backends."""
     for name, value in a.params.items():
         np.testing.assert_allclose(b.params[name], value, rtol=tolerance, atol=tolerance, err_msg=name)
-    values = dict(a.posterior(3, data, seed=1).values)
+    sites = a._bound.structure.sites
+    # A point of the guide is computed by each backend to its own last digit, and has no density beside that.
+    values = {n: v for n, v in a.posterior(DRAWS, data, seed=1).values.items() if not sites[n].point}
     first, second = scores(a, values, data), scores(b, values, data)
     assert first.keys() == second.keys()
     for name, value in first.items():
@@ -243,7 +246,7 @@ def test_parameters_of_rows_stay_with_their_rows(backend: str, tmp_path: Path) -
 
 
 SOURCE = '''
-def model(ppl, x, *, scale=1.0):
+def model(ppl, x, *, scale=1.0, sizes=(1, 2)):
     with ppl.plate("data", len(x)):
         z = ppl.sample("z", ppl.dist.Normal(0.0, 1.0 + 0.0 * x))
         ppl.sample("x", ppl.dist.Normal(z, scale), obs=x)
@@ -269,7 +272,7 @@ def test_a_file_of_ones_own_is_given_and_its_changes_are_told(tmp_path: Path) ->
     with pytest.raises(StorageError, match=r"(?s)the file has changed.*-.*Normal\(z, scale.*\+.*Normal\(3\.0 \* z, sc"):
         load(path, program=file)
     again = load(path, program=file, changed=True)
-    assert dict(again.program.options) == {"scale": 2.0}
+    assert dict(again.program.options) == {"scale": 2.0, "sizes": (1, 2)}
     file.write_text(SOURCE)
     same_bits(load(path, program=str(file)).params, run.params)
     with pytest.raises(StorageError, match=r"other options of program 'mine': scale was 2\.0 and is 1\.0"):

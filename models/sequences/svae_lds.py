@@ -3,14 +3,14 @@
     z_1 ~ Normal(m, I),  z_t | z_{t-1} ~ Normal(A z_{t-1} + b, diag(q))     z_t: `latent` numbers, t = 1 .. T
     x_t | z_t ~ Normal(decoder(z_t), scale), or Bernoulli(logits = decoder(z_t))
     q(z | x) proportional to p(z) prod_t psi_t(z_t),  psi_t Gaussian        by message passing, or
-    q(z | x) = prod_t Normal(A_t z_{t-1} + b_t, diag(scale_t)^2)            Gauss-Markov, or
+    q(z | x) = prod_t Normal(mu_t + A_t (z_{t-1} - mu_{t-1}), diag(scale_t)^2)      Gauss-Markov, or
     q(z | x) = prod_t Normal(loc_t, scale_t)                                mean field
 
 Each potential psi_t is a network's reading of x_t alone: the system, whose parameters guide and model share, carries it
 to the other steps. With a linear decoder (`hidden = ()`) the guide's family holds the exact posterior. The precision of
 psi_t is the network's as well, or one parameter that all steps of all sequences share, as in that posterior: then the
-network has less to learn, and without an `x_mask` covariances are computed once for all sequences. The mean field
-guide's network reads the whole sequence, in both directions.
+network has less to learn, and without an `x_mask` covariances are computed once for all sequences. Networks of the
+other two read the whole sequence, in both directions; they give mu_t, the marginal mean, and an A_t of norm below one.
 
 Steps, or entries, of x that `x_mask` calls unknown are not looked at; a step without known entries has no potential. A
 step with some has all of a shared precision, as if every entry were known: where entries within steps are missing, the
@@ -131,13 +131,17 @@ def mean_field(ppl, entries, latent, hidden):
 
 def gauss_markov(ppl, entries, latent, hidden):
     code = read(ppl, entries, hidden, latent * (latent + 2))
-    loc, scale, A = code[..., :latent], positive(ppl, code[..., latent : 2 * latent]), code[..., 2 * latent :]
+    mean, scale = code[..., :latent], positive(ppl, code[..., latent : 2 * latent])
+    A = ppl.xp.reshape(code[..., 1:, 2 * latent :], (*code.shape[:-2], code.shape[-2] - 1, latent, latent))
+    # Of norm below one, or a chain's numbers grow without end on the way to a good A.
+    A = A / ppl.xp.sqrt(1.0 + ppl.xp.sum(A * A, axis=(-2, -1), keepdims=True))
     cov = (scale**2)[..., None] * ppl.ops.eye(latent, code)
+    # The network gives the marginal means: biases would pass a change of one step's A on to all steps after it.
     return ppl.structured.GaussianChain(
-        mean=loc[..., 0, :],
+        mean=mean[..., 0, :],
         cov=cov[..., 0, :, :],
-        transition=ppl.xp.reshape(A[..., 1:, :], (*A.shape[:-2], A.shape[-2] - 1, latent, latent)),
-        bias=loc[..., 1:, :],
+        transition=A,
+        bias=mean[..., 1:, :] - (A @ mean[..., :-1, :, None])[..., 0],
         noise=cov[..., 1:, :, :],
     )
 

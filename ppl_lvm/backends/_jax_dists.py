@@ -133,9 +133,34 @@ class RelaxedOneHotCategorical(dist.Distribution):
         return jax.lax.lgamma(float(C)) + (C - 1) * jnp.log(tau) + own - C * norm
 
 
+class MixtureSameFamily(dist.MixtureSameFamily):
+    """NumPyro's, where components of independent elements (`to_event`) need no NumPyro 0.22.
+
+    NumPyro 0.21 asks their support itself to be free of parameters, where that of the elements decides. It is shown
+    scalars of the same batch instead, and refuses all else that it refuses.
+
+    Example:
+        >>> parts = dist.Normal(jnp.zeros((3, 2)), 1.0).to_event(1)
+        >>> MixtureSameFamily(dist.Categorical(probs=jnp.ones(3) / 3), parts).event_shape
+        (2,)
+    """
+
+    def __init__(
+        self, mixing_distribution: Any, component_distribution: Any, *, validate_args: bool | None = None
+    ) -> None:
+        support = component_distribution.support
+        while isinstance(support, constraints.independent):
+            support = support.base_constraint
+        free = isinstance(support, constraints.ParameterFreeConstraint)
+        scalars = dist.Normal(jnp.zeros(component_distribution.batch_shape), 1.0)
+        super().__init__(mixing_distribution, scalars if free else component_distribution, validate_args=validate_args)
+        self._component_distribution = component_distribution
+        self._event_shape = component_distribution.event_shape
+
+
 def namespace() -> Any:
     """`numpyro.distributions` with what it lacks."""
-    own = {kind.__name__: kind for kind in (OneHotCategorical, RelaxedOneHotCategorical)}
+    own = {kind.__name__: kind for kind in (MixtureSameFamily, OneHotCategorical, RelaxedOneHotCategorical)}
     return SimpleNamespace(**{**vars(dist), **own})
 
 
@@ -213,7 +238,7 @@ def log_probs(fn: Any) -> Array:
     if _bernoulli(base):
         found = jnp.stack([jax.nn.log_sigmoid(-base.logits), jax.nn.log_sigmoid(base.logits)], -1)
     else:
-        found = jax.nn.log_softmax(base.logits, -1)
+        found = base.logits if isinstance(base, OneHotCategorical) else jax.nn.log_softmax(base.logits, -1)
     return jnp.broadcast_to(found, (*fn.batch_shape, *elements(fn), found.shape[-1]))
 
 

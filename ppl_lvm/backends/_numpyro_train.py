@@ -13,7 +13,7 @@ import optax
 
 from ppl_lvm.algorithm import Algorithm, Objective
 from ppl_lvm.backends import _jax_memory, _jax_natural
-from ppl_lvm.backends._numpyro_handlers import site_key
+from ppl_lvm.backends._numpyro_handlers import StepKeys, site_key
 from ppl_lvm.backends._numpyro_state import is_key
 from ppl_lvm.backends.base import (
     MOST_SKIPPED,
@@ -42,6 +42,9 @@ from ppl_lvm.errors import BackendError
 
 SKIPPED_LEAF = jax.tree_util.keystr((jax.tree_util.DictKey(SKIPPED),))
 """What a leaf is called that both backends pack under one name."""
+
+MOST_KEYS = 64
+"""Keys of one step that are worth their memory over all steps of a chunk."""
 
 Bound = NumPyroBound
 Tree = dict[str, Any]
@@ -143,8 +146,13 @@ class Trainer:
         )
         body = self._body(bound, plan, objective)
         self._again: Callable[..., Any] | None = None
+
+        def keys_of(key: Any) -> StepKeys:
+            return bound.keys(key, plan)
+
         if self.mode == "compiled":
-            self._chunk = STEPS.get(self._cached, lambda: jax.jit(_chunk(body)))
+            ahead = sum(k.size for k in jax.tree.leaves(jax.eval_shape(keys_of, keys[0]))) <= MOST_KEYS
+            self._chunk = STEPS.get(self._cached, lambda: jax.jit(_chunk(body, keys_of if ahead else lambda key: key)))
         else:
             self._chunk = _one_by_one(body)
 
@@ -154,9 +162,9 @@ class Trainer:
 
         def body(
             tree: Tree, batch: Call, numbers: Mapping[str, Any], key: Any, rows: Any
-        ) -> tuple[Tree, dict[str, Any]]:
+        ) -> tuple[Tree, Any]:
             here, planned = with_numbers(objective, plan, numbers)
-            batch = _hidden(hiding, batch, key)
+            batch = _hidden(hiding, batch, key.key if isinstance(key, StepKeys) else key)
 
             def natural(unit: str, values: Any, gradient: Any) -> Any:
                 rate = numbers[f"{descent.units[unit].place}.learning_rate"]
@@ -186,10 +194,7 @@ class Trainer:
                 "mutable": step.mutable,
                 "optimizer": optimizer,
             }
-            skipped = skipped_in_a_row(jnp, tree[SKIPPED], numbers[MOST_SKIPPED], step.loss, norm)
-            before = {name: tree[name] for name in after}
-            after = jax.tree.map(lambda new, old: jnp.where(skipped == 0, new, old), after, before)
-            return after | {SKIPPED: skipped}, {"loss": step.loss / total, "gradient_norm": norm, SKIPPED: skipped}
+            return after | {SKIPPED: tree[SKIPPED]}, jnp.stack([step.loss / total, norm])
 
         return body
 
@@ -205,12 +210,13 @@ class Trainer:
         with precision(self._bound.dtype):
             states, own = initial_extras(self._objective, self._plan, self._example)
             arrays = jax.tree.map(jnp.asarray, own, is_leaf=lambda x: isinstance(x, list))
+            held = self._bound.states
             every = merged(values, arrays)
             return {
-                "params": dict(values),
+                "params": {n: v for n, v in values.items() if n not in held},
                 "own": arrays,
                 "states": {s: jnp.asarray(v, float) for s, v in states.items()},
-                "mutable": self._bound.states,
+                "mutable": {n: values.get(n, state) for n, state in held.items()},
                 "optimizer": {
                     unit: self._transforms[unit].init({n: every[n] for n in u.names})
                     for unit, u in self._descent.units.items()
@@ -235,11 +241,54 @@ class Trainer:
             where = None
             if index is not None:
                 where = owned(index if self._several else index[0])
-            tree, records = self._chunk(
-                tree, data.args, dict(data.kwargs), where, scalars, start, n, self._key, rows
+
+            def steps(tree: Tree, first: int, end: int) -> tuple[Tree, np.ndarray]:
+                inputs = data.args, dict(data.kwargs), where, scalars, start, first, end, self._key, rows
+                tree, records = self._chunk(tree, *inputs)
+                return tree, np.array(records).reshape(len(records), -1, 2)
+
+            tree, records = self._without_lost_steps(tree, steps, n, numbers[MOST_SKIPPED])
+            return tree, {name: records[..., i].T for i, name in enumerate(RECORDS)}
+
+    def _without_lost_steps(
+        self, tree: Tree, steps: Callable[[Tree, int, int], tuple[Tree, np.ndarray]], n: int, most: np.ndarray
+    ) -> tuple[Tree, np.ndarray]:
+        """The tree after n steps of which those that are not finite moved nothing, and `RECORDS`, `[n, runs, 3]`.
+
+        Steps are taken as if all were finite: a loop in which each looks at its own gradient first would keep two
+        states, which costs all fits for the sake of a few. Where one was not, those before it are taken again.
+        """
+        skipped = np.asarray(tree[SKIPPED], np.float64).reshape(-1)
+        records, first = np.zeros((n, len(skipped), 3)), 0
+        while first < n:
+            live = skipped <= most[first]
+            after, found = steps(tree, first, n)
+            records[first:, :, :2], records[first:, :, 2] = found[first:n], np.where(live, 0.0, skipped)
+            lost = live & ~np.isfinite(found[first:n]).all(-1)
+            if not lost.any():
+                return self._moved(live, after, tree, np.where(live, 0.0, skipped)), records
+            end = first + int(lost.any(1).argmax())
+            if end > first:
+                skipped = np.where(live, 0.0, skipped)
+                tree = self._moved(live, steps(tree, first, end)[0], tree, skipped)
+            skipped = skipped_in_a_row(np, skipped, most[end], *np.moveaxis(found[end], -1, 0))
+            tree = self._moved(skipped == 0, steps(tree, end, end + 1)[0], tree, skipped)
+            records[end:, :, 2], first = skipped, end + 1
+            if (skipped > most[end]).all():
+                break
+        return tree, records
+
+    def _moved(self, which: np.ndarray, after: Tree, before: Tree, skipped: np.ndarray) -> Tree:
+        """A tree in which these runs have moved on."""
+        like = before[SKIPPED]
+        if which.all() or not which.any():
+            tree = after if which.all() else before
+        else:
+            kept = jnp.asarray(which)
+            tree = jax.tree.map(
+                lambda new, old: jnp.where(kept.reshape(-1, *(1,) * (new.ndim - 1)), new, old), after, before
             )
-            found = {name: np.asarray(v)[:n] for name, v in records.items()}
-            return tree, {name: (v if self._several else v[:, None]).T for name, v in found.items()}
+        return tree | {SKIPPED: jnp.asarray(skipped.reshape(like.shape), like.dtype)}
 
     def loss(
         self,
@@ -386,7 +435,8 @@ def _descend(
         for unit, u in descent.units.items():
             place, names = u.place, u.names
             gradient = {n: gradients[n] for n in names}
-            square = sum((jnp.sum(g**2) for g in jax.tree.leaves(gradient)), jnp.zeros(()))
+            # No sum of g**2, which Adam has as well: the compiler would write it to memory for both.
+            square = sum((jnp.vdot(g, g) for g in jax.tree.leaves(gradient)), jnp.zeros(()))
             norm = jnp.sqrt(square)
             if f"{place}.clip" in numbers:
                 factor = jnp.minimum(1.0, numbers[f"{place}.clip"] / norm)
@@ -429,51 +479,55 @@ def _step(body: Callable[..., Any], i: Any, tree: Tree, inputs: tuple[Any, ...])
     def one(tree: Tree, index: Any, key: Any) -> tuple[Tree, Any]:
         batch = Call(args, kwargs)
         if index is not None:
-            batch = batch.map(lambda a: jnp.take(a, index[i], axis=0))
+            # Ours are in bounds: to fill in what is not would read a batch twice.
+            batch = batch.map(lambda a: a.at[index[i]].get(mode="promise_in_bounds"))
         return body(tree, batch, now, key, rows)
 
-    return (jax.vmap(one) if keys.ndim > 1 else one)(tree, index, keys[i])
+    several = (keys.key if isinstance(keys, StepKeys) else keys).ndim > 1
+    return (jax.vmap(one) if several else one)(tree, index, jax.tree.map(lambda k: k[i], keys))
 
 
-def _keys(key: Any, start: Any, steps: int) -> Any:
-    """A key for each of the steps from `start` on: at once, as one by one they would cost a small model more than the
+def _keys(key: Any, start: Any, steps: int, keys_of: Callable[[Any], Any] = lambda key: key) -> Any:
+    """The keys of each of the steps from `start` on: at once, as one by one they would cost a small model more than the
     rest of a step."""
-    of_step = jax.vmap(jax.random.fold_in, (0, None)) if key.ndim else jax.random.fold_in
-    return jax.vmap(of_step, (None, 0))(key, start + jnp.arange(steps))
+
+    def of_step(key: Any, step: Any) -> Any:
+        return keys_of(jax.random.fold_in(key, step))
+
+    return jax.vmap(jax.vmap(of_step, (0, None)) if key.ndim else of_step, (None, 0))(key, start + jnp.arange(steps))
 
 
 def _length(numbers: Mapping[str, Any]) -> int:
     return len(next(iter(numbers.values())))
 
 
-def _chunk(body: Callable[..., Any]) -> Callable[..., Any]:
+def _chunk(body: Callable[..., Any], keys_of: Callable[[Any], Any]) -> Callable[..., Any]:
     """A loop with a dynamic number of steps, so that the last, shorter chunk compiles nothing new."""
 
-    def chunk(
-        tree: Tree, args: Any, kwargs: Any, index: Any, numbers: Any, start: Any, n: Any, key: Any, rows: Any
-    ) -> tuple[Tree, Any]:
+    def chunk(tree: Tree, *inputs: Any) -> tuple[Tree, Any]:
         STEPS.traces += 1
-        inputs = (args, kwargs, index, numbers, _keys(key, start, _length(numbers)), rows)
+        args, kwargs, index, numbers, start, first, end, key, rows = inputs
+        now = args, kwargs, index, numbers, _keys(key, start, _length(numbers), keys_of), rows
 
         def one(i: Any, carry: tuple[Tree, Any]) -> tuple[Tree, Any]:
             tree, records = carry
-            tree, record = _step(body, i, tree, inputs)
-            return tree, {name: v.at[i].set(record[name]) for name, v in records.items()}
+            tree, record = _step(body, i, tree, now)
+            return tree, jax.lax.dynamic_update_index_in_dim(records, record, i, 0)
 
-        empty = jnp.zeros((_length(numbers), *key.shape))
-        return jax.lax.fori_loop(0, n, one, (tree, dict.fromkeys(RECORDS, empty)))
+        empty = jnp.zeros((_length(numbers), *key.shape, 2))
+        # Unsigned, so that no step asks whether they count from the end.
+        first, end = (jnp.asarray(a, jnp.uint32) for a in (first, end))
+        return jax.lax.fori_loop(first, end, one, (tree, empty))
 
     return chunk
 
 
 def _one_by_one(body: Callable[..., Any]) -> Callable[..., Any]:
-    def chunk(
-        tree: Tree, args: Any, kwargs: Any, index: Any, numbers: Any, start: Any, n: Any, key: Any, rows: Any
-    ) -> tuple[Tree, Any]:
-        records, keys = [], _keys(key, start, n)
-        for i in range(n):
-            tree, record = _step(body, i, tree, (args, kwargs, index, numbers, keys, rows))
-            records.append(record)
-        return tree, {name: jnp.stack([r[name] for r in records]) for name in RECORDS}
+    def chunk(tree: Tree, *inputs: Any) -> tuple[Tree, Any]:
+        args, kwargs, index, numbers, start, first, end, key, rows = inputs
+        keys, records = _keys(key, start, end), np.zeros((end, *key.shape, 2))
+        for i in range(first, end):
+            tree, records[i] = _step(body, i, tree, (args, kwargs, index, numbers, keys, rows))
+        return tree, records
 
     return chunk

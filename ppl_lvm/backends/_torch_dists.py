@@ -81,7 +81,7 @@ def log_probs(fn: Any) -> Tensor:
     if isinstance(base, torch.distributions.Bernoulli):
         found = torch.stack([torch.nn.functional.logsigmoid(-logits), torch.nn.functional.logsigmoid(logits)], -1)
     else:
-        found = torch.log_softmax(logits, -1)
+        found = logits  # a categorical of torch normalises them
     return found.expand(*fn.batch_shape, *elements(fn), found.shape[-1])
 
 

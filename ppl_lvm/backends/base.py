@@ -480,6 +480,8 @@ class Bound(Protocol):
     structure: Structure
     initial: dict[str, Array]
     """Unconstrained initial parameters."""
+    states: dict[str, Any]
+    """What else the program starts from and every step moves: batch statistics."""
 
     def on(self, example: Call) -> Bound:
         """The same program on data of another shape."""
@@ -1264,7 +1266,7 @@ def skipped_in_a_row(xp: Any, before: Array, most: Array, loss: Array, norm: Arr
     """How many steps in a row, up to this one, had a loss or a gradient that is not finite; none moved anything.
 
     Beyond `most` it stays what it is, so nothing moves any more: the state after a chunk is that before the first of
-    them, and no step waits to be told. `xp` is torch or jax.numpy.
+    them, and no step waits to be told. `xp` is torch or numpy.
     """
     here = xp.where(xp.isfinite(loss + norm), 0.0 * before, before + 1.0)
     return xp.where(before > most, before, here)

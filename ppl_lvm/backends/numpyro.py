@@ -38,9 +38,11 @@ from ppl_lvm.backends._jax_ops import stopped_once
 from ppl_lvm.backends._numpyro_guides import constants, own_guide, prototype_supports
 from ppl_lvm.backends._numpyro_handlers import (
     Handler,
+    Keys,
     Message,
     Namespace,
     Params,
+    StepKeys,
     message_key,
     of_step,
     owned,
@@ -228,9 +230,9 @@ class NumPyroBound:
         found = {**model_handler.found, **guide_handler.found}
         self._constraints = {n: c for n, (_, c) in found.items()}
         self._transforms = {n: biject_to(c) for n, c in self._constraints.items()}
-        self.initial = {n: self._unconstrain(n, v) for n, (v, _) in found.items()}
         first = {**model_handler.initial_states, **guide_handler.initial_states}
         self.states = {n: self._cast(v) for n, v in first.items()}
+        self.initial = {n: self._unconstrain(n, v) for n, (v, _) in found.items()}
         self._scans = [scan.latent for scan in guide_handler.scans]
         self.constants = constants([self._transforms, self._supports, prototype_supports(self._guide)])
         scanned = [scan.latent for scan in (*guide_handler.scans, *model_handler.scans)]
@@ -533,18 +535,21 @@ class NumPyroBound:
 
     def _unconstrain(self, name: str, value: Any) -> Any:
         value = self._cast(value)
-        return value if is_tree(value) else self._transforms[name]._inverse(value)
+        return value if is_tree(value) or name in self.states else self._transforms[name]._inverse(value)
 
     def unconstrain(self, name: str, value: Any) -> Any:
         """The unconstrained value of a parameter's constrained one; DataError where it can have no such value."""
         with precision(self.dtype):
-            known = self.constrain({name: self.initial[name]})[name]
+            known = self.constrain({name: {**self.initial, **self.states}[name]})[name]
             layout = jax.tree.structure(known)
             if str(jax.tree.structure(value)) != str(layout):
                 raise DataError(f"start: {name!r} is not laid out as its parameter, which is {layout}.")
-            value = jax.tree.map(lambda a, k: owned(a, k.dtype), value, known)
+            # Keys in a state are replaced at every run.
+            value = jax.tree.map(lambda a, k: k if is_key(k) else owned(a, k.dtype), value, known)
 
             def inside() -> bool:
+                if name in self.states:
+                    return True
                 within = is_tree(value) or bool(jnp.all(self._constraints[name](value)))
                 inverse = jax.tree.leaves(self._unconstrain(name, value))
                 return within and all(bool(jnp.isfinite(a).all()) for a in inverse)
@@ -601,11 +606,26 @@ class NumPyroBound:
         options = {"total_rows": total_rows, "values": values, "outer_weight": outer_weight}
         return self._run(params, batch, key, plan, training=False, states=states, own=own, **options)[0]
 
+    def keys(self, key: Array, plan: Plan) -> StepKeys:
+        """The keys of a run's draws and of their latent sites."""
+        (v_local, _), (v_outer, _) = plan.layout(self.structure, True), plan.layout(self.structure, False)
+        fold = jax.vmap(jax.random.fold_in, (None, 0))
+        outer = fold(key, jnp.arange(plan.M * v_outer) // v_outer)
+        local = jax.vmap(fold, (0, None))(outer, 1 + jnp.arange(plan.K * v_local) // v_local)
+
+        def with_sites(keys: Array, local: bool) -> Keys:
+            sites = [info.name for info in self.structure.drawn(local)]
+            flat = keys.reshape(-1)
+            found = {n: jax.vmap(partial(site_key, name=n))(flat).reshape(keys.shape) for n in sites}
+            return Keys(keys, found)
+
+        return StepKeys(key, with_sites(outer, False), with_sites(local, True))
+
     def _run(
         self,
         params: Params,
         batch: Call,
-        key: Array,
+        key: Array | StepKeys,
         plan: Plan,
         *,
         training: bool,
@@ -628,6 +648,8 @@ class NumPyroBound:
         stopped = jax.lax.stop_gradient(constrained) if plan.frozen else None
         v_local, local_layout = plan.layout(structure, True)
         v_outer, outer_layout = plan.layout(structure, False)
+        keys = key if isinstance(key, StepKeys) else self.keys(key, plan)
+        key = keys.key
         given = values or {}
         inner_counts = {n: m.draws - 1 for m in plan.nested for n in m.sites}
         inner_draws = {inner_name(n, j + 1): n for n, count in inner_counts.items() for j in range(count)}
@@ -673,9 +695,9 @@ class NumPyroBound:
             pair = Together(how, site_key(key, "$particles"), plan.K, rows, by_row, model)
             return pair
 
-        def run(m: Array, k: Array, outer: dict[str, Array], local: dict[str, Array]) -> dict[str, Any]:
-            outer_key = jax.random.fold_in(key, m // v_outer)
-            draw_key = jax.random.fold_in(outer_key, 1 + k // v_local)
+        def run(
+            m: Array, k: Array, outer_key: Keys, draw_key: Keys, outer: dict[str, Array], local: dict[str, Array]
+        ) -> dict[str, Any]:
             injected = {**outer, **local}
             variants: dict[str, Variant] = {}
 
@@ -720,7 +742,7 @@ class NumPyroBound:
                 of_classes=of_classes["guide"],
             )
             if plan.resampling is not None:
-                guided.together = together(plan.resampling, guided, outer_key)
+                guided.together = together(plan.resampling, guided, outer_key.key)
             guide = self._trace(self._guide, guided, batch)
             plates = plates_of(guide)
             drawn = {n: s["value"] for n, s in guide.items() if s["type"] == "sample"}
@@ -813,12 +835,12 @@ class NumPyroBound:
 
         K, M = plan.K * v_local, plan.M * v_outer
         axes = {"local": 0, "outer": None, "states": 0, "particles": 0}
-        inner = jax.vmap(run, in_axes=(None, 0, None, 0), out_axes=axes, axis_name=DRAWS)
+        inner = jax.vmap(run, in_axes=(None, 0, None, 0, None, 0), out_axes=axes, axis_name=DRAWS)
         if plan.chunk is not None and plan.chunk < plan.K:
             inner = _in_pieces(inner, plan.chunk * v_local)
         with contextlib.nullcontext() if training else evaluation():
-            table = jax.vmap(inner, in_axes=(0, None, 0, 0))(
-                jnp.arange(M), jnp.arange(K), given_outer, given_local
+            table = jax.vmap(inner, in_axes=(0, None, 0, 0, 0, 0))(
+                jnp.arange(M), jnp.arange(K), keys.outer, keys.local, given_outer, given_local
             )
         sites = {
             info.name: self._site(
@@ -1120,7 +1142,7 @@ class NumPyroBound:
         self,
         params: Params,
         batch: Call,
-        key: Array,
+        key: Array | StepKeys,
         plan: Plan,
         objective: Objective,
         *,
@@ -1198,14 +1220,17 @@ class NumPyroBound:
 def _in_pieces(inner: Callable[..., Any], size: int) -> Callable[..., Any]:
     """The same table from `size` entries of the draws axis at a time, computed anew for the gradient."""
 
-    def run(m: Array, k: Array, outer: dict[str, Array], local: dict[str, Array]) -> dict[str, Any]:
+    def run(
+        m: Array, k: Array, outer_key: Keys, draw_key: Keys, outer: dict[str, Array], local: dict[str, Array]
+    ) -> dict[str, Any]:
         def cut(a: Array) -> Array:
             return a.reshape(len(a) // size, size, *a.shape[1:])
 
-        def piece(part: tuple[Array, dict[str, Array]]) -> dict[str, Any]:
-            return inner(m, part[0], outer, part[1])
+        def piece(part: tuple[Array, Keys, dict[str, Array]]) -> dict[str, Any]:
+            k, draw_key, local = part
+            return inner(m, k, outer_key, draw_key, outer, local)
 
-        table = jax.lax.map(jax.checkpoint(piece), (cut(k), jax.tree.map(cut, local)))
+        table = jax.lax.map(jax.checkpoint(piece), jax.tree.map(cut, (k, draw_key, local)))
         first = jax.tree.map(lambda a: a[0], table.pop("outer"))
         # The value of a factor has no entries, from which no axis could be inferred.
         return jax.tree.map(lambda a: a.reshape(a.shape[0] * a.shape[1], *a.shape[2:]), table) | {"outer": first}

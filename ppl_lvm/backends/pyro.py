@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import pyro
@@ -118,6 +118,8 @@ class PyroBound:
     """A program on a batch: structure, initial parameters, and runs (see `backends.base.Bound`)."""
 
     name = "pyro"
+    states: ClassVar[dict[str, Any]] = {}
+    """None: modules whose buffers a step would move are refused."""
 
     def __init__(
         self,

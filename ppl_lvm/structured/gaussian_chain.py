@@ -73,14 +73,17 @@ class _InTurn(NamedTuple):
     """E, g and cov, of wide chains."""
 
 
-class _Backward(NamedTuple):
-    """`z_t | z_{t+1} = E z_{t+1} + g + L noise` of all steps but the last, with a lower L and `cov = LL'`."""
+class _Conditionals(NamedTuple):
+    """`z = E neighbour + g + L noise` of all steps but the one drawn first, `Normal(first_g, first_cov)`; `cov = LL'`.
+
+    That is the last step, and the neighbour the one after; of a chain without potentials the first, and the one before.
+    """
 
     E: Array
     g: Array
     cov: Array
-    last_g: Array
-    last_cov: Array
+    first_g: Array
+    first_cov: Array
 
 
 WIDE = 16
@@ -300,53 +303,68 @@ class GaussianChain:
 
     def _moments(self) -> Moments:
         """With batches of covariances as wide as those of the matrices alone."""
-        back = self._backward
-        last, rest = (back.last_g[..., None], back.last_cov), (back.E, back.g[..., None], back.cov)
-        mean, cov = self._from_the_last(_then_moments, last, rest)
-        return Moments(mean[..., 0], cov, cov[1:] @ back.E.mT)
+        c = self._conditionals
+        mean, cov = self._in_order(_then_moments, (c.first_g[..., None], c.first_cov), (c.E, c.g[..., None], c.cov))
+        return Moments(mean[..., 0], cov, cov[1:] @ c.E.mT if self._backwards else c.E @ cov[:-1])
 
-    def _from_the_last(self, combine: Combine, last: Arrays, elements: Arrays) -> Arrays:
-        """States of all steps from that of the last, where elements lead from one to that before."""
-        n, xp = self.steps - 1, ops.xp(last[0])
+    @property
+    def _backwards(self) -> bool:
+        # A chain without potentials is drawn as it is written. Conditionals of its first steps given later ones take
+        # differences that lose all digits where transitions expand.
+        return self.precision is not None
+
+    def _first_and_rest_of(self, x: Array) -> Arrays:
+        """Of an array with steps in front: the step that is drawn first, all others, and their neighbours."""
+        return (x[-1:], x[:-1], x[1:]) if self._backwards else (x[:1], x[1:], x[:-1])
+
+    def _in_order(self, combine: Combine, first: Arrays, elements: Arrays) -> Arrays:
+        """States of all steps from that of the step drawn first, where elements lead from one to the next drawn."""
+        n, xp, backwards = self.steps - 1, ops.xp(first[0]), self._backwards
         if n == 0:
-            return last
+            return first
 
         def act(state: Arrays, element: Arrays) -> Arrays:
             return combine((None, *state), element)[1:]
 
+        def turned(arrays: Arrays) -> Arrays:
+            return tuple(xp.flip(a, axis=0) for a in arrays) if backwards else arrays
+
         if self._in_parallel:
-            backwards = tuple(xp.flip(e, axis=0) for e in elements)
-            found = states(act, last, pairs(combine, backwards, n), n)
-            found = tuple(xp.flip(f, axis=0) for f in found)
+            found = turned(states(act, first, pairs(combine, turned(elements), n), n))
         else:
 
             def step(carry: Arrays, x: Arrays) -> tuple[Arrays, Arrays]:
                 after = act(carry, x)
                 return after, after
 
-            _, found = in_turn(step, tuple(x[0] for x in last), elements, n, reverse=True)
-        return tuple(xp.concat(pair, axis=0) for pair in zip(found, last, strict=True))
+            _, found = in_turn(step, tuple(x[0] for x in first), elements, n, reverse=backwards)
+        both = zip(found, first, strict=True) if backwards else zip(first, found, strict=True)
+        return tuple(xp.concat(pair, axis=0) for pair in both)
 
     def sample(self, noise: Array) -> Array:
         """A draw of all steps from standard normal noise `[T, ..., D]`, differentiable in the chain.
 
         Batch axes of the noise in front of the chain's are draws.
         """
-        draws, b = noise.ndim - 2, self._backward
-        E, g = behind_steps(b.E, 2, draws), behind_steps(b.g, 1, draws)
-        L, last_L = (behind_steps(x, 2, draws) for x in self._roots(b))
-        last_g = behind_steps(b.last_g, 1, draws)
-        last, rest = times(last_L, noise[-1:]) + last_g, times(L, noise[:-1]) + g
-        return self._from_the_last(_then, (last[..., None],), (E, rest[..., None]))[0][..., 0]
+        E, g, L, first_g, first_L = self._behind(noise.ndim - 2)
+        first, rest, _ = self._first_and_rest_of(noise)
+        first, rest = times(first_L, first) + first_g, times(L, rest) + g
+        return self._in_order(_then, (first[..., None],), (E, rest[..., None]))[0][..., 0]
 
     def noise_of(self, z: Array) -> Array:
         """The noise `[T, ..., D]` that `sample` makes z from."""
-        b, xp, draws = self._backward, ops.xp(z), z.ndim - 2
-        E, g = behind_steps(b.E, 2, draws), behind_steps(b.g, 1, draws)
-        L, last_L = (behind_steps(x, 2, draws) for x in self._roots(b))
-        last_g = behind_steps(b.last_g, 1, draws)
-        parts = [(L, z[:-1] - times(E, z[1:]) - g), (last_L, z[-1:] - last_g)]
-        return xp.concat([ops.solve_triangular(lower, r[..., None])[..., 0] for lower, r in parts], axis=0)
+        E, g, L, first_g, first_L = self._behind(z.ndim - 2)
+        first, rest, neighbours = self._first_and_rest_of(z)
+        parts = [(first_L, first - first_g), (L, rest - times(E, neighbours) - g)]
+        found = [ops.solve_triangular(lower, r[..., None])[..., 0] for lower, r in parts]
+        return ops.xp(z).concat(found[::-1] if self._backwards else found, axis=0)
+
+    def _behind(self, batch: int) -> Arrays:
+        """E, g and L of the conditionals, g and L of the step drawn first, with as many axes of batches."""
+        c = self._conditionals
+        L, first_L = self._roots(c)
+        events = ((c.E, 2), (c.g, 1), (L, 2), (c.first_g, 1), (first_L, 2))
+        return tuple(behind_steps(x, event, batch) for x, event in events)
 
     def log_prob(self, z: Array) -> Array:
         """`log q(z)`, `[T, ..., D] -> [...]`, in nats."""
@@ -405,15 +423,24 @@ class GaussianChain:
         )
 
     @property
-    def _backward(self) -> _Backward:
-        """The conditionals of q from the last step to the first."""
-        return ops.remember(self.mean, self._kept, "backward", self._conditionals)
+    def _conditionals(self) -> _Conditionals:
+        """Of q from the last step to the first, or of p from the first to the last."""
+        find = self._conditionals_of_q if self._backwards else self._conditionals_of_p
+        return ops.remember(self.mean, self._kept, "conditionals", find)
 
-    def _roots(self, of: _Backward) -> tuple[Array, Array]:
-        """L of the conditionals and of the last step."""
-        return ops.remember(self.mean, self._kept, "roots", lambda: (ops.cholesky(of.cov), ops.cholesky(of.last_cov)))
+    def _roots(self, of: _Conditionals) -> tuple[Array, Array]:
+        """L of the conditionals and of the step drawn first."""
+        return ops.remember(self.mean, self._kept, "roots", lambda: (ops.cholesky(of.cov), ops.cholesky(of.first_cov)))
 
-    def _conditionals(self) -> _Backward:
+    def _conditionals_of_p(self) -> _Conditionals:
+        c, n = self._aligned(), len(self.batch_shape)
+        mean, cov = behind_steps(c.mean[None], 1, n), behind_steps(c.cov[None], 2, n)
+        xp, D = ops.xp(mean), self.dim
+        wide = np.broadcast_shapes(*(tuple(x.shape[1:-2]) for x in (cov, c.transition, c.noise)))
+        first = xp.broadcast_to(mean, (1, *self.batch_shape, D)), xp.broadcast_to(cov, (1, *wide, D, D))
+        return _Conditionals(c.transition, c.bias, c.noise, *first)
+
+    def _conditionals_of_q(self) -> _Conditionals:
         c = self._aligned()
         found: Arrays = ()
         if self._in_parallel:
@@ -427,7 +454,7 @@ class GaussianChain:
             lower = ops.cholesky(V @ V.mT + c.noise)
             found = _back(mean, root, V, F @ mean + c.bias[..., None], lower, ops.cholesky(c.noise))
         E, g, cov = found
-        return _Backward(E, g[..., 0], cov, last.mean, last.root @ last.root.mT)
+        return _Conditionals(E, g[..., 0], cov, last.mean, last.root @ last.root.mT)
 
 
 def steps_in_front(
