@@ -53,7 +53,7 @@ def two_site() -> Any:
     from ppl_lvm.program import Program
 
     def model(ppl: Any, x: Any) -> None:
-        z = ppl.sample("z", ppl.dist.Normal(0.0 * x[0], 1.0))
+        z = ppl.sample("z", ppl.dist.Normal(ppl.xp.zeros(()), 1.0))
         with ppl.plate("data", len(x)):
             ppl.sample("x", ppl.dist.Normal(z, 1.0), obs=x)
 
@@ -116,7 +116,8 @@ def native(build: Callable[..., tuple[Any, Any]], backend: str, device: str) -> 
     library, infer = import_module(backend), import_module(f"{backend}.infer")
     if backend == "pyro":
         arrays = import_module("torch")
-        arrays.set_default_device(device)
+        if device != "cpu":  # even that of the CPU makes every call of torch go through Python
+            arrays.set_default_device(device)
     else:
         arrays = import_module("jax.numpy")
     model, guide = build(library, library.distributions, arrays)

@@ -167,9 +167,9 @@ class Draws:
     allowed: frozenset[str] | None = None
     """The verbs that the objective declared; None allows all."""
 
-    def view(self, side: Literal["model", "guide"]) -> Draws:
+    def view(self, side: Literal["model", "guide"], allowed: frozenset[str] | None = None) -> Draws:
         """The same run as the model's loss or the guide's loss sees it (frozen densities are the guide's)."""
-        return replace(self, side=side, ledger=Ledger())
+        return replace(self, side=side, ledger=Ledger(), allowed=allowed)
 
     # Sums over local sites, [M, K, B].
 
@@ -241,7 +241,8 @@ class Draws:
         if h is None:
             if not cost:
                 raise ValueError("mean needs h, or the costs that h is the sum of.")
-            h = sum(_of_rows(part) for part in cost.values())
+            parts = [_of_rows(part) for part in cost.values()]
+            h = sum(parts[1:], parts[0])
         return self._expect(self._level(local=True), self._spread(h), cost)
 
     def terms(self, site: Site) -> tuple[Array | None, Array | None]:
@@ -406,8 +407,9 @@ class Draws:
     def total(self, rows: Array, glob: Array | None = None) -> Array:
         """`E over globals of [ glob + (N / B) sum_B rows ]`, a scalar; `glob` defaults to `log p(g) - log q(g)`."""
         glob = self.log_w_global if glob is None else glob
-        t = glob + self.scale * ops.xp(rows).sum(rows, axis=1)
-        return self._expect(self._level(local=False), t[None, :, None], None)[0, 0]
+        xp = ops.xp(rows)
+        t = glob + times(self.scale, xp.sum(rows, axis=1))
+        return xp.reshape(self._expect(self._level(local=False), xp.reshape(t, (1, -1, 1)), None), ())
 
     # What the verbs are made of.
 
@@ -438,18 +440,28 @@ class Draws:
     @cached_property
     def _zeros_rows(self) -> Array:
         like = next(a for s in self.sites.values() for a in (s.log_p, s.log_q) if a is not None)
+        return ops.zeros(self._shape_rows, like)
+
+    @cached_property
+    def _shape_rows(self) -> tuple[int, int, int]:
         level, outer = self._level(local=True), self._level(local=False)
-        shape = (outer.draws * outer.variants, level.draws * level.variants, self.B)
-        return ops.zeros(shape, like)
+        return outer.draws * outer.variants, level.draws * level.variants, self.B
 
     def _spread(self, h: Array) -> Array:
-        return h + self._zeros_rows if h.shape != self._zeros_rows.shape else h
+        return h + self._zeros_rows if tuple(h.shape) != self._shape_rows else h
 
     def _global_sum(self, term: Callable[[Site], Array]) -> Array:
         terms = [term(s) for s in self.sites.values() if not s.local]
         return sum(terms[1:], terms[0]) if terms else self._zeros_rows[:, 0, 0]
 
     def _level(self, local: bool) -> _Level:
+        return self._levels[local]
+
+    @cached_property
+    def _levels(self) -> dict[bool, _Level]:
+        return {local: self._made_level(local) for local in (False, True)}
+
+    def _made_level(self, local: bool) -> _Level:
         latents = {n: s for n, s in self.sites.items() if s.local == local and s.role != "observed"}
         variants = 1
         for site in latents.values():
@@ -559,6 +571,9 @@ class Draws:
         credit: Array | None = None
         through: Array | None = None
         control: Array | None = None
+        parts = [a for s in level.latents.values() for a in (s.credit, s.through, s.control) if a is not None]
+        if not parts and not weights:
+            return None, None, None
         for name, site in level.latents.items():
             weight, more = self._counts(level, name)
             count = _plus(weight, more)
@@ -617,23 +632,23 @@ class Draws:
         for w in weights.values():
             weight = w if weight is None else weight * w
         weighted = h if weight is None else weight * h
-        total = xp.sum(base * weighted, axis=1)
+        total = xp.sum(times(base, weighted), axis=1)
         credit, through, control = self._credits(level)
         if credit is not None:
-            total = total + xp.sum(base * credit * stop_gradient(h), axis=1)
+            total = total + xp.sum(times(base, credit) * stop_gradient(h), axis=1)
         if through is not None:
-            total = total + xp.sum(base * through * (h - stop_gradient(h)), axis=1)
+            total = total + xp.sum(times(base, through) * (h - stop_gradient(h)), axis=1)
         if control is not None:
-            total = total + xp.sum(base * control, axis=1)
+            total = total + xp.sum(times(base, control), axis=1)
         for site in self._scored(level):
             if weight is None:
                 part, score = self._credited(site, h, cost)
                 part = stop_gradient(part)
                 gain = score * (part - self._baseline(site, Signal(part, part, None, self.batch)))
-                total = total + xp.sum(base * _of_rows(gain), axis=1)
+                total = total + xp.sum(times(base, _of_rows(gain)), axis=1)
                 continue
             part = stop_gradient(h if cost is None else self._spread(self._downstream(site, cost)))
-            score = base * self._score(site)
+            score = times(base, self._score(site))
             # A draw's signal is its weighted sum over variants, so its baseline is shared by them.
             stopped = stop_gradient(weight)
             per_draw = xp.sum(self._split(stopped * part, level), axis=2)
@@ -689,6 +704,11 @@ class Draws:
                 terms = terms - second * pick(self._lift(site, site.log_score))
         total = ops.xp(log_w).sum(terms, axis=1)
         return total - stop_gradient(total)
+
+
+def times(a: Array | float, b: Array) -> Array:
+    """The product; the same array where a is the number one, as each operation costs where steps are not compiled."""
+    return b if isinstance(a, float) and a == 1.0 else a * b
 
 
 def _plus(a: Array | float | None, b: Array | float | None) -> Any:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import jax
@@ -274,7 +273,7 @@ class Trainer:
             if end > first:
                 skipped = np.where(live, 0.0, skipped)
                 tree = self._moved(live, steps(tree, first, end)[0], tree, skipped)
-            skipped = skipped_in_a_row(skipped, most[end], *np.moveaxis(found[end], -1, 0))
+            skipped = skipped_in_a_row(np, skipped, most[end], *np.moveaxis(found[end], -1, 0))
             tree = self._moved(skipped == 0, steps(tree, end, end + 1)[0], tree, skipped)
             records[end:, :, 2], first = skipped, end + 1
             if (skipped > most[end]).all():
@@ -310,7 +309,7 @@ class Trainer:
             options = {"states": tree["states"], "own": tree["own"]}
             params = {**tree["params"], **tree["mutable"]}
             draws = bound.draws(params, Call(args, kwargs), key, planned, total_rows=rows, **options)
-            loss, *_ = losses(replace(draws, allowed=here.verbs), here, planned)
+            loss, *_ = losses(draws, here, planned)
             return loss / (bound.structure.rows if rows is None else rows)
 
         def all_runs(tree: Tree, *inputs: Any) -> jax.Array:

@@ -176,6 +176,8 @@ class Modules:
             path: v if v.requires_grad else v.detach().requires_grad_(True)
             for path, v in ((path, params[n]) for n, paths in self._paths.items() for path in paths)
         }
+        if not self._all and not self.setup:
+            return f()
         with self._in_place(), self._mode(evaluating):
             if not swapped and not self._fixed:
                 return f()

@@ -8,12 +8,12 @@ random numbers at one seed.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import shutil
 import traceback
 import warnings
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -65,24 +65,31 @@ COMPILE_SECONDS, COMPILE_SECONDS_PER_NODE = 5.0, 0.02
 class Form(NamedTuple):
     """Where the tensors that a step takes have their places, one after the other."""
 
-    held: pytree.TreeSpec
-    """Of what stays over a chunk: parameters, data, the number of rows."""
+    params: tuple[str, ...]
+    own: tuple[tuple[str, str], ...]
+    args: int
+    kwargs: tuple[str, ...]
+    rows: bool
+    """Whether the number of rows is told. What came up to here stays over a chunk of steps."""
     numbers: tuple[str, ...]
-    """Of the entries of one tensor."""
+    """Of the entries of one tensor, which `SKIPPED` follows."""
     states: tuple[str, ...]
     batched: bool
-    """The rows' places in the data come last."""
+    """Whether the rows' places in the data are told."""
 
     def given(self, leaves: Sequence[Tensor]) -> dict[str, Any]:
         """The same by name."""
-        first = self.held.num_leaves
-        numbers, skipped, *rest = leaves[first:]
-        given: dict[str, Any] = pytree.tree_unflatten(list(leaves[:first]), self.held)
-        given["numbers"] = dict(zip(self.numbers, numbers.unbind(), strict=True))
-        given[SKIPPED] = skipped
+        rest = iter(leaves)
+        given: dict[str, Any] = {"params": dict(zip(self.params, rest, strict=False)), "own": {}}
+        for owner, name in self.own:
+            given["own"].setdefault(owner, {})[name] = next(rest)
+        given["args"] = tuple(itertools.islice(rest, self.args))
+        given["kwargs"] = dict(zip(self.kwargs, rest, strict=False))
+        given["rows"] = next(rest) if self.rows else None
+        given["numbers"] = dict(zip(self.numbers, next(rest).unbind(), strict=True))
+        given[SKIPPED] = next(rest)
         given["states"] = dict(zip(self.states, rest, strict=False))
-        if self.batched:
-            given["index"] = rest[-1]
+        given["index"] = next(rest) if self.batched else None
         return given
 
 
@@ -184,8 +191,8 @@ class Trainer:
 
         def step(*leaves: Tensor) -> list[Tensor]:
             given = form.given(leaves)
-            batch, rows = Call(tuple(given["args"]), given["kwargs"]), given.get("rows")
-            if "index" in given:
+            batch, rows = Call(given["args"], given["kwargs"]), given["rows"]
+            if given["index"] is not None:
                 batch = batch.map(lambda a: a[given["index"]])
             batch = _hidden(hiding, batch)
             here, planned = with_numbers(objective, plan, given["numbers"])
@@ -210,7 +217,7 @@ class Trainer:
             # As the optimisers' kernels take them (see `Fused`): that of a transposed parameter comes transposed.
             gradients = [found[n].contiguous() for u in units.values() for n in u.names]
             total = bound.structure.plate_size or (bound.structure.rows if rows is None else rows)
-            skipped = skipped_in_a_row(given[SKIPPED], given["numbers"][MOST_SKIPPED], result.loss, norm)
+            skipped = skipped_in_a_row(torch, given[SKIPPED], given["numbers"][MOST_SKIPPED], result.loss, norm)
             states = [torch.where(skipped == 0, result.states[s], old) for s, old in given["states"].items()]
             return [result.loss / total, norm, skipped, skipped.clamp(max=1.0), *gradients, *states]
 
@@ -334,17 +341,17 @@ class Trainer:
     ) -> tuple[Tree, Tensor, Tensor, Tensor]:
         dtype, units = getattr(torch, self._bound.dtype), self._descent.units
         data = data.map(lambda a: a.contiguous())  # a compiled step is for this layout alone
-        held: dict[str, Any] = {"params": tree["params"], "own": tree["own"]}
-        held |= {"args": list(data.args), "kwargs": dict(data.kwargs)}
+        own = {(s, name): p for s, ps in tree["own"].items() for name, p in ps.items()}
+        fixed = [*tree["params"].values(), *own.values(), *data.args, *data.kwargs.values()]
         if self._rows is not None:
-            held["rows"] = torch.tensor(float(self._rows), dtype=dtype)
-        fixed, structure = pytree.tree_flatten(held)
-        form = Form(structure, tuple(numbers), tuple(tree["states"]), index is not None)
+            fixed.append(torch.tensor(float(self._rows), dtype=dtype))
+        held = tuple(tree["params"]), tuple(own), len(data.args), tuple(data.kwargs), self._rows is not None
+        form = Form(*held, tuple(numbers), tuple(tree["states"]), index is not None)
         now = torch.as_tensor(np.stack([v[:n] for v in numbers.values()], 1), dtype=dtype).unbind()
         places = () if index is None else torch.as_tensor(index[:n]).unbind()
         plain = {name: v[:n].tolist() for name, v in numbers.items()}
         moves = ("model", "guide") if self._descent.model_first else (None,)
-        device, records = torch.get_default_device(), []
+        seeds, device, records = [_step_seed(seed, start + i) for i in range(n)], torch.get_default_device(), []
         with sealed(self._bound.dtype), kept_generators(), torch.no_grad():
             for i in range(n):
                 leaves = [*fixed, now[i], tree[SKIPPED], *tree["states"].values(), *places[i : i + 1]]
@@ -356,12 +363,11 @@ class Trainer:
                         key, lambda: self._prepare(leaves, form, rows)  # noqa: B023 - called at once
                     )
                     self.notes.extend(notes)
-                key_of_step, values, following = _step_seed(seed, start + i), list[Tensor](), tree
-                skipped = tree[SKIPPED]
+                values, following, skipped = list[Tensor](), tree, tree[SKIPPED]
                 before = [t.clone() for t in _moving(tree)] if len(moves) > 1 else []
                 # The optimisers work in place, so a second run is at what the first has moved.
                 for moving in moves:
-                    seed_generators(key_of_step, device)
+                    seed_generators(seeds[i], device)
                     value, norm, of_run, away, *rest = self._step(*leaves)
                     skipped = torch.maximum(skipped, of_run) if values else of_run
                     values.append(value)
@@ -449,7 +455,7 @@ class Trainer:
             for one in tree:
                 options = {"states": one["states"], "own": one["own"]}
                 draws = bound.draws(one["params"], batch, key, planned, total_rows=rows, **options)
-                loss, *_ = losses(replace(draws, allowed=here.verbs), here, planned)
+                loss, *_ = losses(draws, here, planned)
                 found.append(loss / (bound.structure.rows if rows is None else rows))
         return torch.stack(found)
 
@@ -495,13 +501,18 @@ def _clipped(
     norms = []
     for u in descent.units.values():
         mine = [gradients[n] for n in u.names]
-        norm = torch.stack([torch.linalg.vector_norm(g) for g in mine]).norm()
+        norm = _norm([torch.linalg.vector_norm(g) for g in mine])
         norms.append(torch.where(numbers[u.turn] > 0, norm, 0.0) if u.turn in numbers else norm)
         if f"{u.place}.clip" in numbers:
             factor = (numbers[f"{u.place}.clip"] / norm).clamp(max=1.0)
             mine = [g * factor for g in mine]
         found |= dict(zip(u.names, mine, strict=True))
-    return found, torch.stack(norms).norm()
+    return found, _norm(norms)
+
+
+def _norm(parts: list[Tensor]) -> Tensor:
+    """Of what these are the norms of."""
+    return parts[0] if len(parts) == 1 else torch.linalg.vector_norm(torch.stack(parts))
 
 
 def _moving(tree: Tree) -> list[Tensor]:

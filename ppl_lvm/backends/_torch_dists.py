@@ -27,6 +27,8 @@ from ppl_lvm.backends.base import (
     rebuild,
 )
 
+HALF_LOG_2PI = 0.5 * math.log(2.0 * math.pi)
+
 Message = Any
 Density = Callable[[Tensor, Tensor], Tensor]
 """`(log probabilities, weights) -> log density` of elements with classes, `[..., V], [..., V] -> [...]`."""
@@ -119,8 +121,8 @@ def draw(fn: Any) -> Tensor:
 def log_prob(fn: Any, value: Tensor, of_classes: Density | None = None) -> Tensor:
     """`fn.log_prob`, but linear in the value of a one-hot, where torch takes the argmax and loses the gradient.
 
-    Of a binomial, a common likelihood of images, the same number in fewer operations. `of_classes` is the density of
-    each element of a site with classes, in the place of the distribution's own.
+    Of a normal, and of a binomial, a common likelihood of images, the same number in fewer operations. `of_classes` is
+    the density of each element of a site with classes, in the place of the distribution's own.
     """
     if isinstance(fn, torch.distributions.Independent):
         inner = log_prob(fn.base_dist, value, of_classes)
@@ -136,6 +138,8 @@ def log_prob(fn: Any, value: Tensor, of_classes: Density | None = None) -> Tenso
         count = _unexpanded(fn.total_count)
         choose = torch.lgamma(count + 1) - torch.lgamma(value + 1) - torch.lgamma(count - value + 1)
         return value * fn.logits - count * torch.nn.functional.softplus(fn.logits, threshold=40) + choose
+    if type(fn) is pyro.distributions.Normal:
+        return -0.5 * ((value - fn.loc) / fn.scale).square() - (fn.scale.log() + HALF_LOG_2PI)
     with _unvalidated(fn):
         return fn.log_prob(value)
 

@@ -13,7 +13,7 @@ import traceback
 from collections import OrderedDict
 from collections.abc import Callable, Container, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 import numpy as np
@@ -131,29 +131,46 @@ class Structure:
 
     def ancestors(self, name: str) -> frozenset[str]:
         """Guide sites that this guide site's draw depends on, through any number of others."""
-        found: set[str] = set()
-        todo = list(self.sites[name].guide_parents)
-        while todo:
-            parent = todo.pop()
-            if parent not in found:
-                found.add(parent)
-                todo.extend(self.sites[parent].guide_parents)
-        return frozenset(found)
+        return self._ancestors[name]
 
     def downstream(self, name: str) -> frozenset[str]:
         """Sites with a density that depends on this site's draw, itself included."""
-        moved = {name} | {s for s, i in self.sites.items() if i.role != "observed" and name in self.ancestors(s)}
-        return frozenset(
-            s for s, i in self.sites.items() if s in moved or moved & (i.model_parents | i.guide_parents)
-        )
+        return self._downstream[name]
+
+    # Found once, as every run asks for them.
+
+    @cached_property
+    def _ancestors(self) -> dict[str, frozenset[str]]:
+        def of(name: str) -> frozenset[str]:
+            found: set[str] = set()
+            todo = list(self.sites[name].guide_parents)
+            while todo:
+                parent = todo.pop()
+                if parent not in found:
+                    found.add(parent)
+                    todo.extend(self.sites[parent].guide_parents)
+            return frozenset(found)
+
+        return {name: of(name) for name in self.sites}
+
+    @cached_property
+    def _downstream(self) -> dict[str, frozenset[str]]:
+        def of(name: str) -> frozenset[str]:
+            moved = {name} | {s for s, i in self.sites.items() if i.role != "observed" and name in self.ancestors(s)}
+            return frozenset(
+                s for s, i in self.sites.items() if s in moved or moved & (i.model_parents | i.guide_parents)
+            )
+
+        return {name: of(name) for name in self.sites}
+
+    @cached_property
+    def _drawn(self) -> dict[bool | None, list[SiteInfo]]:
+        every = [i for i in self.sites.values() if i.role != "observed" and i.in_guide and not i.fixed]
+        return {None: every, **{local: [i for i in every if i.local == local] for local in (True, False)}}
 
     def drawn(self, local: bool | None = None) -> list[SiteInfo]:
         """Guide sites that need an estimator, in the guide's order."""
-        return [
-            i
-            for i in self.sites.values()
-            if i.role != "observed" and i.in_guide and not i.fixed and (local is None or i.local == local)
-        ]
+        return list(self._drawn[local])
 
     def most(self, info: SiteInfo) -> float | None:
         """Nats that a row's draws of finite support hold at most over a uniform prior, plates inside the row
@@ -400,6 +417,8 @@ class Plan:
 
     def seen(self, structure: Structure) -> Structure:
         """The structure with what the densities look at under `nested`: an estimate looks at all that is in it."""
+        if not self.nested:
+            return structure
         sites = dict(structure.sites)
         for m in self.nested:
             looks = frozenset({*m.sites, *m.looking}.union(*(sites[n].guide_parents for n in (*m.sites, *m.looking))))
@@ -773,14 +792,14 @@ def losses(
     draws: Draws, objective: Objective, plan: Plan
 ) -> tuple[Array, Array | None, Array | None, dict[str, Array]]:
     """The objective on the views of one run: model loss, guide loss (None: the same), extra loss, next states."""
-    guide_view = draws.view("guide")
+    guide_view = draws.view("guide", objective.verbs)
     loss = objective(guide_view)
     ledger = guide_view.ledger
     apart = plan.frozen or any(e.relaxes for e in plan.estimators.values())
     model, guide = loss.model, loss.guide
     if apart:
         guide = loss.model if guide is None else guide
-        model = objective(draws.view("model")).model
+        model = objective(draws.view("model", objective.verbs)).model
     extra = loss.extra
     for term in ledger.extra:
         extra = term if extra is None else extra + term
@@ -1188,8 +1207,12 @@ def with_numbers(objective: Objective, plan: Plan, numbers: Numbers) -> tuple[Ob
     def placed(s: str, e: Estimator) -> Estimator:
         return e.with_numbers({n: v for n, v in of(f"estimator.{s}").items() if n in e.numbers()})
 
-    estimators = {s: placed(s, e) for s, e in plan.estimators.items()}
-    return objective.with_numbers(of("objective")), replace(plan, estimators=estimators)
+    mine = of("objective")
+    if mine:
+        objective = objective.with_numbers(mine)
+    if any(n.startswith("estimator.") for n in numbers):
+        plan = replace(plan, estimators={s: placed(s, e) for s, e in plan.estimators.items()})
+    return objective, plan
 
 
 def static_key(objective: Objective, plan: Plan) -> Hashable:
@@ -1239,13 +1262,12 @@ MOST_SKIPPED = "loop.most_skipped"
 """The number of a step that says how many in a row may be skipped; 0 stops at the first that is not finite."""
 
 
-def skipped_in_a_row(before: Array, most: Array, loss: Array, norm: Array) -> Array:
+def skipped_in_a_row(xp: Any, before: Array, most: Array, loss: Array, norm: Array) -> Array:
     """How many steps in a row, up to this one, had a loss or a gradient that is not finite; none moved anything.
 
     Beyond `most` it stays what it is, so nothing moves any more: the state after a chunk is that before the first of
-    them, and no step waits to be told.
+    them, and no step waits to be told. `xp` is torch or numpy.
     """
-    xp = ops.xp(before)
     here = xp.where(xp.isfinite(loss + norm), 0.0 * before, before + 1.0)
     return xp.where(before > most, before, here)
 

@@ -1172,7 +1172,6 @@ class NumPyroBound:
                 states=states,
                 own=own,
             )
-            draws = replace(draws, allowed=objective.verbs)
             model, guide, extra, states_ = losses(draws, objective, plan)
             parts = {"model": model}
             if guide is not None:

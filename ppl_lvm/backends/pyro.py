@@ -1068,9 +1068,12 @@ class PyroBound:
         n, batch = self.structure.nesting, x.dim() - event_dim
         if batch > n + 2:
             raise BackendError(f"A batch shape {tuple(x.shape)} has more than {n} plate and 2 draw dimensions.")
-        x = x.reshape((1,) * (n + 2 - batch) + tuple(x.shape))
+        # What changes nothing is left out in these functions: a step that is not compiled pays for it, twice.
+        if batch < n + 2:
+            x = x.reshape((1,) * (n + 2 - batch) + tuple(x.shape))
         M, K = self._sizes
-        return x.expand((M, K if local else x.shape[1]) + tuple(x.shape[2:]))
+        lead = M, K if local else x.shape[1]
+        return x if tuple(x.shape[:2]) == lead else x.expand(lead + tuple(x.shape[2:]))
 
     def _full(self, x: Tensor, info: SiteInfo) -> Tensor:
         x = self._pad(x, 0, info.local)
@@ -1078,14 +1081,22 @@ class PyroBound:
             return x
         if self.structure.plate_dim is None:
             return x.unsqueeze(2)
-        x = x.movedim(2 + self.structure.nesting + self.structure.plate_dim, 2)
-        return x.expand(x.shape[:2] + (self.structure.rows,) + x.shape[3:])
+        x = self._rows_third(x)
+        rows = self.structure.rows
+        return x if x.shape[2] == rows else x.expand(x.shape[:2] + (rows,) + x.shape[3:])
+
+    def _rows_third(self, x: Tensor) -> Tensor:
+        assert self.structure.plate_dim is not None
+        place = 2 + self.structure.nesting + self.structure.plate_dim
+        return x if place == 2 else x.movedim(place, 2)
 
     def _rows(self, full: Tensor, info: SiteInfo) -> Tensor:
         """Summed over every plate but the data plate: `[M, K, B]`, or `[M]` for a global site."""
         M, K = self._sizes
         if not info.local:
-            return full.reshape(M, -1).sum(1)
+            return full.reshape(M) if full.numel() == M else full.reshape(M, -1).sum(1)
+        if full.dim() == 3:
+            return full
         rows = 1 if self.structure.plate_dim is None else self.structure.rows
         return full.reshape(M, K, rows, -1).sum(3)
 
@@ -1104,10 +1115,11 @@ class PyroBound:
     def _from_site(self, value: Tensor, event_dim: int, info: SiteInfo) -> Tensor:
         value = self._pad(value, event_dim, info.local)
         if not info.local:
-            return value[:, 0].reshape((value.shape[0],) + self._own(value.shape[2:], event_dim, info))
+            value = value if value.shape[1] == 1 else value[:, :1]
+            return value.reshape((value.shape[0],) + self._own(value.shape[2:], event_dim, info))
         if self.structure.plate_dim is None:
             return value.reshape(tuple(value.shape[:2]) + (1,) + self._own(value.shape[2:], event_dim, info))
-        return value.movedim(2 + self.structure.nesting + self.structure.plate_dim, 2)
+        return self._rows_third(value)
 
     def _own(self, shape: torch.Size, event_dim: int, info: SiteInfo) -> tuple[int, ...]:
         """A value's shape without the plate dimensions that its site is not in."""
@@ -1240,7 +1252,6 @@ class PyroBound:
                 states=states,
                 own=own_leaf,
             )
-            draws = replace(draws, allowed=objective.verbs)
             model, guide, extra, states_ = losses(draws, objective, plan)
             of_model = {n: p for n, p in leaf.items() if "model" in self.structure.groups[n]}
             of_guide = {n: p for n, p in leaf.items() if n not in of_model}

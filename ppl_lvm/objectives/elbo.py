@@ -7,7 +7,7 @@ from pydantic import Field
 
 from ppl_lvm import ops
 from ppl_lvm.algorithm import BySite, Number, Objective, best_pattern
-from ppl_lvm.draws import Draws, Loss, Site, trailing
+from ppl_lvm.draws import Draws, Loss, Site, times, trailing
 from ppl_lvm.ops import Array
 
 
@@ -66,7 +66,7 @@ class elbo(Objective):
         terms = {name: self._term(d, s) for name, s in d.sites.items() if s.local}
         rows = self._with_free_bits(d, terms) if self.free_bits else d.mean(cost=terms)
         globals_ = [self._term(d, s) for s in d.sites.values() if not s.local]
-        return Loss(-d.total(rows, sum(globals_, 0.0 * d.log_w_global)))
+        return Loss(-d.total(rows, sum(globals_[1:], globals_[0]) if globals_ else None))
 
     def _with_free_bits(self, d: Draws, terms: dict[str, Array]) -> Array:
         latent = {n: t for n, t in terms.items() if d.sites[n].role == "latent"}
@@ -85,7 +85,7 @@ class elbo(Objective):
         weight, scale = self.weight((*site.joint, site.name)[0]), site.user_scale
         log_p, log_q = d.terms(site)
         if log_p is not None:
-            log_p = weight * trailing(scale, log_p) * log_p
+            log_p = times(weight, times(trailing(scale, log_p), log_p))
         if site.role == "observed":
             return log_p
         # In a step beta is an array, as a schedule may move it.
@@ -93,5 +93,7 @@ class elbo(Objective):
         if "kl" in site.extra:
             return -beta * weight * scale * site.extra["kl"]
         if log_q is not None:
-            log_q = weight * trailing(site.guide_scale, log_q) * log_q
-        return beta * ((0.0 if log_p is None else log_p) - (0.0 if log_q is None else log_q))
+            log_q = times(weight, times(trailing(site.guide_scale, log_q), log_q))
+        if log_p is None:
+            return -beta * log_q
+        return beta * (log_p if log_q is None else log_p - log_q)
