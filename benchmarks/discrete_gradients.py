@@ -29,7 +29,8 @@ from scipy.special import expit
 
 from ppl_lvm import backends, catalogue, fit, legality, program
 from ppl_lvm.algorithm import Estimator
-from ppl_lvm.backends.base import Call, initial_extras
+from ppl_lvm.backends.base import Call
+from ppl_lvm.backends.training import initial_extras
 from ppl_lvm.datasets import load
 from ppl_lvm.errors import LegalityError
 from ppl_lvm.objectives.elbo import elbo

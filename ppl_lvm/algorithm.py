@@ -10,7 +10,7 @@ import numpy as np
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, model_validator
 
 if TYPE_CHECKING:
-    from ppl_lvm.backends.base import Structure
+    from ppl_lvm.backends.structure import Structure
     from ppl_lvm.draws import Draws, Loss
     from ppl_lvm.latents import Sketch
     from ppl_lvm.ops import Array

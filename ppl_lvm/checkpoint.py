@@ -22,7 +22,8 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ppl_lvm import fingerprint, store
-from ppl_lvm.backends.base import RECORDS, Call
+from ppl_lvm.backends.base import Call
+from ppl_lvm.backends.training import RECORDS
 from ppl_lvm.errors import DataError, NonFiniteError, StorageError, TooLargeError
 from ppl_lvm.monitor import LOOKS
 from ppl_lvm.posterior import Fit, State

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from ppl_lvm import legality
 from ppl_lvm.algorithm import Algorithm, Objective, Schedule
-from ppl_lvm.backends.base import Plan, Structure
+from ppl_lvm.backends.structure import Plan, Structure
 from ppl_lvm.errors import LegalityError, ProgramError, RecipeError
 from ppl_lvm.posterior import Fit
 from ppl_lvm.recipe import Recipe, recipe

@@ -14,8 +14,9 @@ import numpy as np
 from ppl_lvm import backends, interrupts, legality, memory, progress
 from ppl_lvm.algorithm import GuideFamily, Schedule, Turn
 from ppl_lvm.arguments import check_kinds, check_loop
-from ppl_lvm.backends.base import MOST_SKIPPED, Call, numbers_of, parameter_groups
+from ppl_lvm.backends.base import Call
 from ppl_lvm.backends.hiding import Hiding
+from ppl_lvm.backends.training import MOST_SKIPPED, numbers_of, parameter_groups
 from ppl_lvm.checkpoint import Checkpoint, Progress, describe
 from ppl_lvm.data import Batches, Missing, check_missing, check_observed, is_batches, observe, read
 from ppl_lvm.errors import DataError, Interrupted, LegalityError, ProgramError, RecipeError

@@ -12,8 +12,9 @@ from typing import Any, TypeVar
 import numpy as np
 
 from ppl_lvm import backends, lookup, memory
-from ppl_lvm.backends.base import KNOWN, ROWS, Call, Plan, nested
+from ppl_lvm.backends.base import KNOWN, ROWS, Call
 from ppl_lvm.backends.forward import Anatomy, Forward
+from ppl_lvm.backends.structure import Plan, nested
 from ppl_lvm.errors import DataError, PplLvmError, ProgramError, TooLargeError, first_line
 from ppl_lvm.program import Program
 

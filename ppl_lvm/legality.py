@@ -16,8 +16,9 @@ from typing import Any
 import numpy as np
 
 from ppl_lvm.algorithm import Estimator, Objective, best_pattern
-from ppl_lvm.backends.base import CHAINS, LARGEST_SUPPORT, Nested, Plain, Plan, SiteInfo, Structure, nested
 from ppl_lvm.backends.marginal import Group, groups
+from ppl_lvm.backends.sites import CHAINS, LARGEST_SUPPORT
+from ppl_lvm.backends.structure import Nested, Plain, Plan, SiteInfo, Structure, nested
 from ppl_lvm.catalogue import resolve
 from ppl_lvm.errors import LegalityError
 from ppl_lvm.estimators.enumerate import enumerate as enumerated

@@ -19,7 +19,7 @@ import numpy as np
 
 from ppl_lvm import catalogue, legality
 from ppl_lvm.algorithm import Estimator, Objective
-from ppl_lvm.backends.base import SiteInfo, Structure
+from ppl_lvm.backends.structure import SiteInfo, Structure
 from ppl_lvm.draws import Plate
 
 Verdict = Literal["unbiased", "biased", "refused"]

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ppl_lvm.backends.base import RECORDS, SKIPPED
+from ppl_lvm.backends.training import RECORDS, SKIPPED
 
 if TYPE_CHECKING:
     from ppl_lvm.posterior import State

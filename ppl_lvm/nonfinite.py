@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from ppl_lvm.algorithm import Schedule, Turn
-from ppl_lvm.backends.base import SKIPPED, Again, innermost
+from ppl_lvm.backends.sites import innermost
+from ppl_lvm.backends.training import SKIPPED, Again
 from ppl_lvm.errors import NonFiniteError
 from ppl_lvm.monitor import Run, Watch
 

@@ -11,7 +11,8 @@ import numpy as np
 
 from ppl_lvm import lookup
 from ppl_lvm.algorithm import Turn, best_pattern
-from ppl_lvm.backends.base import Descent, check_value
+from ppl_lvm.backends.base import check_value
+from ppl_lvm.backends.training import Descent
 from ppl_lvm.errors import DataError, ProgramError, RecipeError
 
 if TYPE_CHECKING:

@@ -14,7 +14,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ppl_lvm import lookup, predict, saving, store
 from ppl_lvm.asking import checked
-from ppl_lvm.backends.base import ROWS, Call, Plan
+from ppl_lvm.backends.base import ROWS, Call
+from ppl_lvm.backends.structure import Plan
 from ppl_lvm.data import as_given, check_missing, is_batches, of_sequences, read
 from ppl_lvm.errors import DataError, PplLvmError, ProgramError
 from ppl_lvm.fitted import CHUNK, ENTRIES, Block, Chunk, Fitted, joined

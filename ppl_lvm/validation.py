@@ -10,7 +10,8 @@ import numpy as np
 
 from ppl_lvm import memory
 from ppl_lvm.algorithm import Schedule, Turn
-from ppl_lvm.backends.base import Call, Plan
+from ppl_lvm.backends.base import Call
+from ppl_lvm.backends.structure import Plan
 from ppl_lvm.errors import DataError
 
 SPLIT, NOISE = 0x5EED, 0x0B5E

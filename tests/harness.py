@@ -13,9 +13,10 @@ import torch
 from toys import Array, Backend, Toy, Values
 
 from ppl_lvm.algorithm import Estimator, Objective
-from ppl_lvm.backends.base import Call, Plan, Structure, losses
+from ppl_lvm.backends.base import Call, losses
 from ppl_lvm.backends.numpyro import NumPyroBound
 from ppl_lvm.backends.pyro import PyroBound
+from ppl_lvm.backends.structure import Plan, Structure
 from ppl_lvm.legality import plan
 from ppl_lvm.program import Program
 

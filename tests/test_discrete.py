@@ -23,7 +23,7 @@ from toys import Array, Backend, Ppl
 
 from ppl_lvm.algorithm import Estimator
 from ppl_lvm.backends import _jax_dists, _torch_dists
-from ppl_lvm.backends.base import noise_name
+from ppl_lvm.backends.structure import noise_name
 from ppl_lvm.errors import BackendError
 from ppl_lvm.estimators.gapped_st import gapped_st
 from ppl_lvm.estimators.gumbel_rao import gumbel_rao

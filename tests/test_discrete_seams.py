@@ -20,7 +20,7 @@ from toys import Array, Backend, Ppl
 from ppl_lvm import legality, matrix
 from ppl_lvm.algorithm import Estimator, Objective
 from ppl_lvm.backends import _jax_dists, _torch_dists
-from ppl_lvm.backends.base import inner_name, noise_name
+from ppl_lvm.backends.structure import inner_name, noise_name
 from ppl_lvm.errors import LegalityError
 from ppl_lvm.estimators.dreg import dreg
 from ppl_lvm.estimators.enumerate import enumerate as enumerated

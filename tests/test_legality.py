@@ -36,7 +36,7 @@ from toys import (
 
 from ppl_lvm import fit, legality, recipe
 from ppl_lvm.algorithm import Estimator, Objective
-from ppl_lvm.backends.base import Plain, Structure
+from ppl_lvm.backends.structure import Plain, Structure
 from ppl_lvm.draws import Draws, Loss
 from ppl_lvm.errors import LegalityError, ProgramError
 from ppl_lvm.estimators.dreg import dreg

@@ -12,7 +12,8 @@ import torch
 from toys import GLOBAL_ROWS, ROWS
 
 from ppl_lvm import Fit, State, backends, fit, progress
-from ppl_lvm.backends.base import Call, Plan
+from ppl_lvm.backends.base import Call
+from ppl_lvm.backends.structure import Plan
 from ppl_lvm.errors import BackendError, DataError, PplLvmError, RecipeError
 from ppl_lvm.monitor import EarlyStopping, Moment, restart_seeds
 from ppl_lvm.parameters import frozen, optimizer_of

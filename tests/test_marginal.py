@@ -28,7 +28,7 @@ from toys import Array, Backend, Ppl, Values
 
 from ppl_lvm import Fit, fit, numpyro_loss, pyro_loss, recipe
 from ppl_lvm.algorithm import Estimator, Objective
-from ppl_lvm.backends.base import LARGEST_SUPPORT
+from ppl_lvm.backends.sites import LARGEST_SUPPORT
 from ppl_lvm.catalogue import objectives
 from ppl_lvm.draws import Draws
 from ppl_lvm.draws import Loss as Losses

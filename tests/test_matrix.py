@@ -14,7 +14,7 @@ from toys import Array, Backend, Ppl
 
 from ppl_lvm import legality, matrix
 from ppl_lvm.algorithm import Estimator, Objective
-from ppl_lvm.backends.base import Structure
+from ppl_lvm.backends.structure import Structure
 from ppl_lvm.catalogue import estimators, objectives
 from ppl_lvm.errors import LegalityError
 from ppl_lvm.estimators.marginalize import marginalize

@@ -11,7 +11,7 @@ import pytest
 import xarray
 
 from ppl_lvm import Fit, backends, fit, memory, program
-from ppl_lvm.backends.base import Plan
+from ppl_lvm.backends.structure import Plan
 from ppl_lvm.errors import DataError, TooLargeError
 from ppl_lvm.fitted import Fitted
 

@@ -17,7 +17,7 @@ from scipy.stats import norm
 from toys import Array, Backend, Ppl
 
 from ppl_lvm.algorithm import Estimator, Objective
-from ppl_lvm.backends.base import inner_name
+from ppl_lvm.backends.structure import inner_name
 from ppl_lvm.errors import LegalityError
 from ppl_lvm.estimators.dreg import dreg
 from ppl_lvm.estimators.enumerate import enumerate as enumerated

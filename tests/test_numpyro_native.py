@@ -24,8 +24,9 @@ from numpyro.infer.reparam import LocScaleReparam
 from ppl_lvm import Fit, State, fit, numpyro_loss
 from ppl_lvm.backends._numpyro_handlers import precision, site_key
 from ppl_lvm.backends._numpyro_state import with_noise
-from ppl_lvm.backends.base import Call, Plan
+from ppl_lvm.backends.base import Call
 from ppl_lvm.backends.numpyro import NumPyroBound
+from ppl_lvm.backends.structure import Plan
 from ppl_lvm.errors import BackendError, LegalityError, ProgramError
 from ppl_lvm.estimators.pathwise import pathwise
 from ppl_lvm.objectives.elbo import elbo

@@ -28,7 +28,7 @@ from toys import BERNOULLI, CATEGORICALS, PLATE, UPWARD, Backend, Toy
 
 from ppl_lvm import legality, matrix
 from ppl_lvm.algorithm import Estimator, Objective, best_pattern
-from ppl_lvm.backends.base import initial_extras
+from ppl_lvm.backends.training import initial_extras
 from ppl_lvm.catalogue import estimators as estimator_files
 from ppl_lvm.catalogue import objectives as objective_files
 from ppl_lvm.catalogue import resolve

@@ -35,7 +35,8 @@ from toys import (
 
 from ppl_lvm import matrix
 from ppl_lvm.algorithm import Estimator, Objective
-from ppl_lvm.backends.base import initial_extras, losses
+from ppl_lvm.backends.base import losses
+from ppl_lvm.backends.training import initial_extras
 from ppl_lvm.catalogue import objectives
 from ppl_lvm.errors import LegalityError
 from ppl_lvm.estimators.dreg import dreg

@@ -22,9 +22,11 @@ from _pytest.mark import ParameterSet
 from ppl_lvm import legality, matrix, program, programs
 from ppl_lvm.algorithm import Estimator, Objective
 from ppl_lvm.backends._torch_dists import GuideSite, elements
-from ppl_lvm.backends.base import Call, Plan, initial_extras, noise_name, prior_name
+from ppl_lvm.backends.base import Call
 from ppl_lvm.backends.numpyro import NumPyroBound, precision
 from ppl_lvm.backends.pyro import PyroBound
+from ppl_lvm.backends.structure import Plan, noise_name, prior_name
+from ppl_lvm.backends.training import initial_extras
 from ppl_lvm.catalogue import estimators, objectives, resolve
 from ppl_lvm.errors import LegalityError
 

@@ -22,7 +22,8 @@ from torch.distributions import constraints
 
 from ppl_lvm import Fit, fit, to_pyro
 from ppl_lvm.backends._pyro_train import _step_seed
-from ppl_lvm.backends.base import Call, Plan
+from ppl_lvm.backends.base import Call
+from ppl_lvm.backends.structure import Plan
 from ppl_lvm.errors import BackendError, LegalityError, ProgramError
 
 RNG = np.random.default_rng(0)

@@ -26,9 +26,10 @@ from toys import GLOBAL_ROWS, ROWS, Array, Backend, Ppl, Values, native_rows
 
 from ppl_lvm import fit
 from ppl_lvm.algorithm import Estimator, Objective
-from ppl_lvm.backends.base import Call, Plan
+from ppl_lvm.backends.base import Call
 from ppl_lvm.backends.numpyro import NumPyroBound, precision
 from ppl_lvm.backends.pyro import PyroBound
+from ppl_lvm.backends.structure import Plan
 from ppl_lvm.errors import LegalityError, ProgramError
 from ppl_lvm.estimators.dreg import dreg
 from ppl_lvm.estimators.enumerate import enumerate as enumerated

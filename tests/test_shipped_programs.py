@@ -14,9 +14,10 @@ from scipy.stats import multivariate_normal, norm, poisson
 
 from ppl_lvm import legality
 from ppl_lvm.algorithm import Objective
-from ppl_lvm.backends.base import Call, Plan
+from ppl_lvm.backends.base import Call
 from ppl_lvm.backends.numpyro import NumPyroBound, precision
 from ppl_lvm.backends.pyro import PyroBound
+from ppl_lvm.backends.structure import Plan
 from ppl_lvm.catalogue import resolve
 from ppl_lvm.objectives.elbo import elbo
 from ppl_lvm.program import program, programs

@@ -17,15 +17,8 @@ from numpyro.distributions.kl import kl_divergence
 from numpyro.distributions.util import validate_sample
 
 from ppl_lvm.backends import _jax_mixtures, _jax_structured
-from ppl_lvm.backends.base import (
-    Chain,
-    check_injected,
-    is_point,
-    log_values,
-    noise_name,
-    product_support,
-    rebuild,
-)
+from ppl_lvm.backends.sites import Chain, is_point, log_values, product_support, rebuild
+from ppl_lvm.backends.structure import check_injected, noise_name
 
 Array = jax.Array
 Message = dict[str, Any]

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from ppl_lvm.backends import _jax_dists
-from ppl_lvm.backends.base import Unit
 from ppl_lvm.backends.natural import Factor, Slopes, factors, scaled, solved
+from ppl_lvm.backends.training import Unit
 
 Array = jax.Array
 Params = Mapping[str, Any]

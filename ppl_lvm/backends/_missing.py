@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ppl_lvm.backends.base import Call, check_fits
+from ppl_lvm.backends.base import Call
+from ppl_lvm.backends.sites import check_fits
 from ppl_lvm.errors import ProgramError
 
 if TYPE_CHECKING:

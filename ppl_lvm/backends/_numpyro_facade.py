@@ -10,8 +10,9 @@ import jax.numpy as jnp
 
 from ppl_lvm.algorithm import Estimator, Objective
 from ppl_lvm.backends._numpyro_guides import by_noise
-from ppl_lvm.backends.base import Call, Plan, Structure, losses
+from ppl_lvm.backends.base import Call, losses
 from ppl_lvm.backends.numpyro import NumPyroBound
+from ppl_lvm.backends.structure import Plan, Structure
 from ppl_lvm.draws import Draws
 from ppl_lvm.program import Program
 

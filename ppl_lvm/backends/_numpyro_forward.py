@@ -15,8 +15,9 @@ from ppl_lvm.backends._jax_dists import draw, site_log_prob
 from ppl_lvm.backends._jax_provenance import provenance
 from ppl_lvm.backends._numpyro_handlers import Handler, Message, Params, message_key, of_step, plates_of, precision
 from ppl_lvm.backends._numpyro_state import evaluation
-from ppl_lvm.backends.base import Call, is_factor
+from ppl_lvm.backends.base import Call
 from ppl_lvm.backends.forward import Anatomy, Forward
+from ppl_lvm.backends.sites import is_factor
 
 if TYPE_CHECKING:
     from ppl_lvm.backends.numpyro import NumPyroBound

@@ -21,7 +21,8 @@ from ppl_lvm.backends import _jax_nets, _jax_structured
 from ppl_lvm.backends._jax_dists import namespace, site_log_prob
 from ppl_lvm.backends._numpyro_scan import Scan, enter
 from ppl_lvm.backends._numpyro_state import containers, still, with_noise
-from ppl_lvm.backends.base import Chain, check_param
+from ppl_lvm.backends.base import check_param
+from ppl_lvm.backends.sites import Chain
 from ppl_lvm.errors import ProgramError
 from ppl_lvm.process import TURN
 

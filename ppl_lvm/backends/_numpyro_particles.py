@@ -19,7 +19,7 @@ from numpyro.primitives import _PYRO_STACK
 from ppl_lvm.algorithm import Resampling
 from ppl_lvm.backends._jax_dists import site_log_prob
 from ppl_lvm.backends._numpyro_handlers import Handler, Message, recorded
-from ppl_lvm.backends.base import check_together
+from ppl_lvm.backends.sites import check_together
 from ppl_lvm.errors import ProgramError
 
 Array = jax.Array

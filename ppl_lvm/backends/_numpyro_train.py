@@ -15,20 +15,20 @@ from ppl_lvm.algorithm import Algorithm, Objective
 from ppl_lvm.backends import _jax_memory, _jax_natural
 from ppl_lvm.backends._numpyro_handlers import StepKeys, site_key
 from ppl_lvm.backends._numpyro_state import is_key
-from ppl_lvm.backends.base import (
+from ppl_lvm.backends.base import Call, Gradients, losses
+from ppl_lvm.backends.hiding import Hiding
+from ppl_lvm.backends.numpyro import NumPyroBound, owned, precision
+from ppl_lvm.backends.structure import Plan
+from ppl_lvm.backends.training import (
     MOST_SKIPPED,
     RECORDS,
     SKIPPED,
     Again,
-    Call,
     Descent,
-    Gradients,
     Numbers,
-    Plan,
     Steps,
     check_state,
     initial_extras,
-    losses,
     merged,
     own_name,
     rows_of,
@@ -36,8 +36,6 @@ from ppl_lvm.backends.base import (
     static_key,
     with_numbers,
 )
-from ppl_lvm.backends.hiding import Hiding
-from ppl_lvm.backends.numpyro import NumPyroBound, owned, precision
 from ppl_lvm.errors import BackendError
 
 SKIPPED_LEAF = jax.tree_util.keystr((jax.tree_util.DictKey(SKIPPED),))
@@ -107,7 +105,7 @@ def device_memory() -> int | None:
 
 
 class Trainer:
-    """See `backends.base.Trainer`. Modes: "compiled" (a jitted loop) and "eager" (one operation at a time).
+    """See `backends.training.Trainer`. Modes: "compiled" (a jitted loop) and "eager" (one operation at a time).
 
     Several runs are one loop under `vmap`: trees, keys and orders of rows have a leading axis, the data have none.
     """

@@ -13,8 +13,10 @@ from pyro.infer import ELBO
 from torch import Tensor
 
 from ppl_lvm.algorithm import Objective, Schedule
-from ppl_lvm.backends.base import Call, Plan, Steps, Structure, initial_extras, losses, numbers_of, with_numbers
+from ppl_lvm.backends.base import Call, losses
 from ppl_lvm.backends.pyro import PyroBound
+from ppl_lvm.backends.structure import Plan, Structure
+from ppl_lvm.backends.training import Steps, initial_extras, numbers_of, with_numbers
 from ppl_lvm.errors import BackendError, ProgramError
 from ppl_lvm.program import Program
 

@@ -15,8 +15,10 @@ from torch import Tensor
 
 from ppl_lvm.backends._pyro_handlers import Handler, Message, Params, of_step, sealed, seeded
 from ppl_lvm.backends._torch_dists import draw, log_prob, site_log_prob
-from ppl_lvm.backends.base import Call, Plan, SiteInfo, is_factor
+from ppl_lvm.backends.base import Call
 from ppl_lvm.backends.forward import Anatomy, Forward
+from ppl_lvm.backends.sites import is_factor
+from ppl_lvm.backends.structure import Plan, SiteInfo
 
 if TYPE_CHECKING:
     from ppl_lvm.backends.pyro import PyroBound

@@ -23,7 +23,8 @@ from torch.utils._pytree import tree_flatten, tree_map
 from ppl_lvm import nets, ops
 from ppl_lvm.backends import _torch_nets, _torch_structured
 from ppl_lvm.backends._torch_dists import site_log_prob
-from ppl_lvm.backends.base import Chain, check_param
+from ppl_lvm.backends.base import check_param
+from ppl_lvm.backends.sites import Chain
 from ppl_lvm.errors import ProgramError
 from ppl_lvm.process import TURN
 

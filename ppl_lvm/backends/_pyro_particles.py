@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_flatten, tree_map
 
 from ppl_lvm.algorithm import Resampling
 from ppl_lvm.backends._pyro_handlers import Handler, Message, stacked
-from ppl_lvm.backends.base import check_together
+from ppl_lvm.backends.sites import check_together
 from ppl_lvm.errors import ProgramError
 
 

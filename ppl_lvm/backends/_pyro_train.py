@@ -27,28 +27,27 @@ from ppl_lvm.algorithm import Objective
 from ppl_lvm.backends import _torch_memory, _torch_natural
 from ppl_lvm.backends._pyro_handlers import kept_generators, sealed, seed_generators
 from ppl_lvm.backends._torch_optimizers import Fused
-from ppl_lvm.backends.base import (
+from ppl_lvm.backends.base import Call, losses
+from ppl_lvm.backends.hiding import Hiding
+from ppl_lvm.backends.pyro import PyroBound
+from ppl_lvm.backends.structure import Plan
+from ppl_lvm.backends.training import (
     MOST_SKIPPED,
     RECORDS,
     SKIPPED,
     Again,
-    Call,
     Descent,
     Numbers,
-    Plan,
     Steps,
     Unit,
     check_state,
     initial_extras,
-    losses,
     merged,
     rows_of,
     skipped_in_a_row,
     static_key,
     with_numbers,
 )
-from ppl_lvm.backends.hiding import Hiding
-from ppl_lvm.backends.pyro import PyroBound
 from ppl_lvm.errors import BackendError, first_line
 from ppl_lvm.process import TURN
 
@@ -142,7 +141,7 @@ def device_memory() -> int | None:
 
 
 class Trainer:
-    """See `backends.base.Trainer`. Several runs are one after the other; a tree is a list of theirs."""
+    """See `backends.training.Trainer`. Several runs are one after the other; a tree is a list of theirs."""
 
     def __init__(
         self,

@@ -17,15 +17,8 @@ from torch import Tensor
 from torch.distributions import kl_divergence
 
 from ppl_lvm import ops
-from ppl_lvm.backends.base import (
-    Chain,
-    check_injected,
-    is_point,
-    log_values,
-    noise_name,
-    product_support,
-    rebuild,
-)
+from ppl_lvm.backends.sites import Chain, is_point, log_values, product_support, rebuild
+from ppl_lvm.backends.structure import check_injected, noise_name
 
 HALF_LOG_2PI = 0.5 * math.log(2.0 * math.pi)
 

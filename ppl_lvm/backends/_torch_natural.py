@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from ppl_lvm.backends import _torch_dists
-from ppl_lvm.backends.base import Unit
 from ppl_lvm.backends.natural import Factor, Slopes, factors, scaled, solved
+from ppl_lvm.backends.training import Unit
 
 Params = Mapping[str, Tensor]
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ppl_lvm.backends.base import VARIANT
+from ppl_lvm.backends.structure import VARIANT
 from ppl_lvm.draws import Site
 
 _ARRAYS = (

@@ -13,7 +13,7 @@ from ppl_lvm import ops
 from ppl_lvm.ops import Array
 
 if TYPE_CHECKING:
-    from ppl_lvm.backends.base import Structure
+    from ppl_lvm.backends.structure import Structure
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,8 @@ from typing import Any, Protocol
 import numpy as np
 
 from ppl_lvm import ops
-from ppl_lvm.backends.base import Structure, Unit
+from ppl_lvm.backends.structure import Structure
+from ppl_lvm.backends.training import Unit
 from ppl_lvm.errors import LegalityError
 from ppl_lvm.ops import Array
 

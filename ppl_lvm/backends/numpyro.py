@@ -54,25 +54,12 @@ from ppl_lvm.backends._numpyro_handlers import (
 from ppl_lvm.backends._numpyro_particles import DRAWS, Together
 from ppl_lvm.backends._numpyro_state import after_run, changed, evaluation, is_key, next_states
 from ppl_lvm.backends.base import (
-    CHECK_DATA,
     PRIOR_DRAWS,
-    SUMMED,
-    VARIANT,
     Call,
-    Chain,
     Gradients,
-    Plan,
-    Role,
-    SiteInfo,
-    Steps,
-    Structure,
     as_float,
     check_range,
-    check_scale,
-    check_sites,
     check_value,
-    class_facts,
-    density,
     dreamt,
     example_kinds,
     features,
@@ -80,24 +67,40 @@ from ppl_lvm.backends.base import (
     first_run,
     given_rows,
     inner_axis,
-    inner_name,
-    is_chain_of_classes,
-    is_factor,
-    is_point,
-    latent_site,
     losses,
-    of_least_variance,
-    owner,
-    prior_name,
     row_params,
-    rows_of,
-    steps_of,
-    sum_out,
-    undeclared,
     written,
 )
 from ppl_lvm.backends.forward import Anatomy, Forward
 from ppl_lvm.backends.natural import Enough
+from ppl_lvm.backends.sites import (
+    CHECK_DATA,
+    Chain,
+    check_scale,
+    check_sites,
+    density,
+    is_chain_of_classes,
+    is_factor,
+    is_point,
+    latent_site,
+    steps_of,
+    undeclared,
+)
+from ppl_lvm.backends.structure import (
+    SUMMED,
+    VARIANT,
+    Plan,
+    Role,
+    SiteInfo,
+    Structure,
+    class_facts,
+    inner_name,
+    of_least_variance,
+    owner,
+    prior_name,
+    sum_out,
+)
+from ppl_lvm.backends.training import Steps, rows_of
 from ppl_lvm.draws import Draws, Particles, Plate, Site
 from ppl_lvm.errors import BackendError, DataError, ProgramError
 from ppl_lvm.latents import Latent, PlateOf

@@ -62,24 +62,12 @@ from ppl_lvm.backends._torch_missing import TorchMissing, feasible
 from ppl_lvm.backends._torch_ops import Gate, current_gate, stopped_once
 from ppl_lvm.backends._torch_tables import equal, joined
 from ppl_lvm.backends.base import (
-    CHECK_DATA,
     PRIOR_DRAWS,
-    SUMMED,
-    VARIANT,
     Call,
-    Chain,
     Gradients,
-    Plan,
-    Role,
-    SiteInfo,
-    Structure,
     as_float,
     check_range,
-    check_scale,
-    check_sites,
     check_value,
-    class_facts,
-    density,
     dreamt,
     example_kinds,
     features,
@@ -87,23 +75,39 @@ from ppl_lvm.backends.base import (
     first_run,
     given_rows,
     inner_axis,
-    inner_name,
-    is_chain_of_classes,
-    is_factor,
-    is_point,
-    latent_site,
     losses,
-    of_least_variance,
-    prior_name,
     row_params,
-    rows_of,
-    steps_of,
-    sum_out,
-    undeclared,
     written,
 )
 from ppl_lvm.backends.forward import Anatomy, Forward
 from ppl_lvm.backends.natural import Enough
+from ppl_lvm.backends.sites import (
+    CHECK_DATA,
+    Chain,
+    check_scale,
+    check_sites,
+    density,
+    is_chain_of_classes,
+    is_factor,
+    is_point,
+    latent_site,
+    steps_of,
+    undeclared,
+)
+from ppl_lvm.backends.structure import (
+    SUMMED,
+    VARIANT,
+    Plan,
+    Role,
+    SiteInfo,
+    Structure,
+    class_facts,
+    inner_name,
+    of_least_variance,
+    prior_name,
+    sum_out,
+)
+from ppl_lvm.backends.training import rows_of
 from ppl_lvm.draws import Draws, Particles, Plate, Site
 from ppl_lvm.errors import BackendError, ProgramError
 from ppl_lvm.latents import Latent, PlateOf

@@ -10,7 +10,7 @@ from ppl_lvm.draws import Draws, Loss
 from ppl_lvm.ops import Array, stop_gradient
 
 if TYPE_CHECKING:
-    from ppl_lvm.backends.base import Structure
+    from ppl_lvm.backends.structure import Structure
 
 
 class capacitron(Objective):
