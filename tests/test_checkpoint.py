@@ -213,7 +213,7 @@ import os, sys
 from pathlib import Path
 import numpy as np
 from ppl_lvm import checkpoint, store
-from ppl_lvm.backends.base import RECORDS
+from ppl_lvm.backends.training import RECORDS
 from ppl_lvm.monitor import LOOKS
 from ppl_lvm.posterior import State
 

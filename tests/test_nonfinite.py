@@ -125,7 +125,7 @@ def test_a_gradient_that_is_not_finite_is_seen_where_the_loss_is(backend: str, m
     same(error.state, run(backend, mode, SLOPE, steps=STEPS[0]).state)
 
 
-@eagerly
+@on_both
 def test_too_many_steps_in_a_row_end_the_fit(backend: str, mode: str) -> None:
     """With all rows in every step there is no other one to go on with."""
     error = stopped(backend, mode, on_nonfinite="skip", most_skipped=3, batch_size=None)
@@ -145,7 +145,7 @@ def test_groups_that_move_apart_stay_together(backend: str, mode: str, chosen: P
         same(error.state, run(backend, mode, chosen, **options, steps=error.step).state)
 
 
-@eagerly
+@on_both
 def test_restarts_stop_each_on_its_own(backend: str, mode: str) -> None:
     """They meet the row at steps of their own. The error has the one that went furthest, to the bits of it alone."""
     seeds = restart_seeds(SEED, 2)
@@ -156,3 +156,20 @@ def test_restarts_stop_each_on_its_own(backend: str, mode: str) -> None:
     alone = run(backend, mode, seed=seeds[last], steps=max(met)).state
     for name, array in alone.arrays.items():
         np.testing.assert_allclose(error.state.arrays[name], array, rtol=1e-12, err_msg=name)
+
+
+@on_both
+def test_restarts_skip_each_on_its_own(backend: str, mode: str) -> None:
+    """All steps that have the row, of each run, and nothing else; however far the loop looks ahead."""
+    seeds, options = restart_seeds(SEED, 2), {"on_nonfinite": "skip", "steps": 40}
+    met = [np.flatnonzero((Order(len(X), SIZE, s).batches(0, 40) == ROW).any(1)).tolist() for s in seeds]
+    assert met[0] != met[1]
+    ahead = run(backend, mode, restarts=2, **options)
+    by_step = run(backend, mode, restarts=2, check_every=1, **options)
+    same(ahead.state, by_step.state)
+    np.testing.assert_array_equal(ahead.history["loss"], by_step.history["loss"])
+    best = ahead.state.restart
+    assert ahead.history["skipped_step"].tolist() == met[best]
+    alone = run(backend, mode, seed=seeds[best], **options)
+    for name, array in alone.state.arrays.items():
+        np.testing.assert_allclose(ahead.state.arrays[name], array, rtol=1e-12, err_msg=name)

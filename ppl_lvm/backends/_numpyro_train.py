@@ -256,31 +256,36 @@ class Trainer:
         """The tree after n steps of which those that are not finite moved nothing, and `RECORDS`, `[n, runs, 3]`.
 
         Steps are taken as if all were finite: a loop in which each looks at its own gradient first would keep two
-        states, which costs all fits for the sake of a few. Where one was not, those before it are taken again.
+        states, which costs all fits for the sake of a few. Where one was not, those before it are taken again, and it
+        is looked less far ahead.
         """
         skipped = np.asarray(tree[SKIPPED], np.float64).reshape(-1)
-        records, first = np.zeros((n, len(skipped), 3)), 0
+        records, first, span = np.zeros((n, len(skipped), 3)), 0, n
         while first < n:
-            live = skipped <= most[first]
-            after, found = steps(tree, first, n)
-            records[first:, :, :2], records[first:, :, 2] = found[first:n], np.where(live, 0.0, skipped)
-            lost = live & ~np.isfinite(found[first:n]).all(-1)
-            if not lost.any():
-                return self._moved(live, after, tree, np.where(live, 0.0, skipped)), records
-            end = first + int(lost.any(1).argmax())
-            if end > first:
+            live, end = skipped <= most[first], min(n, first + span)
+            after, found = steps(tree, first, end)
+            lost = (live & ~np.isfinite(found[first:end]).all(-1)).any(1)
+            good = int(lost.argmax()) if lost.any() else end - first
+            if good:
+                if lost.any():
+                    after, _ = steps(tree, first, first + good)
                 skipped = np.where(live, 0.0, skipped)
-                tree = self._moved(live, steps(tree, first, end)[0], tree, skipped)
-            skipped = skipped_in_a_row(np, skipped, most[end], *np.moveaxis(found[end], -1, 0))
-            tree = self._moved(skipped == 0, steps(tree, end, end + 1)[0], tree, skipped)
-            records[end:, :, 2], first = skipped, end + 1
-            if (skipped > most[end]).all():
-                break
+                tree = self._moved(live, after, tree, skipped)
+                kept = slice(first, first + good)
+                records[kept, :, :2], records[kept, :, 2] = found[kept], skipped
+            first, span = first + good, 2 * span
+            if lost.any():
+                skipped = skipped_in_a_row(np, skipped, most[first], *np.moveaxis(found[first], -1, 0))
+                tree = self._moved(skipped == 0, steps(tree, first, first + 1)[0], tree, skipped)
+                records[first:, :, :2], records[first:, :, 2] = found[first], skipped
+                if (skipped > most[first]).all():
+                    break
+                first, span = first + 1, 2 * (good + 1)
         return tree, records
 
     def _moved(self, which: np.ndarray, after: Tree, before: Tree, skipped: np.ndarray) -> Tree:
         """A tree in which these runs have moved on."""
-        like = before[SKIPPED]
+        held = before[SKIPPED]
         if which.all() or not which.any():
             tree = after if which.all() else before
         else:
@@ -288,7 +293,9 @@ class Trainer:
             tree = jax.tree.map(
                 lambda new, old: jnp.where(kept.reshape(-1, *(1,) * (new.ndim - 1)), new, old), after, before
             )
-        return tree | {SKIPPED: jnp.asarray(skipped.reshape(like.shape), like.dtype)}
+        if np.array_equal(np.asarray(held).reshape(-1), skipped):
+            return tree  # to make an array costs as much as a hundred steps of a small model
+        return tree | {SKIPPED: jnp.asarray(skipped.reshape(held.shape), held.dtype)}
 
     def loss(
         self,
