@@ -161,7 +161,8 @@ def test_restarts_stop_each_on_its_own(backend: str, mode: str) -> None:
 @on_both
 def test_restarts_skip_each_on_its_own(backend: str, mode: str) -> None:
     """All steps that have the row, of each run, and nothing else; however far the loop looks ahead."""
-    seeds, options = restart_seeds(SEED, 2), {"on_nonfinite": "skip", "steps": 40}
+    seeds = restart_seeds(SEED, 2)
+    options: dict[str, Any] = {"on_nonfinite": "skip", "steps": 40}
     met = [np.flatnonzero((Order(len(X), SIZE, s).batches(0, 40) == ROW).any(1)).tolist() for s in seeds]
     assert met[0] != met[1]
     ahead = run(backend, mode, restarts=2, **options)
@@ -169,6 +170,7 @@ def test_restarts_skip_each_on_its_own(backend: str, mode: str) -> None:
     same(ahead.state, by_step.state)
     np.testing.assert_array_equal(ahead.history["loss"], by_step.history["loss"])
     best = ahead.state.restart
+    assert best is not None
     assert ahead.history["skipped_step"].tolist() == met[best]
     alone = run(backend, mode, seed=seeds[best], **options)
     for name, array in alone.state.arrays.items():
