@@ -44,7 +44,7 @@ class Workload:
     svi: Mapping[str, Callable[[str], tuple[Any, Any, Any]]]
     """Backend -> on a device, its model, guide and ELBO."""
     options: Mapping[str, Any] = field(default_factory=dict)
-    block: Mapping[str, int] = field(default_factory=lambda: {"numpyro": 1000, "pyro": 100})
+    block: Mapping[str, int] = field(default_factory=lambda: {"numpyro": 1000, "pyro": 40})
     """Steps of a turn: at two microseconds a step it takes a thousand to be longer than a call."""
     batch: int | None = None
 
@@ -146,7 +146,7 @@ def vae(draws: int, batch: int, rows: int = 5000) -> Workload:
         {"numpyro": lambda: peers.jax_vae(draws), "pyro": lambda: peers.torch_vae(draws)},
         {b: partial(vae_svi, b, draws) for b in ("pyro", "numpyro")},
         {"recipe": "elbo"} if draws == 1 else {"recipe": "iwae", "draws": draws},
-        block=dict.fromkeys(("numpyro", "pyro"), 20 if draws == 1 else 4),
+        block=dict.fromkeys(("numpyro", "pyro"), 20 if draws == 1 else 1),
         batch=batch,
     )
 
@@ -165,7 +165,7 @@ def codes(estimator: str, options: Mapping[str, Any]) -> Workload:
         {"numpyro": of_jax, "pyro": of_torch},
         {},
         options,
-        block=dict.fromkeys(("numpyro", "pyro"), 10),
+        block=dict.fromkeys(("numpyro", "pyro"), 10 if estimator == "reinmax" else 3),
         batch=128,
     )
 
@@ -192,7 +192,7 @@ def svae(latent: int = 4, hidden: int = 32) -> Workload:
         {"numpyro": lambda: peers.jax_svae_lds, "pyro": lambda: peers.torch_svae_lds},
         {},
         {"recipe": "elbo"},
-        block=dict.fromkeys(("numpyro", "pyro"), 10),
+        block=dict.fromkeys(("numpyro", "pyro"), 3),
         batch=32,
     )
 
