@@ -12,7 +12,7 @@ import torch
 from scipy.special import expit, log_expit, logsumexp
 from scipy.stats import multivariate_normal, norm, poisson
 
-from ppl_lvm import legality
+from ppl_lvm import fit, legality
 from ppl_lvm.algorithm import Objective
 from ppl_lvm.backends.base import Call
 from ppl_lvm.backends.numpyro import NumPyroBound, precision
@@ -256,3 +256,18 @@ def test_densities_of_partly_seen_neurons(backend: str) -> None:
     np.testing.assert_allclose(table["log_p(h)"][0], log_p_h, rtol=0, atol=1e-10)
     np.testing.assert_allclose(table["log_p(x)"][0], log_p_x, rtol=0, atol=1e-10)
     np.testing.assert_allclose(table["log_w"][0], log_p_h + log_p_x - log_q, rtol=0, atol=1e-10)
+
+
+EXAMPLES = [name for name in programs() if program(name).example is not None]
+ON_NUMPYRO = [pytest.param(name, "numpyro", marks=pytest.mark.slow) for name in EXAMPLES]
+
+
+@pytest.mark.parametrize(("name", "backend"), [*((name, "pyro") for name in EXAMPLES), *ON_NUMPYRO])
+def test_its_example_is_fitted_as_it_comes(name: str, backend: str) -> None:
+    """By its own recipe, in single precision, which nothing else here is in."""
+    example = program(name).example
+    assert example is not None
+    data = example(np.random.default_rng(0))
+    run = fit(name, data=data, backend=backend, steps=2, batch_size=None, compile="auto", progress_bar=False)
+    assert np.isfinite(run.history["loss"]).all()
+    assert {str(v.dtype) for v in run.params.values() if v.dtype.kind == "f"} == {"float32"}

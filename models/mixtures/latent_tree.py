@@ -60,7 +60,7 @@ def guide(ppl, x, *, categories=2, states=2, branches=2):
     parents, of_leaf = above(x.shape[-1], branches)
     leaf = emission(ppl, x.shape[-1], states, categories)
     log_p = ppl.dist.Categorical(logits=leaf).log_prob(ppl.xp.astype(x, ppl.xp.int32)[..., None])
-    below = ppl.xp.asarray(np.eye(len(parents))[of_leaf]) + 0.0 * log_p[0, 0, 0]
+    below = ppl.xp.astype(ppl.xp.asarray(np.eye(len(parents))[of_leaf]), log_p.dtype)
     node = ppl.xp.matrix_transpose(below) @ log_p
     with ppl.plate("data", len(x)):
         ppl.sample("z", ppl.structured.Tree(parents, *prior(ppl, len(parents), states), node=node))
