@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,7 @@ def run(backend: str, **options: Any) -> Fit:
     return fit(options.pop("program", TOY), data=options.pop("data", X), backend=backend, **(settings | options))
 
 
-def ended(writes: int, backend: str, folder: Path, **options: Any) -> None:
+def ended(writes: int, call: Callable[..., Any], **options: Any) -> None:
     """A fit that ends where it would write one checkpoint more than so many."""
     left, write = [writes], store.write
 
@@ -62,7 +63,7 @@ def ended(writes: int, backend: str, folder: Path, **options: Any) -> None:
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Ended):
         patch.setattr(store, "write", end)
-        run(backend, checkpoint=folder, **options)
+        call(**options)
 
 
 def assert_same(whole: Fit, other: Fit) -> None:
@@ -123,7 +124,7 @@ def test_a_fit_that_was_ended_goes_on_to_the_same_bits(name: str, backend: str, 
     if "restarts" in options:
         assert any("early stopping: kept the parameters" in m for m in whole.messages), whole.messages
     for _ in range(2):
-        ended(2, backend, tmp_path, every=3, **options)
+        ended(2, partial(run, backend), checkpoint=tmp_path, every=3, **options)
     found = run(backend, checkpoint=tmp_path, **options)
     assert any("checkpoint: went on from step" in m for m in found.messages), found.messages
     assert_same(whole, found)
@@ -197,7 +198,7 @@ def test_batches_go_on_in_their_order_or_not_at_all(backend: str, tmp_path: Path
     """Three batches of six and a shorter one an epoch; the order is the source's, and is drawn again from its seed."""
     options: dict[str, Any] = {"batch_size": 6, "steps": 10}
     whole = run(backend, data=Loader(X, 5), **options)
-    ended(2, backend, tmp_path, data=Loader(X, 5), every=5, **options)
+    ended(2, partial(run, backend), checkpoint=tmp_path, data=Loader(X, 5), every=5, **options)
     assert_same(whole, run(backend, data=Loader(X, 5), checkpoint=tmp_path, **options))
     for other in (Loader(X, 6), Loader(X + 1e-9, 5)):
         with pytest.raises(DataError, match="10 batches before the checkpoint hold other rows, or rows in another"):

@@ -426,6 +426,7 @@ def test_a_call_leaves_nothing_behind(backend: Backend, ended: tuple[str, ...], 
     assert changes(before) == {}, "State"
     pyro.clear_param_store()
 
+
 # The same of what is no method of a fit: refits, files, the libraries' own loops, the command line.
 
 MINE = '''

@@ -20,10 +20,11 @@ import pytest
 import torch
 from flax import nnx
 from numpyro.contrib.module import nnx_module
+from test_checkpoint import ended
 from test_memory import run_out
 from test_nonfinite import BAD, DENSITY, ROW, SEED, SIZE, STEPS, X, same
 
-from ppl_lvm import Fit, State, backends, checkpoint, fit, pace, store
+from ppl_lvm import Fit, State, backends, checkpoint, fit, pace
 from ppl_lvm.errors import NonFiniteError, StorageError, TooLargeError
 from ppl_lvm.monitor import Moment, restart_seeds
 from ppl_lvm.nonfinite import Cause, Inquiry
@@ -161,25 +162,6 @@ def test_an_error_has_it_as_it_was_before_the_step(case: Case, tmp_path: Path) -
     assert all(torch.equal(now, before) for now, before in zip(LAYERS.buffers(), buffers, strict=True))
 
 
-class Ended(Exception):
-    """Stands for what ends a process."""
-
-
-def ended(case: Case, writes: int, folder: Path, **options: Any) -> None:
-    """A fit that ends where it would write one checkpoint more than so many."""
-    left, write = [writes], store.write
-
-    def end(*args: Any) -> None:
-        if not left[0]:
-            raise Ended
-        left[0] -= 1
-        write(*args)
-
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(Ended):
-        patch.setattr(store, "write", end)
-        case.run(checkpoint=folder, **options)
-
-
 RESTARTS: dict[str, Any] = {"restarts": 2}
 EARLY: dict[str, Any] = {"validation": 0.25, "check_every": 2, "patience": 3}
 
@@ -196,7 +178,7 @@ def test_it_goes_through_a_checkpoint(case: Case, options: dict[str, Any], tmp_p
     options = {"every": 2, "on_nonfinite": "skip", **options}
     whole = case.run(**{n: v for n, v in options.items() if n != "every"})
     for writes in (2, 1):
-        ended(case, writes, tmp_path, **options)
+        ended(writes, case.run, checkpoint=tmp_path, **options)
     found = case.run(checkpoint=tmp_path, **options)
     assert "checkpoint: went on from step 4" in found.messages
     same_fit(found, whole)

@@ -10,7 +10,7 @@ Each potential psi_t is a network's reading of x_t alone: the system, whose para
 to the other steps. With a linear decoder (`hidden = ()`) the guide's family holds the exact posterior. The precision of
 psi_t is the network's as well, or one parameter that all steps of all sequences share, as in that posterior: then the
 network has less to learn, and without an `x_mask` covariances are computed once for all sequences. Networks of the
-other two read the whole sequence, in both directions; they give mu_t, the marginal mean, and an A_t of norm below one.
+other two read the whole sequence, in both directions; mu_t is the marginal mean, and A_t has norm below one.
 
 Steps, or entries, of x that `x_mask` calls unknown are not looked at; a step without known entries has no potential. A
 step with some has all of a shared precision, as if every entry were known: where entries within steps are missing, the

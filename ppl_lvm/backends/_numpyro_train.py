@@ -151,20 +151,19 @@ class Trainer:
             return bound.keys(key, plan)
 
         if self.mode == "compiled":
-            ahead = sum(k.size for k in jax.tree.leaves(jax.eval_shape(keys_of, keys[0]))) <= MOST_KEYS
-            self._chunk = STEPS.get(self._cached, lambda: jax.jit(_chunk(body, keys_of if ahead else lambda key: key)))
+            self._chunk = STEPS.get(self._cached, lambda: jax.jit(_chunk(body, keys_of)))
         else:
-            self._chunk = _one_by_one(body)
+            self._chunk = _one_by_one(body, keys_of)
 
     def _body(self, bound: NumPyroBound, plan: Plan, objective: Objective) -> Callable[..., Any]:
         # A compiled step is kept when its trainer, which holds data, is gone: it must not be reached from here.
         factors, hiding, descent, transforms = self._factors, self._hiding, self._descent, self._transforms
 
         def body(
-            tree: Tree, batch: Call, numbers: Mapping[str, Any], key: Any, rows: Any
+            tree: Tree, batch: Call, numbers: Mapping[str, Any], keys: StepKeys, rows: Any
         ) -> tuple[Tree, Any]:
             here, planned = with_numbers(objective, plan, numbers)
-            batch = _hidden(hiding, batch, key.key if isinstance(key, StepKeys) else key)
+            batch = _hidden(hiding, batch, keys.key)
 
             def natural(unit: str, values: Any, gradient: Any) -> Any:
                 rate = numbers[f"{descent.units[unit].place}.learning_rate"]
@@ -175,7 +174,7 @@ class Trainer:
             def gradients(params: Any) -> Gradients:
                 states, own, mutable = tree["states"], tree["own"], tree["mutable"]
                 options = {"total_rows": rows, "states": states, "own": own, "mutable": mutable}
-                return bound.gradients(params, batch, key, planned, here, **options)
+                return bound.gradients(params, batch, keys, planned, here, **options)
 
             step = gradients(tree["params"])
             values, found = merged(tree["params"], tree["own"]), merged(step.params, step.own)
@@ -479,22 +478,21 @@ def _hidden(hiding: Hiding, batch: Call, key: Any) -> Call:
     return hiding.hidden(batch, lambda n, a: jax.random.uniform(site_key(key, f"${n}"), a.shape[:1], float))
 
 
-def _step(body: Callable[..., Any], i: Any, tree: Tree, inputs: tuple[Any, ...]) -> tuple[Tree, Any]:
+def _step(body: Callable[..., Any], several: bool, i: Any, tree: Tree, inputs: tuple[Any, ...]) -> tuple[Tree, Any]:
     args, kwargs, index, numbers, keys, rows = inputs
     now = {n: v[i] for n, v in numbers.items()}
 
-    def one(tree: Tree, index: Any, key: Any) -> tuple[Tree, Any]:
+    def one(tree: Tree, index: Any, keys: Any) -> tuple[Tree, Any]:
         batch = Call(args, kwargs)
         if index is not None:
             # Ours are in bounds: to fill in what is not would read a batch twice.
             batch = batch.map(lambda a: a.at[index[i]].get(mode="promise_in_bounds"))
-        return body(tree, batch, now, key, rows)
+        return body(tree, batch, now, keys, rows)
 
-    several = (keys.key if isinstance(keys, StepKeys) else keys).ndim > 1
     return (jax.vmap(one) if several else one)(tree, index, jax.tree.map(lambda k: k[i], keys))
 
 
-def _keys(key: Any, start: Any, steps: int, keys_of: Callable[[Any], Any] = lambda key: key) -> Any:
+def _keys(key: Any, start: Any, steps: int, keys_of: Callable[[Any], Any]) -> Any:
     """The keys of each of the steps from `start` on: at once, as one by one they would cost a small model more than the
     rest of a step."""
 
@@ -508,17 +506,26 @@ def _length(numbers: Mapping[str, Any]) -> int:
     return len(next(iter(numbers.values())))
 
 
-def _chunk(body: Callable[..., Any], keys_of: Callable[[Any], Any]) -> Callable[..., Any]:
+def _placed(body: Callable[..., Any], keys_of: Callable[[Any], StepKeys], key: Any) -> tuple[Any, Any]:
+    """What is done with a step's key before the loop, and the body with what is left to it."""
+    one = jax.ShapeDtypeStruct((), key.dtype)
+    if sum(k.size for k in jax.tree.leaves(jax.eval_shape(keys_of, one))) <= MOST_KEYS:
+        return keys_of, body
+    return (lambda key: key), lambda tree, batch, numbers, key, rows: body(tree, batch, numbers, keys_of(key), rows)
+
+
+def _chunk(body: Callable[..., Any], keys_of: Callable[[Any], StepKeys]) -> Callable[..., Any]:
     """A loop with a dynamic number of steps, so that the last, shorter chunk compiles nothing new."""
 
     def chunk(tree: Tree, *inputs: Any) -> tuple[Tree, Any]:
         STEPS.traces += 1
         args, kwargs, index, numbers, start, first, end, key, rows = inputs
-        now = args, kwargs, index, numbers, _keys(key, start, _length(numbers), keys_of), rows
+        ahead, rest = _placed(body, keys_of, key)
+        now = args, kwargs, index, numbers, _keys(key, start, _length(numbers), ahead), rows
 
         def one(i: Any, carry: tuple[Tree, Any]) -> tuple[Tree, Any]:
             tree, records = carry
-            tree, record = _step(body, i, tree, now)
+            tree, record = _step(rest, key.ndim > 0, i, tree, now)
             return tree, jax.lax.dynamic_update_index_in_dim(records, record, i, 0)
 
         empty = jnp.zeros((_length(numbers), *key.shape, 2))
@@ -529,12 +536,12 @@ def _chunk(body: Callable[..., Any], keys_of: Callable[[Any], Any]) -> Callable[
     return chunk
 
 
-def _one_by_one(body: Callable[..., Any]) -> Callable[..., Any]:
+def _one_by_one(body: Callable[..., Any], keys_of: Callable[[Any], StepKeys]) -> Callable[..., Any]:
     def chunk(tree: Tree, *inputs: Any) -> tuple[Tree, Any]:
         args, kwargs, index, numbers, start, first, end, key, rows = inputs
-        keys, records = _keys(key, start, end), np.zeros((end, *key.shape, 2))
+        keys, records = _keys(key, start, end, keys_of), np.zeros((end, *key.shape, 2))
         for i in range(first, end):
-            tree, records[i] = _step(body, i, tree, (args, kwargs, index, numbers, keys, rows))
+            tree, records[i] = _step(body, key.ndim > 0, i, tree, (args, kwargs, index, numbers, keys, rows))
         return tree, records
 
     return chunk

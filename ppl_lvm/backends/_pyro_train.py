@@ -339,7 +339,6 @@ class Trainer:
         seed: int,
     ) -> tuple[Tree, Tensor, Tensor, Tensor]:
         dtype, units = getattr(torch, self._bound.dtype), self._descent.units
-        data = data.map(lambda a: a.contiguous())  # a compiled step is for this layout alone
         own = {(s, name): p for s, ps in tree["own"].items() for name, p in ps.items()}
         fixed = [*tree["params"].values(), *own.values(), *data.args, *data.kwargs.values()]
         if self._rows is not None:

@@ -192,7 +192,7 @@ class PyroBound:
         )
 
     def batch(self, call: Call) -> Call:
-        """Tensors of this fit's dtype; of NumPy's arrays copies.
+        """Contiguous tensors of this fit's dtype, as a compiled step is for one layout; of NumPy's arrays copies.
 
         A caller may change an array under a running fit, and BLAS adds up in another order where memory is aligned
         otherwise, as that of a slice is.
@@ -207,7 +207,7 @@ class PyroBound:
                     check_range(name, a, self.dtype)
                 # In memory of torch's own: BLAS adds up in another order where NumPy's happens to be aligned otherwise.
                 a = borrowed(a).clone(memory_format=torch.contiguous_format)
-            a = a.to(torch.get_default_device())
+            a = a.to(torch.get_default_device()).contiguous()
             kind = "f" if a.is_floating_point() else "b" if a.dtype == torch.bool else "i"
             return a.to(getattr(torch, self.dtype)) if as_float(self._kinds, name, kind) else a
 
