@@ -254,7 +254,8 @@ class Objective(Algorithm):
     def requests(self) -> frozenset[str]:
         """What the backend must find besides densities, decided before the run: "kl" (every latent site's KL in closed
         form, in `Site.extra`), "kl where known" (of those that have one), "kl without draws" (in closed form, and the
-        same whatever is drawn), "sleep" (`Draws.dream`); and of every latent site of a row, in `Site.extra`, "cross"
+        same whatever is drawn), "sleep" (`Draws.dream`), "values" (`Site.value`, which is kept for nobody else where
+        draws run in chunks on Pyro); and of every latent site of a row, in `Site.extra`, "cross"
         (log q of each row's draw under every row's guide), "moments" ("mean" and "variance" of the guide's
         distribution) and "prior" (a draw from the model's)."""
         return frozenset()

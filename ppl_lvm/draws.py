@@ -440,7 +440,7 @@ class Draws:
     @cached_property
     def _zeros_rows(self) -> Array:
         like = next(a for s in self.sites.values() for a in (s.log_p, s.log_q) if a is not None)
-        return ops.zeros(self._shape_rows, like)
+        return ops.xp(like).broadcast_to(ops.zeros((1, 1, 1), like), self._shape_rows)
 
     @cached_property
     def _shape_rows(self) -> tuple[int, int, int]:

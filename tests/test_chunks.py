@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
+import torch
 from harness import BACKENDS, Engine, assert_equal
 from toys import BERNOULLI, GAUSSIANS2, GLOBAL_ROWS, MIXED_ZY, ROWS, Backend, Toy
 
 from ppl_lvm import fit, recipe
 from ppl_lvm.algorithm import Estimator, Objective
-from ppl_lvm.errors import RecipeError
+from ppl_lvm.backends._torch_memory import Alive
+from ppl_lvm.backends._torch_tables import without_values
+from ppl_lvm.draws import Draws, Loss, Site
+from ppl_lvm.errors import ProgramError, RecipeError
 from ppl_lvm.estimators.dreg import dreg
 from ppl_lvm.estimators.enumerate import enumerate as enumerated
 from ppl_lvm.estimators.measure_valued import measure_valued
@@ -85,3 +91,54 @@ def test_a_fit_in_pieces(backend: Backend) -> None:
 def test_pieces_are_equal() -> None:
     with pytest.raises(RecipeError, match="chunk = 3 does not divide draws = 50"):
         recipe("iwae", chunk=3)
+
+
+def held(draws: int, chunk: int | None) -> int:
+    """Most bytes of tensors that are alive at once in a step of a VAE."""
+    x = np.random.default_rng(0).random((32, 64)) < 0.5
+    with Alive() as alive:
+        fit("vae", data=x, recipe="iwae", draws=draws, chunk=chunk, steps=1, backend="pyro", compile="eager")
+    return alive.most
+
+
+def test_memory_of_five_thousand_draws_is_that_of_fifty() -> None:
+    """To half as much again, which weights of all draws take; on Pyro, where no compiler sees what is looked at."""
+    few = held(50, None)
+    assert few > 32 * 50 * 128 * 4
+    assert held(5000, 50) <= 1.5 * few
+
+
+class spread(Objective):
+    """Looks at values."""
+
+    verbs = frozenset({"mean"})
+    asks: tuple[str, ...] = ()
+
+    def requests(self) -> frozenset[str]:
+        return frozenset(self.asks)
+
+    def __call__(self, d: Draws) -> Loss:
+        square = (d.sites["z1"].value ** 2).sum(-1)
+        return Loss(-d.total(d.mean(cost={n: s.log_p - 0.1 * square for n, s in d.sites.items()})))
+
+
+@on_both
+def test_values_are_kept_for_an_objective_that_asks(backend: Backend) -> None:
+    engine = Engine.of(backend, GAUSSIANS2)
+    asks: dict[str, Any] = {"draws": 4, "asks": ("values",)}
+    pieces = engine.loss(spread(chunk=2, **asks), {"*": pathwise()}, seed=3)
+    table = engine.sites(spread(chunk=2, **asks), {"*": pathwise()}, seed=3)
+    values = {n: table[n].value for n in ("z1", "z2")}
+    found = engine.loss(spread(**asks), {"*": pathwise()}, values=values)
+    assert_equal(pieces, float(found.value), found.gradient, TO_ROUNDING)
+
+
+def test_values_that_were_let_go_are_not_looked_at_in_silence() -> None:
+    engine = Engine.of("pyro", GAUSSIANS2)
+    with pytest.raises(ProgramError, match=r"looks at the values of site 'z1'.*add 'values' to what its `requests`"):
+        engine.loss(spread(draws=4, chunk=2), {"*": pathwise()})
+    site = Site("z", "latent", local=True, value=torch.zeros(1), log_p=None, log_q=None)
+    gone = without_values({"z": site})["z"].value
+    for look in (lambda z: z**2, lambda z: 2.0 * z, lambda z: z.sum(), torch.exp, lambda z: torch.stack([z]), len):
+        with pytest.raises(ProgramError, match="not kept"):
+            look(gone)

@@ -18,14 +18,14 @@ def peak(f: Callable[..., Any], *given: Any) -> int | None:
     try:
         with FakeTensorMode(allow_non_fake_inputs=True) as fake:
             inputs = pytree.tree_map(lambda x: fake.from_tensor(x) if isinstance(x, Tensor) else x, given)
-            with _Alive() as alive:
+            with Alive() as alive:
                 f(*inputs)
     except RuntimeError:  # `f` runs otherwise, so it is an operation that looks at values, of which there are none
         return None
     return alive.most
 
 
-class _Alive(TorchDispatchMode):
+class Alive(TorchDispatchMode):
     """Counts the bytes of the tensors that operations make, for as long as they live."""
 
     def __init__(self) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ppl_lvm.backends.structure import VARIANT
 from ppl_lvm.draws import Site
+from ppl_lvm.errors import ProgramError
 
 _ARRAYS = (
     *("value", "log_p", "log_q", "log_q_frozen", "log_p_full", "log_q_full"),
@@ -38,16 +39,48 @@ def joined(tables: list[dict[str, Site]], axis: int) -> dict[str, Site]:
     def join(name: str, site: Site) -> Site:
         if axis == 1 and not site.local:
             return site
-        found = [t[name] for t in tables]
+        found, known = [t[name] for t in tables], dict[int, Any]()
+
+        def once(label: str) -> Any:
+            """Without inner plates a density and its sum over them are one array."""
+            arrays = [getattr(s, label) for s in found]
+            if id(arrays[0]) not in known:
+                known[id(arrays[0])] = along(arrays)
+            return known[id(arrays[0])]
+
         extra = {label: along([s.extra[label] for s in found]) for label in site.extra}
-        return replace(site, extra=extra, **{label: along([getattr(s, label) for s in found]) for label in _ARRAYS})
+        return replace(site, extra=extra, **{label: once(label) for label in _ARRAYS})
 
     return {name: join(name, site) for name, site in first.items()}
 
 
+class _NotKept:
+    """In the place of a site's values that were let go."""
+
+    def __init__(self, site: str) -> None:
+        self._site = site
+
+    def _refuse(self, *_: Any, **__: Any) -> Any:
+        raise ProgramError(
+            f"The objective looks at the values of site {self._site!r}, which are not kept where draws run in chunks; "
+            f"add 'values' to what its `requests` returns, or leave `chunk` out."
+        )
+
+    __getattr__ = __getitem__ = __len__ = __iter__ = __bool__ = __float__ = __array__ = __torch_function__ = _refuse
+    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __truediv__ = __rtruediv__ = __pow__ = _refuse
+    __matmul__ = __rmatmul__ = __neg__ = __abs__ = __lt__ = __le__ = __gt__ = __ge__ = _refuse
+
+
+def without_values(table: Mapping[str, Site]) -> dict[str, Site]:
+    """The table, whose values raise ProgramError where something looks at them."""
+    return {name: replace(site, value=_NotKept(name)) for name, site in table.items()}
+
+
 def _same(a: Tensor, b: Tensor) -> bool:
     """Whether two arrays lie at one place in memory, the same way."""
-    return a.data_ptr() == b.data_ptr() and a.stride() == b.stride() and a.shape[2:] == b.shape[2:]
+    # By the storage, as tensors that only have shapes have no address.
+    one, other = ((x.untyped_storage()._cdata, x.storage_offset(), x.stride(), x.shape[2:]) for x in (a, b))
+    return one == other
 
 
 def equal(one: Mapping[str, Site], other: Mapping[str, Site]) -> bool:

@@ -60,7 +60,7 @@ from ppl_lvm.backends._torch_dists import (
 )
 from ppl_lvm.backends._torch_missing import TorchMissing, feasible
 from ppl_lvm.backends._torch_ops import Gate, current_gate, stopped_once
-from ppl_lvm.backends._torch_tables import equal, joined
+from ppl_lvm.backends._torch_tables import equal, joined, without_values
 from ppl_lvm.backends.base import (
     PRIOR_DRAWS,
     Call,
@@ -699,7 +699,10 @@ class PyroBound:
             run = partial(self._run, params, constrained, batch, plan, given, own or {}, m, k)
             if plan.chunk is None:
                 return run(memo, subsamples)
-            return self._in_piece(run, params, memo, subsamples)
+            table = self._in_piece(run, params, memo, subsamples)
+            # For a gradient only objectives look at values, which of all draws take more than a piece does.
+            trained = torch.is_grad_enabled() and any(p.requires_grad for p in params.values())
+            return without_values(table) if trained and "values" not in plan.requests else table
 
         return joined([joined([table(m, k) for k in inner], 1) for m in outer], 0)
 
@@ -776,6 +779,8 @@ class PyroBound:
             number = itertools.count()
 
             def remember(draw: Callable[[], Tensor]) -> Tensor:
+                if info.local and span <= len(entries):  # no other run has these draws
+                    return draw()
                 at = outer.start if info.local else None, entries.start // span
                 entry = (info.name, msg.get("step"), next(number), *at)
                 if entry not in memo:
@@ -1257,6 +1262,8 @@ class PyroBound:
                 own=own_leaf,
             )
             model, guide, extra, states_ = losses(draws, objective, plan)
+            N = draws.N
+            del draws  # a table of many draws takes as much as the gradient of its pieces
             of_model = {n: p for n, p in leaf.items() if "model" in self.structure.groups[n]}
             of_guide = {n: p for n, p in leaf.items() if n not in of_model}
             # A third loss may be one of the other two, or share parts of them.
@@ -1271,7 +1278,7 @@ class PyroBound:
             if extra is not None:
                 pulled = self._pull(extra, flat, keep=bool(varied))
             if gate is not None:
-                square = sum(((gradient[n] / draws.N) ** 2).sum() for n in of_guide)
+                square = sum(((gradient[n] / N) ** 2).sum() for n in of_guide)
                 gate.open = True
                 pulled |= self._pull(square, {k: p for k, p in flat.items() if k[0] in varied})
         own_gradient = {s: {n: pulled[s, n] for n in ps} for s, ps in own_leaf.items()}

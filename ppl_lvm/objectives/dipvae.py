@@ -55,7 +55,7 @@ class dipvae(Objective):
     def _penalty(self, d: Draws) -> Array:
         """`[M]`."""
         latent = [s for s in d.sites.values() if "mean" in s.extra]
-        xp = ops.xp(latent[0].value)
+        xp = ops.xp(latent[0].extra["mean"])
         # The guide's parameters are the same in every draw, as they look at none.
         mean, variance = (xp.concat([s.extra[n][:, 0] for s in latent], axis=-1) for n in ("mean", "variance"))
         centred = mean - xp.mean(mean, axis=1, keepdims=True)

@@ -40,7 +40,7 @@ class infovae(Objective):
     bandwidth: OptionalPositive = None
 
     def requests(self) -> frozenset[str]:
-        return frozenset({"prior", "kl where known"})
+        return frozenset({"prior", "values", "kl where known"})
 
     def alike(self, roles: Mapping[str, str]) -> bool:
         return len(set(roles.values())) == 1
