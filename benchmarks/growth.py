@@ -31,6 +31,8 @@ import speed
 BACKENDS = ("numpyro", "pyro")
 KINDS = ("growth", "restarts", "first")
 RESTARTS = 64
+MODE = {"pyro": "compiled"}
+"""How steps are compiled, where it is not "auto"."""
 
 
 class Case(NamedTuple):
@@ -108,7 +110,7 @@ def blocks_of(case: Case, backend: str, rounds: int, **more: Any) -> tuple[list[
         case.program(),
         data=case.data,
         backend=backend,
-        compile="compiled" if backend == "pyro" else "auto",
+        compile=MODE.get(backend, "auto"),
         steps=case.block * (rounds + 1),
         check_every=case.block,
         callbacks=[tick],
@@ -163,10 +165,10 @@ def first_step(name: str, backend: str) -> None:
     backends.load(backend)
     imported = time.perf_counter() - begin
     work, found = speed.WORKLOADS[name], []
-    mode = "compiled" if backend == "pyro" else "auto"
     data = dict(work.data())
     for _ in range(2):
         begin = time.perf_counter()
+        mode = MODE.get(backend, "auto")
         common = {"backend": backend, "batch_size": work.batch, "compile": mode, "progress_bar": False}
         fit(work.program(), data=data, steps=1, **common, **work.options)
         found.append(time.perf_counter() - begin)
@@ -209,11 +211,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--what", choices=KINDS, action="append")
     parser.add_argument("--backend", choices=BACKENDS, action="append")
+    parser.add_argument("--compile", default="compiled", help="how Pyro's steps are: compiled, graph, eager")
     parser.add_argument("--axis", choices=list(AXES), action="append")
     parser.add_argument("--rounds", type=int, default=10, help="blocks of steps of every size")
     parser.add_argument("--out", type=Path, help="a file for the numbers as JSON")
     parser.add_argument("--process", help=argparse.SUPPRESS)
     asked = parser.parse_args()
+    MODE["pyro"] = asked.compile
     if asked.process:
         first_step(asked.process, asked.backend[0])
         return

@@ -6,7 +6,6 @@ array API lacks. The list is closed and short: an algorithm that needs more prob
 
 from __future__ import annotations
 
-import functools
 import importlib
 import math
 from collections.abc import Callable
@@ -18,15 +17,20 @@ Array = Any
 """A torch tensor or a jax array (or a tracer of either)."""
 
 
+_LOADED: dict[str, Any] = {}
+
+
 def _of(x: Array) -> Any:
     root = type(x).__module__.partition(".")[0]
     # Pyro's provenance tensors are torch tensors that live in a pyro module.
     return _module("_torch_ops" if root in ("torch", "pyro") else "_jax_ops")
 
 
-@functools.cache
 def _module(name: str) -> Any:
-    return importlib.import_module(f"ppl_lvm.backends.{name}")
+    # Looked up and not cached by functools, whose wrapper torch.compile goes past, to an import that it cannot trace.
+    if name not in _LOADED:
+        _LOADED[name] = importlib.import_module(f"ppl_lvm.backends.{name}")
+    return _LOADED[name]
 
 
 def xp(x: Array) -> Any:

@@ -369,3 +369,18 @@ def test_bad_arguments(library: str) -> None:
         GaussianChain(*(array(library, given[n]) for n in NAMES[:6]))
     with pytest.raises(ValueError, match="method='fast' was asked for"):
         chain(library, given, "fast").filter()  # type: ignore[arg-type]
+
+
+def test_a_chain_is_traced_by_torch_compile() -> None:
+    """As a whole: a loop by hand may compile what it takes from here."""
+    eye = torch.eye(2, dtype=torch.float64)
+
+    def density(precision: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+        bias, shift = torch.zeros_like(noise[1:]), torch.ones_like(noise)
+        q = GaussianChain(eye[0], eye, 0.9 * eye[None], bias, eye[None], precision, shift)
+        return q.log_prob(q.sample(noise))
+
+    varied = eye.expand(4, 2, 2), torch.ones((4, 2), dtype=torch.float64)
+    expected = density(*varied)
+    compiled = torch.compile(density, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(*varied), expected, rtol=0, atol=1e-12)

@@ -151,14 +151,15 @@ def steps_are_dear(like: Tensor) -> bool:
 
 
 def concrete(x: Tensor) -> np.ndarray | None:
-    if get_proxy_mode() is not None or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or get_proxy_mode() is not None:
         return None
     return x.detach().cpu().numpy()
 
 
 def remember(kept: dict[Any, Any], name: str, compute: Callable[[], Any]) -> Any:
     # What is computed without gradients has none later either.
-    key = name, torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+    inference = not torch.compiler.is_compiling() and torch.is_inference_mode_enabled()  # which Dynamo does not know
+    key = name, torch.is_grad_enabled(), inference
     if key not in kept:
         kept[key] = compute()
     return kept[key]

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -136,6 +135,8 @@ class GaussianChain:
     shift: Array | None = None
     method: Method = "auto"
     validate: bool = True
+    _kept: dict[Any, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
+    """What was found before; not a `cached_property`, whose lock torch.compile does not go through."""
 
     def __post_init__(self) -> None:
         D, steps = self.mean.shape[-1], self.bias.shape[0]
@@ -194,10 +195,6 @@ class GaussianChain:
         f = self._forward
         cov = ops.xp(f.root).broadcast_to(f.root @ f.root.mT, (self.steps, *self.batch_shape, self.dim, self.dim))
         return Filtered(f.mean, cov, f.log_z)
-
-    @cached_property
-    def _kept(self) -> dict[Any, Any]:
-        return {}
 
     @property
     def _forward(self) -> _Forward:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -63,6 +62,8 @@ class MarkovChain:
     transition: Array
     node: Array | None = None
     method: Method = "auto"
+    _kept: dict[Any, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
+    """What was found before; not a `cached_property`, whose lock torch.compile does not go through."""
 
     def __post_init__(self) -> None:
         V, steps = self.initial.shape[-1], self.transition.shape[0]
@@ -170,10 +171,6 @@ class MarkovChain:
     @property
     def _in_parallel(self) -> bool:
         return self.steps == 1 or in_parallel(self.method, self.initial)
-
-    @cached_property
-    def _kept(self) -> dict[Any, Any]:
-        return {}
 
     @property
     def _aligned(self) -> _Logs:
