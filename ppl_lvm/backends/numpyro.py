@@ -728,6 +728,7 @@ class NumPyroBound:
                     value = variant.value
                 else:
                     value = estimator.sample(site)
+                    msg["log_q"] = site.fresh_log_prob(value)
                 site.check_used()
                 return value
 
