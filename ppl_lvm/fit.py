@@ -215,7 +215,7 @@ def fit(
     tree, step = _start(trainer, states, name, seed, how)
     messages += _about_restarts(how, trainer, tree, seeds, state)
 
-    numbers = {**numbers_of(how.objective, plan, moved.optimizers, moved.turns), MOST_SKIPPED: how.skips}
+    numbers = numbers_of(how.objective, plan, moved.optimizers, moved.turns, dtype) | {MOST_SKIPPED: how.skips}
     first = {k: float(_values(v, 0, 1)[0]) for k, v in numbers.items()}
     messages += memory.foretold(library, trainer, tree, bound.batch(example), first, plan)
     held = bound.batch(training)
