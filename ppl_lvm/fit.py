@@ -215,7 +215,7 @@ def fit(
     tree, step = _start(trainer, states, name, seed, how)
     messages += _about_restarts(how, trainer, tree, seeds, state)
 
-    numbers = {**numbers_of(how.objective, plan, moved.optimizers, moved.turns), MOST_SKIPPED: how.skips}
+    numbers = numbers_of(how.objective, plan, moved.optimizers, moved.turns, dtype) | {MOST_SKIPPED: how.skips}
     first = {k: float(_values(v, 0, 1)[0]) for k, v in numbers.items()}
     messages += memory.foretold(library, trainer, tree, bound.batch(example), first, plan)
     held = bound.batch(training)
@@ -231,6 +231,7 @@ def fit(
         _runs(how, held_out, seeds, states),
         None if looked is None else looked.look(trainer, numbers),
         callbacks,
+        how.check_every,
         hard=hard,
         params=lambda arrays: _constrained(library, bound, trainer.params_of(arrays)),
         state=lambda arrays, step, r: _state(name, seed, step, trainer, arrays, r, states),
@@ -250,13 +251,13 @@ def fit(
     if batched and rows is not None and how.batch_size is not None:
         orders = [Order(rows, how.batch_size, s) for s in seeds]
     room = FEWEST if batches is not None else most_steps(sum(o.size for o in orders))  # batches are held on the device
-    pace = Pace(room)
+    pace, ahead = Pace(room), _ahead(numbers, room)
     title = f"{chosen.name} · {how.name} · {name}"
     shown = progress.bar(title, how.steps, step, progress_bar)
     with keeper.writing(), shown as advance, interrupts.noticed() as interrupt:
         keeper.look(step, now)
         while step < how.steps and not watch.over and not interrupt:
-            n = min(pace.steps, how.steps - step, how.check_every - step % how.check_every, keeper.until(step))
+            n = min(pace.steps, how.steps - step, watch.until(step), keeper.until(step))
             index = None
             if batches is not None:
                 part, one = batches.chunk(step, n, room)
@@ -264,17 +265,15 @@ def fit(
                 held, index = bound.batch(part), np.stack([one] * len(seeds))
             elif batched:
                 index = np.stack([np.resize(o.batches(step, n), (room, o.size)) for o in orders])
-            values = {k: np.resize(_values(v, step, n), room) for k, v in numbers.items()}
             with memory.of_step(library, plan, bound.structure.rows):
-                tree, chunk = trainer.run(tree, held, index, values, step, n)
+                tree, chunk = trainer.run(tree, held, index, ahead(step, n), step, n)
             watch.add({k: library.to_numpy(v).astype(np.float64) for k, v in chunk.items()}, step)
             if watch.wrong:
                 with keeper.of_a_loss(watch, now):
                     inquiry.report(watch, tree, step, n, held, index, partial(watch.state, tree))
             step += n
             pace.took(n)
-            if step % how.check_every == 0:
-                watch.check(step, tree)
+            watch.check(step, tree)
             advance(n, *watch.last)
             keeper.look(step, now)
         keeper.look(step, now, last=True)
@@ -653,3 +652,10 @@ def _values(number: float | Schedule | Turn, first: int, steps: int) -> np.ndarr
         return np.full(steps, number, dtype=np.float64)
     return np.array([number.at(step) for step in range(first, first + steps)], dtype=np.float64)
 
+
+def _ahead(numbers: Mapping[str, float | Schedule | Turn], room: int) -> Callable[[int, int], dict[str, np.ndarray]]:
+    """`(step, n) -> numbers of the next n steps`, `[room]` each; one that never changes is always the same array."""
+    still = {k: _values(v, 0, room) for k, v in numbers.items() if not isinstance(v, Schedule | Turn)}
+    return lambda step, n: {
+        k: still[k] if k in still else np.resize(_values(v, step, n), room) for k, v in numbers.items()
+    }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -234,12 +235,13 @@ def restart_seeds(seed: int, restarts: int) -> list[int]:
 
 
 class Watch:
-    """Looks at the runs of a fit after every chunk, and every `check_every` steps at validation and callbacks.
+    """Looks at the runs of a fit after every chunk, and every so many steps at validation and callbacks.
 
     Args:
         look: the validation loss `[R]` of all runs, if there is one.
         hard: the loss `[R]` of hard draws, if those of the fit are relaxed.
         callbacks: called with a Moment once for every run that has neither stopped nor diverged.
+        every: steps between two looks at those.
         params, state: constrained parameters, and the state, of one run: `params(arrays)`, `state(arrays, step, run)`.
     """
 
@@ -249,6 +251,7 @@ class Watch:
         runs: Sequence[Run],
         look: Callable[[Any], np.ndarray] | None,
         callbacks: Sequence[Callable[[Moment], object]],
+        every: int,
         params: Callable[[Mapping[str, np.ndarray]], dict[str, Any]],
         state: Callable[[Mapping[str, np.ndarray], int, int], State],
         hard: Callable[[Any], np.ndarray] | None = None,
@@ -258,6 +261,7 @@ class Watch:
         """Whether a callback has stopped the fit."""
         self._trainer, self._look, self._hard, self._callbacks = trainer, look, hard, callbacks
         self._params, self._state = params, state
+        self._every = every if callbacks or look is not None or hard is not None else sys.maxsize
 
     @property
     def over(self) -> bool:
@@ -292,8 +296,14 @@ class Watch:
             if step is not None and r != self.lost:  # that one is an error, and its restart is what it goes on from
                 self.messages.append(f"restarts: {r} dropped: at step {step}, {self.runs[r].said(step)}")
 
+    def until(self, step: int) -> int:
+        """Steps to the next look at validation and callbacks."""
+        return self._every - step % self._every
+
     def check(self, step: int, tree: Any) -> None:
-        """Validation and early stopping at this step, then the callbacks."""
+        """Validation and early stopping where they are due, then the callbacks."""
+        if step % self._every:
+            return
         losses = None if self._look is None else self._look(tree)
         of_hard = None if self._hard is None else self._hard(tree)
         for r, run in enumerate(self.runs):

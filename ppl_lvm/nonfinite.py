@@ -220,7 +220,7 @@ class Inquiry:
                     continue
                 array = np.asarray(self.to_numpy(value))
                 if rows is not None and plate_dim is not None and array.dtype.kind in "fiub":
-                    inner = len(base.batch_shape) - len(fn.batch_shape) + int(getattr(constraint, "event_dim", 0))
+                    inner = len(base.batch_shape) - len(fn.batch_shape) + _event_dim(base, constraint)
                     axis = array.ndim + plate_dim - inner
                     if 0 <= axis < array.ndim and array.shape[axis] == size:
                         array = np.take(array, rows, axis)
@@ -234,6 +234,13 @@ def _constraints(fn: Any) -> dict[str, Any]:
     known = dict(known) if isinstance(known, Mapping) else {}
     given = {n: c for n, c in known.items() if n in getattr(fn, "__dict__", {})}
     return given or known
+
+
+def _event_dim(fn: Any, constraint: Any) -> int:
+    try:
+        return int(getattr(constraint, "event_dim", 0))
+    except NotImplementedError:  # of a constraint that depends on other parameters, as that of Delta's value does
+        return len(fn.event_shape)
 
 
 def _at_fault(rows: np.ndarray, wrong: Callable[[np.ndarray], bool], most: int = SHOWN) -> list[int]:

@@ -442,6 +442,9 @@ class _Draft:
             return type(self).of(table)
         if not isinstance(table, Mapping):
             raise self.wrong(where, table, "should be a table with the keys that the stage replaces")
+        unnamed = [key for key in table if not isinstance(key, str)]
+        if unnamed:
+            raise self.wrong(f"a key of {where}", unnamed[0], "should be a string: an option, or a key of a recipe")
         if "stages" in table:
             raise self.wrong(where, dict(table), "has stages of its own; list them all in one place")
         drafted = copy.deepcopy(self)

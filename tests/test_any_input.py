@@ -40,13 +40,16 @@ SECONDS = 200.0
 
 def hunt(strategy: st.SearchStrategy[Any], call: Callable[[Any], object], examples: int) -> None:
     """Calls with up to so many examples; PplLvmError is an answer, all else is raised with the smallest example."""
-    end = time.monotonic() + SECONDS
+    end, failing = time.monotonic() + SECONDS, set[str]()
 
     @settings(max_examples=examples, deadline=None, database=None, suppress_health_check=list(HealthCheck))
     @given(strategy)
     def tried(example: Any) -> None:
-        if time.monotonic() < end:
+        # One that has failed does so again when Hypothesis asks, or it would call the failure unreliable.
+        if time.monotonic() < end or repr(example) in failing:
+            failing.add(repr(example))
             taken_or_refused(call, example)
+            failing.remove(repr(example))
 
     tried()
 

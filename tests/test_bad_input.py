@@ -110,6 +110,13 @@ BAD: dict[str, tuple[dict[str, Any], type[PplLvmError], str]] = {
     "guide": ({"guide": "auto_norml"}, RecipeError, "(?s)auto_norml.*Did you mean 'auto_normal'"),
     "text for a number": ({"steps": "many"}, RecipeError, "(?s)steps.*many"),
     "half a draw": ({"draws": 2.5}, RecipeError, "(?s)draws.*2.5"),
+    "a number beyond single precision": ({"learning_rate": 1e39}, RecipeError, "learning_rate is 1e.39.*of float32"),
+    "a schedule beyond it": (
+        {"learning_rate": {"schedule": "linear", "start": 0.1, "end": 1e39, "steps": 3}},
+        RecipeError,
+        "learning_rate is 1e.39",
+    ),
+    "data beyond it": ({"data": np.array([0.0, 1e300]), "batch_size": 1}, DataError, "'x' holds 1e.300.*of float32"),
     "half a seed": ({"seed": 1.5}, DataError, "seed is 1.5; give a whole number"),
     "a number for a device": ({"device": 3}, BackendError, "device is 3; give a name"),
     "a number for sites": ({"observed": 3}, ProgramError, "observed is 3; give a mapping"),
@@ -158,6 +165,21 @@ def test_a_backend_that_is_not_installed_names_its_extra(backend: Backend, monke
         fit(toy(), data=X, backend=backend, **QUICK)
     monkeypatch.undo()
     assert np.isfinite(fit(toy(), data=X, backend=backend, **QUICK).history["loss"]).all()
+
+
+@pytest.mark.parametrize("backend", ["pyro", "numpyro"])
+def test_a_plain_number_is_observed_as_an_array_is(backend: Backend) -> None:
+    def losses(plain: bool) -> np.ndarray:
+        def observed(ppl: Ppl, x: Array) -> None:
+            seen: Callable[[Any], Any] = (lambda number: number) if plain else ppl.xp.asarray
+            with ppl.plate("data", len(x)):
+                z = ppl.sample("z", ppl.dist.Normal(0.0, 1.0))
+                ppl.sample("all", ppl.dist.Normal(ppl.param("m", 0.3) + z, 1.0), obs=seen(0.25))
+                ppl.sample("x", ppl.dist.Normal(z, 1.0), obs=x)
+
+        return fit(toy(observed, without_g), data=X, backend=backend, dtype="float64", **QUICK).history["loss"]
+
+    np.testing.assert_array_equal(losses(True), losses(False))
 
 
 @pytest.mark.parametrize("backend", ["pyro", pytest.param("numpyro", marks=pytest.mark.slow)])

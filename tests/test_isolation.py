@@ -67,7 +67,8 @@ def toy() -> Program:
 def torch_model() -> tuple[Any, Any]:
     """A native program of Pyro with a module, whose tensors every run swaps."""
     # Made without a draw: this is no part of a fit, so other threads' generators are not the engine's to guard here.
-    layer = torch.nn.utils.skip_init(torch.nn.Linear, 1, 1)
+    # Nor is the default dtype, which a fit of another thread may have set to its own.
+    layer = torch.nn.utils.skip_init(torch.nn.Linear, 1, 1, dtype=torch.float32)
     torch.nn.init.constant_(layer.weight, 0.3)
     torch.nn.init.constant_(layer.bias, -0.2)
 

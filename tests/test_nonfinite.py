@@ -116,6 +116,20 @@ def test_the_site_its_parameters_and_the_rows_are_named(backend: str, mode: str)
         assert said in str(error)
 
 
+@pytest.mark.parametrize("backend", ["pyro", "numpyro"])
+def test_a_distribution_whose_parameters_have_no_known_event_is_named(backend: str) -> None:
+    """A point's value has as many event dimensions as it is given: what is asked of its constraint is not known."""
+
+    def point(ppl: Any, x: Any) -> None:
+        with ppl.plate("data", len(x)):
+            z = ppl.sample("z", ppl.dist.Delta(ppl.param("v", 0.5)))
+            ppl.sample("x", ppl.dist.Normal(z, 1.0), obs=x)
+
+    error = stopped(backend, "eager", Program("point", point, guide, portable=True, arguments=("x",)))
+    (guilty,) = error.cause.guilty
+    assert (guilty.site, guilty.density, guilty.parameters["v"]) == ("z", "log_p", "0.5")
+
+
 @in_all_modes
 def test_a_gradient_that_is_not_finite_is_seen_where_the_loss_is(backend: str, mode: str) -> None:
     error = stopped(backend, mode, SLOPE)

@@ -281,6 +281,7 @@ def test_stages_replace_keys_of_their_recipe() -> None:
     assert "stages is 'iwae', but it should be a list" in message({"objective": "elbo", "stages": "iwae"})
     assert "has no option 'stps'. Did you mean 'steps'" in message({"objective": "elbo", "stages": [{"stps": 3}]})
     assert "has stages of its own" in message({"objective": "elbo", "stages": [{"stages": []}]})
+    assert "a key of stages[0] is 0, but it should be a string" in message({"objective": "elbo", "stages": [{0: 1}]})
     assert "has stages of its own and cannot be one" in message([found, "elbo"])
     assert "empty list" in message([])
 

@@ -22,6 +22,7 @@ from ppl_lvm.backends.structure import check_injected, noise_name
 
 Array = jax.Array
 Message = dict[str, Any]
+HALF_LOG_2PI = 0.5 * math.log(2.0 * math.pi)
 Density = Callable[[Array, Array], Array]
 """`(log probabilities, weights) -> log density` of elements with classes, `[..., V], [..., V] -> [...]`."""
 
@@ -176,6 +177,49 @@ def draw(fn: Any, key: Array, as_float: bool) -> Array:
     return value.astype(jnp.zeros(()).dtype) if as_float and _boolean(fn) else value
 
 
+def fresh(fn: Any, key: Array, shape: tuple[int, ...] = ()) -> tuple[Array, Array] | None:
+    """`fn.sample(key, shape)` and its log density, written in the standard normal noise behind the draw.
+
+    For `z = T(e; fn)` that is `log N(e) - log |det dT/de|`, which needs no way back from z to e; it has the gradient
+    of `fn.log_prob(z)` where z carries its own. None of a distribution that is not known as such a T.
+    """
+    if type(fn) is dist.Normal:
+        noise = jax.random.normal(key, shape + fn.batch_shape)
+        return fn.loc + noise * fn.scale, -0.5 * noise**2 - (jnp.log(fn.scale) + HALF_LOG_2PI)
+    if type(fn) is dist.MultivariateNormal:
+        noise = jax.random.normal(key, shape + fn.batch_shape + fn.event_shape)
+        value = fn.loc + jnp.squeeze(jnp.matmul(fn.scale_tril, noise[..., None]), axis=-1)
+        log_det = jnp.log(jnp.diagonal(fn.scale_tril, axis1=-2, axis2=-1)).sum(-1)
+        return value, -0.5 * (noise**2).sum(-1) - (log_det + fn.event_shape[0] * HALF_LOG_2PI)
+    if type(fn) is dist.ExpandedDistribution and not fn._interstitial_sizes:
+        lead = len(fn.batch_shape) - len(fn.base_dist.batch_shape)
+        return fresh(fn.base_dist, key, shape + fn.batch_shape[:lead])
+    inner = fresh(fn.base_dist, key, shape) if type(fn) is dist.Independent or _transformed(fn) else None
+    if inner is None:
+        return None
+    value, log_q = inner
+    if type(fn) is dist.Independent:
+        return value, _summed(log_q, fn.reinterpreted_batch_ndims)
+    event_dim = fn.base_dist.event_dim
+    for transform in fn.transforms:
+        before, (value, found) = value, transform.call_with_intermediates(value)
+        event_dim -= transform.domain.event_dim
+        log_q -= _summed(transform.log_abs_det_jacobian(before, value, found), event_dim)
+        event_dim += transform.codomain.event_dim
+    return value, log_q
+
+
+def _transformed(fn: Any) -> bool:
+    """Whether a distribution is another's draws, transformed, and nothing else."""
+    kind, general = type(fn), dist.TransformedDistribution
+    return isinstance(fn, general) and kind.sample is general.sample and kind.log_prob is general.log_prob
+
+
+def _summed(x: Array, n: int) -> Array:
+    """The sum over the last n axes."""
+    return x.sum(tuple(range(-n, 0))) if n else x
+
+
 _NOISE = 0x7015E
 """What sets the key of an estimator's noise apart from those of draws."""
 
@@ -257,6 +301,8 @@ def embed(fn: Any, weights: Array) -> Array:
 def site_log_prob(site: Message) -> Array:
     if "log_prob" in site:  # of a scan, taken step by step
         return site["log_prob"]
+    if site.get("log_q") is not None:
+        return site["log_q"]
     if "of_classes" in site:
         return _log_prob_of_classes(site["fn"], site["value"], site["of_classes"])
     return site["fn"].log_prob(site["value"])
@@ -274,9 +320,7 @@ def _log_prob_of_classes(fn: Any, value: Array, density: Density) -> Array:
     if isinstance(fn, dist.ExpandedDistribution):
         return _log_prob_of_classes(fn.base_dist, value, density)
     if isinstance(fn, dist.Independent):
-        inner = _log_prob_of_classes(fn.base_dist, value, density)
-        n = fn.reinterpreted_batch_ndims
-        return inner.sum(tuple(range(-n, 0))) if n else inner
+        return _summed(_log_prob_of_classes(fn.base_dist, value, density), fn.reinterpreted_batch_ndims)
     return density(log_probs(fn), classes_of(fn, value))
 
 
@@ -394,6 +438,7 @@ class GuideSite:
     ) -> None:
         self._name, self._fn, self._key, self._given, self._support = name, fn, key, given, support
         self._as_float, self._noisy = as_float, False
+        self._fresh: tuple[Array, Array] | None = None
         self.own, self.rows = own or {}, rows
 
     @cached_property
@@ -412,9 +457,14 @@ class GuideSite:
         return jax.lax.stop_gradient(value)
 
     def rsample(self) -> Array:
-        if self._injected is None:
-            return self._fn.sample(self._key)
-        return rebuild(self._fn, self._injected, _solve)
+        if self._injected is not None:
+            return rebuild(self._fn, self._injected, _solve)
+        self._fresh = fresh(self._fn, self._key)
+        return self._fn.sample(self._key) if self._fresh is None else self._fresh[0]
+
+    def fresh_log_prob(self, value: Array) -> Array | None:
+        """The log density of a value that is the site's own draw as it was drawn, where it is known from its noise."""
+        return None if self._fresh is None or self._fresh[0] is not value else self._fresh[1]
 
     def mean(self) -> Array:
         return self._fn.mean if self._injected is None else self._injected

@@ -65,6 +65,8 @@ def key_of(seed: int) -> jax.Array:
 
 def to_numpy(x: Any) -> Any:
     """An array of the backend as numpy's, or a tree of them (a network's parameters); random keys as their words."""
+    if isinstance(x, np.ndarray):
+        return x
     return jax.tree.map(lambda a: np.asarray(jax.random.key_data(a) if is_key(a) else a), x)
 
 
@@ -146,6 +148,7 @@ class Trainer:
         )
         body = self._body(bound, plan, objective)
         self._again: Callable[..., Any] | None = None
+        self._numbers: dict[str, tuple[np.ndarray, Any]] = {}
 
         def keys_of(key: Any) -> StepKeys:
             return bound.keys(key, plan)
@@ -233,9 +236,7 @@ class Trainer:
         n: int,
     ) -> tuple[Tree, dict[str, np.ndarray]]:
         with precision(self._bound.dtype):
-            # Plain numbers, which the compiled call takes as they are: an operation of JAX on each would cost a small
-            # model more than its steps.
-            scalars = {name: np.asarray(v, self._bound.dtype) for name, v in numbers.items()}
+            scalars = {name: self._placed_number(name, v) for name, v in numbers.items()}
             rows = None if self._rows is None else np.asarray(self._rows, self._bound.dtype)
             where = None
             if index is not None:
@@ -248,6 +249,18 @@ class Trainer:
 
             tree, records = self._without_lost_steps(tree, steps, n, numbers[MOST_SKIPPED])
             return tree, {name: records[..., i].T for i, name in enumerate(RECORDS)}
+
+    def _placed_number(self, name: str, values: np.ndarray) -> Any:
+        """A number of the next steps: plain, which a compiled call takes as it is, as an operation of JAX on each would
+        cost a small model more than its steps; on the device once it is seen not to change.
+        """
+        known, array = self._numbers.get(name, (None, None))
+        if known is not values:
+            array = np.asarray(values, self._bound.dtype)
+        elif isinstance(array, np.ndarray):
+            array = jax.device_put(array)
+        self._numbers[name] = values, array
+        return array
 
     def _without_lost_steps(
         self, tree: Tree, steps: Callable[[Tree, int, int], tuple[Tree, np.ndarray]], n: int, most: np.ndarray

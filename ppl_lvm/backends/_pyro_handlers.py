@@ -288,6 +288,8 @@ class Handler(Messenger):
             if msg["name"] in self.subsamples:
                 msg["value"], msg["done"] = self.subsamples[msg["name"]], True
             return
+        if msg["is_observed"] and isinstance(msg["value"], bool | int | float):
+            msg["value"] = torch.as_tensor(msg["value"])
         if self.missing is not None:
             self.missing.before(msg)
         if not msg["is_observed"] and not msg["infer"].get("_deterministic"):

@@ -111,6 +111,51 @@ def draw(fn: Any) -> Tensor:
     return fn.sample()
 
 
+def fresh(fn: Any) -> tuple[Tensor, Tensor] | None:
+    """`fn.rsample()` and its log density, written in the standard normal noise behind the draw.
+
+    For `z = T(e; fn)` that is `log N(e) - log |det dT/de|`, which needs no way back from z to e; it has the gradient
+    of `fn.log_prob(z)` where z carries its own. None of a distribution that is not known as such a T.
+    """
+    if type(fn) is pyro.distributions.Normal:
+        noise = _noise(fn)
+        return fn.loc + noise * fn.scale, -0.5 * noise.square() - (fn.scale.log() + HALF_LOG_2PI)
+    if type(fn) is pyro.distributions.MultivariateNormal:
+        noise, factor = _noise(fn), _unexpanded(fn.scale_tril)
+        log_det = factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+        log_q = -0.5 * noise.square().sum(-1) - (log_det + fn.event_shape[0] * HALF_LOG_2PI)
+        return fn.loc + torch.matmul(factor, noise.unsqueeze(-1)).squeeze(-1), log_q
+    independent = isinstance(fn, torch.distributions.Independent)
+    inner = fresh(fn.base_dist) if independent or _transformed(fn) else None
+    if inner is None:
+        return None
+    value, log_q = inner
+    if independent:
+        return value, _summed(log_q, fn.reinterpreted_batch_ndims)
+    event_dim = fn.base_dist.event_dim
+    for transform in fn.transforms:
+        before, value = value, transform(value)
+        event_dim -= transform.domain.event_dim
+        log_q = log_q - _summed(transform.log_abs_det_jacobian(before, value), event_dim)
+        event_dim += transform.codomain.event_dim
+    return value, log_q
+
+
+def _noise(fn: Any) -> Tensor:
+    return torch.empty(fn.batch_shape + fn.event_shape, dtype=fn.loc.dtype, device=fn.loc.device).normal_()
+
+
+def _transformed(fn: Any) -> bool:
+    """Whether a distribution is another's draws, transformed, and nothing else."""
+    kind, general = type(fn), torch.distributions.TransformedDistribution
+    return isinstance(fn, general) and kind.rsample is general.rsample and kind.log_prob is general.log_prob
+
+
+def _summed(x: Tensor, n: int) -> Tensor:
+    """The sum over the last n axes."""
+    return x.reshape(x.shape[: x.dim() - n] + (-1,)).sum(-1) if n else x
+
+
 def log_prob(fn: Any, value: Tensor, of_classes: Density | None = None) -> Tensor:
     """`fn.log_prob`, but linear in the value of a one-hot, where torch takes the argmax and loses the gradient.
 
@@ -118,9 +163,7 @@ def log_prob(fn: Any, value: Tensor, of_classes: Density | None = None) -> Tenso
     the density of each element of a site with classes, in the place of the distribution's own.
     """
     if isinstance(fn, torch.distributions.Independent):
-        inner = log_prob(fn.base_dist, value, of_classes)
-        n = fn.reinterpreted_batch_ndims
-        return inner.reshape(inner.shape[: inner.dim() - n] + (-1,)).sum(-1) if n else inner
+        return _summed(log_prob(fn.base_dist, value, of_classes), fn.reinterpreted_batch_ndims)
     if isinstance(fn, MaskedDistribution) and fn._mask is not False and _of_classes(fn) is not None:
         return scale_and_mask(log_prob(fn.base_dist, value, of_classes), mask=fn._mask)
     if of_classes is not None and not isinstance(fn, MaskedDistribution):
@@ -167,7 +210,9 @@ def _unexpanded(x: Tensor) -> Tensor:
 def site_log_prob(site: Message) -> Tensor:
     if "log_prob" in site:  # of a scan, taken step by step
         return site["log_prob"]
-    value = log_prob(site["fn"], site["value"], site.get("of_classes"))
+    value = site.get("log_q")
+    if value is None:
+        value = log_prob(site["fn"], site["value"], site.get("of_classes"))
     mask = site["mask"]
     if mask is None or mask is True:
         return value
@@ -280,6 +325,7 @@ class GuideSite:
         self._name, self._fn, self._given, self._support = name, fn, given, support
         self._stride, self._dim, self._remember = stride, dim, remember
         self._noise: dict[tuple[int, int | None], Tensor] = {}
+        self._fresh: tuple[Tensor, Tensor] | None = None
         self.own, self.rows = own or {}, rows
 
     @cached_property
@@ -311,7 +357,16 @@ class GuideSite:
     def rsample(self) -> Tensor:
         if self._injected is not None:
             return rebuild(self._fn, self._injected, _solve)
-        return self._remember(lambda: self._share(self._fn.rsample()))
+        return self._remember(self._rsample)
+
+    def _rsample(self) -> Tensor:
+        # Entries that share a draw need not share its distribution, nor a run that takes over the draw of another.
+        self._fresh = fresh(self._fn) if self._stride == 1 else None
+        return self._share(self._fn.rsample()) if self._fresh is None else self._fresh[0]
+
+    def fresh_log_prob(self, value: Tensor) -> Tensor | None:
+        """The log density of a value that is the site's own draw as it was drawn, where it is known from its noise."""
+        return None if self._fresh is None or self._fresh[0] is not value else self._fresh[1]
 
     def mean(self) -> Tensor:
         return self._fn.mean if self._injected is None else self._injected

@@ -169,22 +169,22 @@ class NumPyroBound:
 
     def batch(self, call: Call) -> Call:
         """Arrays of this fit's dtype."""
-
-        def convert(name: str, a: Any) -> Array:
-            a = np.asarray(a) if not isinstance(a, jax.Array) else a
-            dtype = self.dtype if as_float(self._kinds, name, a.dtype.kind) else None
-            # Without 64 bits, JAX cuts longer integers off in silence.
-            if isinstance(a, np.ndarray) and (dtype is not None or self.dtype == "float32"):
-                check_range(name, a, dtype)
-            return owned(a, dtype)
-
         with precision(self.dtype):
-            return call.map_named(self.program.arguments, convert)
+            return call.map_named(self.program.arguments, self._placed)
+
+    def _placed(self, name: str, a: Any) -> Array:
+        """What an argument holds, as a step is given it."""
+        a = np.asarray(a) if not isinstance(a, jax.Array) else a
+        dtype = self.dtype if as_float(self._kinds, name, a.dtype.kind) else None
+        # Without 64 bits, JAX cuts longer integers off in silence.
+        if isinstance(a, np.ndarray) and (dtype is not None or self.dtype == "float32"):
+            check_range(name, a, dtype)
+        return owned(a, dtype)
 
     def in_support(self, site: str, value: np.ndarray, known: np.ndarray | None = None) -> bool:
         """Whether data of the probe's shape are values of a site that has data, where they are known."""
         with precision(self.dtype):
-            support, given = self._supports[site], jnp.asarray(value)
+            support, given = self._supports[site], self._placed(self.program.argument_of(site), value)
             if known is not None:
                 given = jnp.where(known, given, feasible(support, given))
             return bool(jnp.all(support(given)))
@@ -728,6 +728,7 @@ class NumPyroBound:
                     value = variant.value
                 else:
                     value = estimator.sample(site)
+                    msg["log_q"] = site.fresh_log_prob(value)
                 site.check_used()
                 return value
 

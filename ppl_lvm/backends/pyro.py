@@ -798,6 +798,7 @@ class PyroBound:
                 msg["value"] = variant.value
             else:
                 msg["value"] = estimator.sample(site)
+                msg["log_q"] = site.fresh_log_prob(msg["value"])
             site.check_used()
 
         of_classes = {side: plan.of_classes(side) for side in ("guide", "model")}

@@ -12,7 +12,7 @@ import numpy as np
 from ppl_lvm.algorithm import Algorithm, Estimator, Objective, Schedule, Turn
 from ppl_lvm.backends.base import Call
 from ppl_lvm.backends.structure import Plan, Structure
-from ppl_lvm.errors import BackendError, ProgramError
+from ppl_lvm.errors import BackendError, ProgramError, RecipeError
 from ppl_lvm.ops import Array
 from ppl_lvm.process import TURN
 
@@ -78,12 +78,25 @@ class Unit:
 
 
 def numbers_of(
-    objective: Objective, plan: Plan, optimizers: Mapping[str, Algorithm], turns: Mapping[str, Turn] | None = None
+    objective: Objective,
+    plan: Plan,
+    optimizers: Mapping[str, Algorithm],
+    turns: Mapping[str, Turn] | None = None,
+    dtype: str = "float64",
 ) -> dict[str, float | Schedule | Turn]:
-    """The numbers of a recipe: "objective.beta", "estimator.z.temperature", "optimizer.learning_rate", "turn.guide"."""
+    """The numbers of a recipe: "objective.beta", "estimator.z.temperature", "optimizer.learning_rate", "turn.guide".
+
+    Raises:
+        RecipeError: one would become infinite in `dtype`.
+    """
     owners = {"objective": objective, **optimizers}
     owners |= {f"estimator.{site}": e for site, e in plan.estimators.items()}
     numbers = {f"{owner}.{name}": v for owner, a in owners.items() for name, v in a.numbers().items()}
+    most = float(np.finfo(dtype).max)
+    for name, v in numbers.items():
+        far = [n for n in ((v.start, v.end) if isinstance(v, Schedule) else (v,)) if most < abs(n) < np.inf]
+        if far:
+            raise RecipeError(f"{name} is {far[0]:g}, which is out of the range of {dtype}; give a smaller number.")
     return {**numbers, **{f"turn.{group}": turn for group, turn in (turns or {}).items()}}
 
 
