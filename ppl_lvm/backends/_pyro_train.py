@@ -60,6 +60,10 @@ SAVED_PER_NODE, SAVED_PER_ELEMENT = 2e-6, 4e-10
 COMPILE_SECONDS, COMPILE_SECONDS_PER_NODE = 5.0, 0.02
 """Rough figures of a two-core machine, in seconds: what compiling a traced graph saves in a step, and costs."""
 
+OPTIONS = {"fallback_random": True, "cpp.enable_loop_tail_vec": False}
+"""Of Inductor. Where it makes one masked vector of a loop that is shorter than a vector, it takes the loops around a
+sum for empty and lets threads share the sum itself: they are started, and waited for, at every entry of the result."""
+
 
 class Form(NamedTuple):
     """Where the tensors that a step takes have their places, one after the other."""
@@ -547,7 +551,7 @@ def _compiled(graph: Any, leaves: list[Tensor]) -> Any:
 
     def made() -> Any:
         # Not torch.compile, which asks at every call whether the graph is still the one for these tensors.
-        compiled = _inductor.compile(graph, [x.detach().clone() for x in leaves], {"fallback_random": True})
+        compiled = _inductor.compile(graph, [x.detach().clone() for x in leaves], OPTIONS)
         compiled(*(x.detach().clone() for x in leaves))
         return compiled
 

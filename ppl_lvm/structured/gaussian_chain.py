@@ -28,7 +28,6 @@ from ppl_lvm.structured.scan import (
     in_parallel,
     in_turn,
     pairs,
-    state_after_all,
     states,
 )
 
@@ -61,6 +60,8 @@ class _Forward(NamedTuple):
     mean: Array
     root: Array
     """`root root'` is the covariance; no more is said of it."""
+    log_z: Array
+    """Of all potentials, `[...]`."""
 
 
 class _InTurn(NamedTuple):
@@ -68,7 +69,6 @@ class _InTurn(NamedTuple):
 
     all: _Forward
     last: _Forward
-    log_z: Array
     conditionals: Arrays
     """E, g and cov, of wide chains."""
 
@@ -193,7 +193,7 @@ class GaussianChain:
         """`q(z_t | potentials up to t)` at every step, and `log Z`."""
         f = self._forward
         cov = ops.xp(f.root).broadcast_to(f.root @ f.root.mT, (self.steps, *self.batch_shape, self.dim, self.dim))
-        return Filtered(f.mean, cov, self._log_z)
+        return Filtered(f.mean, cov, f.log_z)
 
     @cached_property
     def _kept(self) -> dict[Any, Any]:
@@ -204,17 +204,6 @@ class GaussianChain:
         if self._in_parallel:
             return ops.remember(self.mean, self._kept, "forward", self._forward_in_parallel)
         return self._forward_in_turn.all
-
-    @property
-    def _log_z(self) -> Array:
-        if not self._in_parallel:
-            return self._forward_in_turn.log_z
-
-        def found() -> Array:
-            start, levels = self._tree
-            return state_after_all(_through, start, levels, self.steps - 1)[2][0, ..., 0, 0]
-
-        return ops.remember(self.mean, self._kept, "log_z", found)
 
     @property
     def _forward_in_turn(self) -> _InTurn:
@@ -255,12 +244,12 @@ class GaussianChain:
         return start, pairs(_then_filter, (A, b, W.mT @ W, G, e, c), self.steps - 1)
 
     def _forward_in_parallel(self) -> _Forward:
-        (mean, root, _), levels = self._tree
+        (mean, root, log_z), levels = self._tree
         if levels:
             xp = ops.xp(mean)
-            after = states(_through, (mean, root), levels, self.steps - 1)
+            *after, log_z = states(_through, (mean, root, log_z), levels, self.steps - 1)
             mean, root = (xp.concat(pair, axis=0) for pair in zip((mean, root), after, strict=True))
-        return _Forward(mean[..., 0], root)
+        return _Forward(mean[..., 0], root, log_z[-1, ..., 0, 0])
 
     def _pass_forward(self) -> _InTurn:
         (mean, W, log_z), rest = self._first_and_rest()
@@ -279,8 +268,9 @@ class GaussianChain:
         last, (means, Ws, *back) = in_turn(step, (mean[0], W[0], log_z[0]), rest + roots, self.steps - 1)
         xp = ops.xp(mean)
         mean, W = xp.concat([mean, means], axis=0), xp.concat([W, Ws], axis=0)
-        at_last = _Forward(last[0][None, ..., 0], last[1][None].mT)
-        return _InTurn(_Forward(mean[..., 0], W.mT), at_last, last[2][..., 0, 0], tuple(back))
+        total = last[2][..., 0, 0]
+        at_last = _Forward(last[0][None, ..., 0], last[1][None].mT, total)
+        return _InTurn(_Forward(mean[..., 0], W.mT, total), at_last, tuple(back))
 
     def times(self, precision: Array, shift: Array) -> GaussianChain:
         """q times more potentials of the same form."""
@@ -292,7 +282,7 @@ class GaussianChain:
         """`log Z = log E_p prod_t psi_t(z_t)`, `[...]`, in nats."""
         if self.precision is None:
             return ops.zeros(self.batch_shape, self.mean)
-        return self._log_z
+        return self._forward.log_z
 
     def moments(self) -> Moments:
         """Means, covariances, and covariances of neighbouring steps, of q."""
@@ -445,9 +435,9 @@ class GaussianChain:
         found: Arrays = ()
         if self._in_parallel:
             f = self._forward
-            last = _Forward(f.mean[-1:], f.root[-1:])
+            last = f._replace(mean=f.mean[-1:], root=f.root[-1:])
         else:
-            f, last, _, found = self._forward_in_turn
+            f, last, found = self._forward_in_turn
         if not found:
             F, root, mean = c.transition, f.root[:-1], f.mean[:-1, ..., None]
             V = F @ root
@@ -527,12 +517,12 @@ def _then_filter(one: Arrays, two: Arrays) -> Arrays:
 
 
 def _through(state: Arrays, element: Arrays) -> Arrays:
-    """Mean and root of a state after an element, and log Z where the state has it."""
-    mean, root, *log_z = state
+    """Mean, root and log Z of a state after an element."""
+    mean, root, log_z = state
     A, b, C, J, e, c = element
     mean, W, gain = _updated(mean, root, J, e)
     V = A @ W.mT
-    return A @ mean + b, ops.cholesky(V @ V.mT + C), *(total + gain + c for total in log_z)
+    return A @ mean + b, ops.cholesky(V @ V.mT + C), log_z + gain + c
 
 
 def _back(mean: Array, root: Array, V: Array, ahead: Array, lower: Array, noise_root: Array) -> Arrays:

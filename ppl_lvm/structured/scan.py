@@ -84,21 +84,10 @@ def pairs(combine: Combine, elements: Sequence[Array], n: int) -> list[Arrays]:
     return levels
 
 
-def state_after_all(act: Act, start: Sequence[Array], levels: Sequence[Arrays], n: int) -> Arrays:
-    """What the n elements at the bottom of `pairs` make of a state, one after the other: `log2 n` calls at most.
-
-    `act(state, element)` is associative with `combine`. States, too, are stacked along the first axis.
-    """
-    state = tuple(start)
-    for depth in reversed(range(len(levels))):
-        size = n >> depth
-        if size % 2:
-            state = act(state, _every_other(levels[depth], size - 1, size))
-    return state
-
-
 def states(act: Act, start: Sequence[Array], levels: Sequence[Arrays], n: int) -> Arrays:
     """The state after every one of the n elements at the bottom of `pairs`: n calls' work in `log2 n` calls.
+
+    `act(state, element)` is associative with `combine`. States, too, are stacked along the first axis.
 
     Example:
         >>> import jax.numpy as jnp
@@ -106,8 +95,6 @@ def states(act: Act, start: Sequence[Array], levels: Sequence[Arrays], n: int) -
         >>> levels = pairs(add, [jnp.arange(1, 6)], 5)
         >>> states(add, [jnp.array([10])], levels, 5)[0].tolist()
         [11, 13, 16, 20, 25]
-        >>> state_after_all(add, [jnp.array([10])], levels, 5)[0].tolist()
-        [25]
     """
     start = tuple(start)
     found = act(start, levels[-1])
