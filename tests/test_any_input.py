@@ -40,18 +40,24 @@ SECONDS = 200.0
 
 def hunt(strategy: st.SearchStrategy[Any], call: Callable[[Any], object], examples: int) -> None:
     """Calls with up to so many examples; PplLvmError is an answer, all else is raised with the smallest example."""
-    end, failing = time.monotonic() + SECONDS, set[str]()
+    end = time.monotonic() + SECONDS
 
     @settings(max_examples=examples, deadline=None, database=None, suppress_health_check=list(HealthCheck))
     @given(strategy)
     def tried(example: Any) -> None:
-        # One that has failed does so again when Hypothesis asks, or it would call the failure unreliable.
-        if time.monotonic() < end or repr(example) in failing:
-            failing.add(repr(example))
-            taken_or_refused(call, example)
-            failing.remove(repr(example))
+        nonlocal end
+        if time.monotonic() < end:
+            try:
+                taken_or_refused(call, example)
+            except BaseException:
+                # Time to make it small and to show it again, or Hypothesis would call the failure unreliable.
+                end = max(end, time.monotonic() + SECONDS / 2)
+                raise
 
-    tried()
+    with warnings.catch_warnings():
+        # Hypothesis, of a strategy that it names in a note when it leaves out an example.
+        warnings.filterwarnings("ignore", message="Generating overly large repr")
+        tried()
 
 
 def taken_or_refused(call: Callable[[Any], object], example: Any) -> None:

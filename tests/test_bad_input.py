@@ -73,6 +73,12 @@ def guide_of_three(ppl: Ppl, x: Array) -> None:
         ppl.sample("z", ppl.dist.Normal(ppl.param("q", 0.2) + ppl.xp.zeros(3), 0.8))
 
 
+def seen_often(ppl: Ppl, x: Array) -> None:
+    with ppl.plate("data", len(x)):
+        z = ppl.sample("z", ppl.dist.Normal(ppl.param("loc", 0.2), 0.8))
+        ppl.sample("x", ppl.dist.Normal(z + ppl.param("by", np.zeros((4, 1))), 1.0), obs=x)
+
+
 def two_columns(ppl: Ppl, x: Array, u: Array) -> None:
     model(ppl, x + u)
 
@@ -122,6 +128,10 @@ BAD: dict[str, tuple[dict[str, Any], type[PplLvmError], str]] = {
     "a number for sites": ({"observed": 3}, ProgramError, "observed is 3; give a mapping"),
     "a number for a state": ({"state": 3}, DataError, "state is 3; give the state of an earlier fit"),
     "a number for a start": ({"start": 3}, DataError, "start is 3; give an earlier fit"),
+    "text to start from": ({"start": {"loc": "a"}}, DataError, "start: 'loc' is 'a', of dtype <U1; give numbers"),
+    "rows of no one length to start from": ({"start": {"loc": [[1], [1, 2]]}}, DataError, "start: 'loc' "),
+    "a start beyond single precision": ({"start": {"loc": 1e300}}, DataError, "'loc' holds 1e.300.*of float32"),
+    "a value for many": ({"model": toy(seen_often, without_g)}, ProgramError, "for 4 distributions along dimension -2"),
     "a number for a callback": ({"callbacks": [3]}, PplLvmError, "callbacks holds 3, which cannot be called"),
     "a callback alone": ({"callbacks": print}, PplLvmError, "give a list of functions"),
     "no data": ({"data": None}, DataError, "'toy' needs data for 'x'"),

@@ -115,3 +115,30 @@ def test_two_processes_give_the_same_bits(tmp_path: Path) -> None:
 def test_two_processes_give_the_same_bits_of_everything(which: str, tmp_path: Path) -> None:
     first, second = at_once(which, tmp_path)
     assert first == second and first
+
+
+CUT = """
+from test_isolation import X, small
+from ppl_lvm import fit
+
+run = fit(small(), data=X, recipe="elbo", backend="pyro", compile="compiled", steps=5, guide="auto_normal")
+print(run.state.mode, run.history["loss"].tobytes().hex())
+"""
+
+
+@pytest.mark.slow
+def test_code_of_which_a_killed_process_left_a_part_is_compiled_again(tmp_path: Path) -> None:
+    """torch takes a file of compiled code that is there for all of it."""
+    environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+    environment["PYTHONPATH"] = os.pathsep.join([str(TESTS.parent), str(TESTS)])
+
+    def said() -> str:
+        command = [sys.executable, "-c", CUT]
+        return subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True).stdout
+
+    whole = said()
+    files = [*tmp_path.rglob("*.main.so")]  # of steps; torch asks by others what the processor can do
+    assert whole.startswith("compiled ") and files
+    for file in files:
+        file.write_bytes(b"")
+    assert said() == whole

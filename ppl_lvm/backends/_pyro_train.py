@@ -252,12 +252,7 @@ class Trainer:
         if not _compiler():
             return graph, "graph", ["compile: traced graph only, as no C++ compiler was found (set CXX)"]
         try:
-            with warnings.catch_warnings():
-                # The compiler calls what its own library has deprecated, which would end it where warnings are errors.
-                warnings.simplefilter("ignore", FutureWarning)
-                # Not torch.compile, which asks at every call whether the graph is still the one for these tensors.
-                compiled = _inductor.compile(graph, [x.detach().clone() for x in leaves], OPTIONS)
-                compiled(*(x.detach().clone() for x in leaves))
+            compiled = _compiled(graph, leaves)
         except RuntimeError as error:
             return graph, "graph", [f"compile: traced graph only, as compiling failed ({first_line(error)})"]
         return compiled, "compiled", [f"compile: compiled graph, {why}"] if mode == "auto" else []
@@ -549,6 +544,28 @@ def values_of(bound: PyroBound, arrays: Mapping[str, np.ndarray]) -> Mapping[str
 def _step_seed(seed: int, step: int) -> int:
     """The generator's seed of one step, a function of both, so that a run continues to the same bits."""
     return int(np.random.SeedSequence([seed, step]).generate_state(1, np.uint64)[0])
+
+
+def _compiled(graph: Any, leaves: list[Tensor]) -> Any:
+    """The graph, compiled and called once."""
+
+    def made() -> Any:
+        # Not torch.compile, which asks at every call whether the graph is still the one for these tensors.
+        compiled = _inductor.compile(graph, [x.detach().clone() for x in leaves], OPTIONS)
+        compiled(*(x.detach().clone() for x in leaves))
+        return compiled
+
+    with warnings.catch_warnings():
+        # The compiler calls what its own library has deprecated, which would end it where warnings are errors.
+        warnings.simplefilter("ignore", FutureWarning)
+        try:
+            return made()
+        except RuntimeError as error:
+            if not isinstance(getattr(error, "inner_exception", None), ImportError):
+                raise
+            # A process that was killed while it compiled has left a part of a file, which torch takes for all of it.
+            with _inductor.utils.fresh_cache():
+                return made()
 
 
 def _compiler() -> bool:

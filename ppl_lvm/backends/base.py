@@ -22,7 +22,7 @@ from ppl_lvm.algorithm import GuideFamily, Objective
 from ppl_lvm.backends.sites import told
 from ppl_lvm.backends.structure import Plan, SiteInfo, Structure
 from ppl_lvm.draws import Draws
-from ppl_lvm.errors import DataError, LegalityError, PplLvmError, ProgramError
+from ppl_lvm.errors import DataError, LegalityError, PplLvmError, ProgramError, first_line
 from ppl_lvm.latents import Latent, Sketch, check_plates
 from ppl_lvm.ops import Array
 
@@ -383,6 +383,25 @@ def _functions(program: Program) -> Iterator[Any]:
         while isinstance(call, partial):
             call = call.func
         yield getattr(call, "__func__", call)
+
+
+def starting_numbers(name: str, value: Any, dtype: str) -> np.ndarray:
+    """A starting value of a parameter of this dtype, as an array of NumPy's.
+
+    Raises:
+        DataError: it holds no numbers, or one that is out of the range of `dtype`.
+    """
+    try:
+        array = np.asarray(value.detach().cpu() if hasattr(value, "detach") else value)
+    except (TypeError, ValueError) as error:  # lists of several lengths, what NumPy has no type for
+        raise DataError(f"start: {name!r} makes no array of numbers: {first_line(error)}.") from error
+    if array.dtype.kind not in "fiub" and array.dtype.name != "bfloat16":
+        raise DataError(f"start: {name!r} is {value!r}, of dtype {array.dtype}; give numbers.")
+    if array.dtype.kind in "fiu" and np.dtype(dtype).kind == "f" and array.size:
+        far = max(float(array.max()), -float(array.min()))
+        if float(np.finfo(dtype).max) < far < np.inf:
+            raise DataError(f"start: {name!r} holds {far:g} in absolute value, which is out of the range of {dtype}.")
+    return array
 
 
 def check_value(name: str, found: Any, needed: Sequence[int], inside: Callable[[], bool]) -> None:

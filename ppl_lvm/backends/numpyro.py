@@ -69,6 +69,7 @@ from ppl_lvm.backends.base import (
     inner_axis,
     losses,
     row_params,
+    starting_numbers,
     written,
 )
 from ppl_lvm.backends.forward import Anatomy, Forward
@@ -548,7 +549,9 @@ class NumPyroBound:
             if str(jax.tree.structure(value)) != str(layout):
                 raise DataError(f"start: {name!r} is not laid out as its parameter, which is {layout}.")
             # Keys in a state are replaced at every run.
-            value = jax.tree.map(lambda a, k: k if is_key(k) else owned(a, k.dtype), value, known)
+            value = jax.tree.map(
+                lambda a, k: k if is_key(k) else owned(starting_numbers(name, a, str(k.dtype)), k.dtype), value, known
+            )
 
             def inside() -> bool:
                 if name in self.states:

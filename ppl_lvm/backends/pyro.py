@@ -77,6 +77,7 @@ from ppl_lvm.backends.base import (
     inner_axis,
     losses,
     row_params,
+    starting_numbers,
     written,
 )
 from ppl_lvm.backends.forward import Anatomy, Forward
@@ -448,7 +449,7 @@ class PyroBound:
         """The unconstrained value of a parameter's constrained one; DataError where it can have no such value."""
         with sealed(self.dtype):
             known = self._transforms[name](self.initial[name])
-            value = torch.as_tensor(np.array(value)).to(known)
+            value = torch.tensor(starting_numbers(name, value, self.dtype)).to(known)
 
             def inverse() -> Tensor:
                 return self._transforms[name].inv(value).detach().clone()

@@ -237,7 +237,24 @@ def density(site: Mapping[str, Any], log_prob: Callable[[Any], Any]) -> Any:
                 f"dimension {frame.dim} and has {frame.size} rows; make further axes of a value part of one event "
                 f"(to_event), or give them a plate."
             )
+    if site["is_observed"] and not is_factor(site["fn"]):
+        _check_counted_once(site)
     return found
+
+
+def _check_counted_once(site: Mapping[str, Any]) -> None:
+    """Refuses an observed value that its distribution repeats outside of every plate: each copy would count as data."""
+    fn, dims = site["fn"], {f.dim for f in site["cond_indep_stack"]}
+    shape = np.shape(site["value"])
+    value = (1,) * (len(fn.batch_shape) + len(fn.event_shape) - len(shape)) + tuple(shape)
+    for axis, size in enumerate(fn.batch_shape):
+        dim = axis - len(fn.batch_shape)
+        if dim not in dims and size > 1 and value[axis] == 1:
+            raise ProgramError(
+                f"Site {site['name']!r} has one value of shape {tuple(shape)} for {size} distributions along dimension "
+                f"{dim}, which is no plate's, and would be counted {size} times; give distribution and value the same "
+                f"shape (to_event for further axes), or open a plate of {size} there."
+            )
 
 
 def check_fits(site: Mapping[str, Any]) -> None:
