@@ -22,9 +22,10 @@ from numpyro.optim import optax_to_numpyro
 from ppl_lvm.algorithm import Method
 from ppl_lvm.backends._jax_dists import draw, site_log_prob
 from ppl_lvm.backends._numpyro_handlers import Handler, Message, Params, message_key, precision
+from ppl_lvm.backends._numpyro_program import is_tree
 from ppl_lvm.backends._numpyro_state import evaluation
 from ppl_lvm.backends.base import Call
-from ppl_lvm.backends.numpyro import NumPyroBound, is_tree
+from ppl_lvm.backends.numpyro import NumPyroBound
 from ppl_lvm.backends.sampler import (
     Outcome,
     check_curvature,

@@ -13,11 +13,11 @@ import optax
 
 from ppl_lvm.algorithm import Algorithm, Objective
 from ppl_lvm.backends import _jax_memory, _jax_natural
-from ppl_lvm.backends._numpyro_handlers import StepKeys, site_key
+from ppl_lvm.backends._numpyro_handlers import StepKeys, owned, precision, site_key
 from ppl_lvm.backends._numpyro_state import is_key
 from ppl_lvm.backends.base import Call, Gradients, losses
 from ppl_lvm.backends.hiding import Hiding
-from ppl_lvm.backends.numpyro import NumPyroBound, owned, precision
+from ppl_lvm.backends.numpyro import NumPyroBound
 from ppl_lvm.backends.structure import Plan
 from ppl_lvm.backends.training import (
     MOST_SKIPPED,
