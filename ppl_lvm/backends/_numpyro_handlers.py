@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 from zlib import crc32
 
@@ -285,7 +284,7 @@ def plates_of(trace: Mapping[str, Message]) -> dict[str, Array]:
     return {n: s["value"] for n, s in trace.items() if s["type"] == "plate" and s["value"] is not None}
 
 
-def message_key(key: Array | Keys, msg: Message) -> Array:
+def message_key(key: Array, msg: Message) -> Array:
     """The key of a site, and of a step inside a scan."""
     own = site_key(key, msg["name"])
     return jax.random.fold_in(own, msg["step"]) if "step" in msg else own
@@ -339,30 +338,6 @@ def prior_of(model: Callable[..., Any]) -> Callable[..., Any]:
     return handlers.block(model, hide_fn=lambda msg: msg["type"] == "sample" and msg["is_observed"])
 
 
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class Keys:
-    """A key, and the own keys of some sites under it, which were found before."""
-
-    key: Array
-    sites: dict[str, Array]
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class StepKeys:
-    """The key of a run, and those of its draws: `[M]` for sites drawn once a row of the table, `[M, K]` for the others.
-
-    They depend on nothing but the run's key, so that a loop over steps can have them found for all its steps at once.
-    """
-
-    key: Array
-    outer: Keys
-    local: Keys
-
-
-def site_key(key: Array | Keys, name: str) -> Array:
+def site_key(key: Array, name: str) -> Array:
     """A site's own key: adding a site does not change the noise of the others."""
-    if isinstance(key, Keys):
-        return key.sites[name] if name in key.sites else site_key(key.key, name)
     return jax.random.fold_in(key, crc32(name.encode()) & 0x7FFFFFFF)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -13,7 +14,8 @@ import optax
 
 from ppl_lvm.algorithm import Algorithm, Objective
 from ppl_lvm.backends import _jax_memory, _jax_natural
-from ppl_lvm.backends._numpyro_handlers import StepKeys, owned, precision, site_key
+from ppl_lvm.backends._jax_ahead import ahead
+from ppl_lvm.backends._numpyro_handlers import owned, precision, site_key
 from ppl_lvm.backends._numpyro_state import is_key
 from ppl_lvm.backends.base import Call, Gradients, losses
 from ppl_lvm.backends.hiding import Hiding
@@ -41,8 +43,11 @@ from ppl_lvm.errors import BackendError
 SKIPPED_LEAF = jax.tree_util.keystr((jax.tree_util.DictKey(SKIPPED),))
 """What a leaf is called that both backends pack under one name."""
 
-MOST_KEYS = 64
-"""Keys of one step that are worth their memory over all steps of a chunk."""
+AT_ONCE = 100
+"""Steps whose noise is found at once."""
+
+MOST_AHEAD = 2**15
+"""Entries of it for each step, of all runs together."""
 
 Bound = NumPyroBound
 Tree = dict[str, Any]
@@ -150,23 +155,18 @@ class Trainer:
         self._again: Callable[..., Any] | None = None
         self._numbers: dict[str, tuple[np.ndarray, Any]] = {}
 
-        def keys_of(key: Any) -> StepKeys:
-            return bound.keys(key, plan)
-
         if self.mode == "compiled":
-            self._chunk = STEPS.get(self._cached, lambda: jax.jit(_chunk(body, keys_of)))
+            self._chunk = STEPS.get(self._cached, lambda: jax.jit(_chunk(body)))
         else:
-            self._chunk = _one_by_one(body, keys_of)
+            self._chunk = _one_by_one(body)
 
     def _body(self, bound: NumPyroBound, plan: Plan, objective: Objective) -> Callable[..., Any]:
         # A compiled step is kept when its trainer, which holds data, is gone: it must not be reached from here.
         factors, hiding, descent, transforms = self._factors, self._hiding, self._descent, self._transforms
 
-        def body(
-            tree: Tree, batch: Call, numbers: Mapping[str, Any], keys: StepKeys, rows: Any
-        ) -> tuple[Tree, Any]:
+        def body(tree: Tree, batch: Call, numbers: Mapping[str, Any], key: Any, rows: Any) -> tuple[Tree, Any]:
             here, planned = with_numbers(objective, plan, numbers)
-            batch = _hidden(hiding, batch, keys.key)
+            batch = _hidden(hiding, batch, key)
 
             def natural(unit: str, values: Any, gradient: Any) -> Any:
                 rate = numbers[f"{descent.units[unit].place}.learning_rate"]
@@ -177,7 +177,7 @@ class Trainer:
             def gradients(params: Any) -> Gradients:
                 states, own, mutable = tree["states"], tree["own"], tree["mutable"]
                 options = {"total_rows": rows, "states": states, "own": own, "mutable": mutable}
-                return bound.gradients(params, batch, keys, planned, here, **options)
+                return bound.gradients(params, batch, key, planned, here, **options)
 
             step = gradients(tree["params"])
             values, found = merged(tree["params"], tree["own"]), merged(step.params, step.own)
@@ -491,26 +491,35 @@ def _hidden(hiding: Hiding, batch: Call, key: Any) -> Call:
     return hiding.hidden(batch, lambda n, a: jax.random.uniform(site_key(key, f"${n}"), a.shape[:1], float))
 
 
-def _step(body: Callable[..., Any], several: bool, i: Any, tree: Tree, inputs: tuple[Any, ...]) -> tuple[Tree, Any]:
-    args, kwargs, index, numbers, keys, rows = inputs
-    now = {n: v[i] for n, v in numbers.items()}
+def _step(
+    body: Callable[..., Any], inputs: tuple[Any, ...]
+) -> Callable[[Any, tuple[Tree, Any, Any]], tuple[Tree, Any]]:
+    """A step of one run: `(key, (tree, rows of the batch, numbers)) -> (tree, record)`."""
+    args, kwargs, rows = inputs
 
-    def one(tree: Tree, index: Any, keys: Any) -> tuple[Tree, Any]:
+    def step(key: Any, given: tuple[Tree, Any, Any]) -> tuple[Tree, Any]:
+        tree, index, now = given
         batch = Call(args, kwargs)
         if index is not None:
             # Ours are in bounds: to fill in what is not would read a batch twice.
-            batch = batch.map(lambda a: a.at[index[i]].get(mode="promise_in_bounds"))
-        return body(tree, batch, now, keys, rows)
+            batch = batch.map(lambda a: a.at[index].get(mode="promise_in_bounds"))
+        return body(tree, batch, now, key, rows)
 
-    return (jax.vmap(one) if several else one)(tree, index, jax.tree.map(lambda k: k[i], keys))
+    return step
 
 
-def _keys(key: Any, start: Any, steps: int, keys_of: Callable[[Any], Any]) -> Any:
-    """The keys of each of the steps from `start` on: at once, as one by one they would cost a small model more than the
-    rest of a step."""
+def _at(i: Any, index: Any, numbers: Mapping[str, Any], several: bool) -> tuple[Any, Any]:
+    """Rows and numbers of a step."""
+    rows = None if index is None else index[:, i] if several else index[i]
+    return rows, {n: v[i] for n, v in numbers.items()}
+
+
+def _keys(key: Any, start: Any, steps: int, of_key: Callable[[Any], Any]) -> Any:
+    """What the keys of the steps from `start` on decide: at once, as one by one they would cost a small model more than
+    the rest of a step."""
 
     def of_step(key: Any, step: Any) -> Any:
-        return keys_of(jax.random.fold_in(key, step))
+        return of_key(jax.random.fold_in(key, step))
 
     return jax.vmap(jax.vmap(of_step, (0, None)) if key.ndim else of_step, (None, 0))(key, start + jnp.arange(steps))
 
@@ -519,42 +528,49 @@ def _length(numbers: Mapping[str, Any]) -> int:
     return len(next(iter(numbers.values())))
 
 
-def _placed(body: Callable[..., Any], keys_of: Callable[[Any], StepKeys], key: Any) -> tuple[Any, Any]:
-    """What is done with a step's key before the loop, and the body with what is left to it."""
-    one = jax.ShapeDtypeStruct((), key.dtype)
-    if sum(k.size for k in jax.tree.leaves(jax.eval_shape(keys_of, one))) <= MOST_KEYS:
-        return keys_of, body
-    return (lambda key: key), lambda tree, batch, numbers, key, rows: body(tree, batch, numbers, keys_of(key), rows)
-
-
-def _chunk(body: Callable[..., Any], keys_of: Callable[[Any], StepKeys]) -> Callable[..., Any]:
+def _chunk(body: Callable[..., Any]) -> Callable[..., Any]:
     """A loop with a dynamic number of steps, so that the last, shorter chunk compiles nothing new."""
 
     def chunk(tree: Tree, *inputs: Any) -> tuple[Tree, Any]:
         STEPS.traces += 1
         args, kwargs, index, numbers, start, first, end, key, rows = inputs
-        ahead, rest = _placed(body, keys_of, key)
-        now = args, kwargs, index, numbers, _keys(key, start, _length(numbers), ahead), rows
+        several, length = key.ndim > 0, _length(numbers)
+        now = partial(_at, index=index, numbers=numbers, several=several)
+        of_run = jax.eval_shape(lambda: jax.tree.map(lambda a: a[0] if several else a, (key, tree, now(0)[0])))
+        numbers_of = jax.eval_shape(lambda: now(0)[1])
+        together = min(AT_ONCE, length)
+        noise, step = ahead(
+            _step(body, (args, kwargs, rows)), of_run[0], (*of_run[1:], numbers_of), MOST_AHEAD // key.size
+        )
+        step = jax.vmap(step, (0, (0, 0, None))) if several else step
 
-        def one(i: Any, carry: tuple[Tree, Any]) -> tuple[Tree, Any]:
-            tree, records = carry
-            tree, record = _step(rest, key.ndim > 0, i, tree, now)
-            return tree, jax.lax.dynamic_update_index_in_dim(records, record, i, 0)
+        def some(n: Any, carry: tuple[Tree, Any]) -> tuple[Tree, Any]:
+            before = n * together
+            found = _keys(key, start + before, together, noise)
 
-        empty = jnp.zeros((_length(numbers), *key.shape, 2))
+            def one(i: Any, carry: tuple[Tree, Any]) -> tuple[Tree, Any]:
+                tree, records = carry
+                tree, record = step([a[i - before] for a in found], (tree, *now(i)))
+                return tree, jax.lax.dynamic_update_index_in_dim(records, record, i, 0)
+
+            return jax.lax.fori_loop(jnp.maximum(first, before), jnp.minimum(end, before + together), one, carry)
+
         # Unsigned, so that no step asks whether they count from the end.
         first, end = (jnp.asarray(a, jnp.uint32) for a in (first, end))
-        return jax.lax.fori_loop(first, end, one, (tree, empty))
+        empty = jnp.zeros((length, *key.shape, 2))
+        return jax.lax.fori_loop(first // together, (end + together - 1) // together, some, (tree, empty))
 
     return chunk
 
 
-def _one_by_one(body: Callable[..., Any], keys_of: Callable[[Any], StepKeys]) -> Callable[..., Any]:
+def _one_by_one(body: Callable[..., Any]) -> Callable[..., Any]:
     def chunk(tree: Tree, *inputs: Any) -> tuple[Tree, Any]:
         args, kwargs, index, numbers, start, first, end, key, rows = inputs
-        keys, records = _keys(key, start, end, keys_of), np.zeros((end, *key.shape, 2))
+        several, step = key.ndim > 0, _step(body, (args, kwargs, rows))
+        step = jax.vmap(step, (0, (0, 0, None))) if several else step
+        keys, records = _keys(key, start, end, lambda key: key), np.zeros((end, *key.shape, 2))
         for i in range(first, end):
-            tree, records[i] = _step(body, key.ndim > 0, i, tree, (args, kwargs, index, numbers, keys, rows))
+            tree, records[i] = step(keys[i], (tree, *_at(i, index, numbers, several)))
         return tree, records
 
     return chunk

@@ -24,10 +24,8 @@ from ppl_lvm.backends._jax_dists import (
 from ppl_lvm.backends._jax_ops import stopped_once
 from ppl_lvm.backends._numpyro_handlers import (
     Handler,
-    Keys,
     Message,
     Params,
-    StepKeys,
     message_key,
     of_step,
     plates_of,
@@ -96,26 +94,11 @@ class NumPyroBound(NumPyroProgram):
         options = {"total_rows": total_rows, "values": values, "outer_weight": outer_weight}
         return self._run(params, batch, key, plan, training=False, states=states, own=own, **options)[0]
 
-    def keys(self, key: Array, plan: Plan) -> StepKeys:
-        """The keys of a run's draws and of their latent sites."""
-        (v_local, _), (v_outer, _) = plan.layout(self.structure, True), plan.layout(self.structure, False)
-        fold = jax.vmap(jax.random.fold_in, (None, 0))
-        outer = fold(key, jnp.arange(plan.M * v_outer) // v_outer)
-        local = jax.vmap(fold, (0, None))(outer, 1 + jnp.arange(plan.K * v_local) // v_local)
-
-        def with_sites(keys: Array, local: bool) -> Keys:
-            sites = [info.name for info in self.structure.drawn(local)]
-            flat = keys.reshape(-1)
-            found = {n: jax.vmap(partial(site_key, name=n))(flat).reshape(keys.shape) for n in sites}
-            return Keys(keys, found)
-
-        return StepKeys(key, with_sites(outer, False), with_sites(local, True))
-
     def _run(
         self,
         params: Params,
         batch: Call,
-        key: Array | StepKeys,
+        key: Array,
         plan: Plan,
         *,
         training: bool,
@@ -138,8 +121,11 @@ class NumPyroBound(NumPyroProgram):
         stopped = jax.lax.stop_gradient(constrained) if plan.frozen else None
         v_local, local_layout = plan.layout(structure, True)
         v_outer, outer_layout = plan.layout(structure, False)
-        keys = key if isinstance(key, StepKeys) else self.keys(key, plan)
-        key = keys.key
+        K, M = plan.K * v_local, plan.M * v_outer
+        fold = jax.vmap(jax.random.fold_in, (None, 0))
+        # Of nothing but the run's key, so that a loop over steps finds them for many steps at once.
+        of_outer = fold(key, jnp.arange(M) // v_outer)
+        of_local = jax.vmap(fold, (0, None))(of_outer, 1 + jnp.arange(K) // v_local)
         given = values or {}
         inner_counts = {n: m.draws - 1 for m in plan.nested for n in m.sites}
         inner_draws = {inner_name(n, j + 1): n for n, count in inner_counts.items() for j in range(count)}
@@ -186,7 +172,7 @@ class NumPyroBound(NumPyroProgram):
             return pair
 
         def run(
-            m: Array, k: Array, outer_key: Keys, draw_key: Keys, outer: dict[str, Array], local: dict[str, Array]
+            m: Array, k: Array, outer_key: Array, draw_key: Array, outer: dict[str, Array], local: dict[str, Array]
         ) -> dict[str, Any]:
             injected = {**outer, **local}
             variants: dict[str, Variant] = {}
@@ -233,7 +219,7 @@ class NumPyroBound(NumPyroProgram):
                 of_classes=of_classes["guide"],
             )
             if plan.resampling is not None:
-                guided.together = together(plan.resampling, guided, outer_key.key)
+                guided.together = together(plan.resampling, guided, outer_key)
             guide = self._trace(self._guide, guided, batch)
             plates = plates_of(guide)
             drawn = {n: s["value"] for n, s in guide.items() if s["type"] == "sample"}
@@ -324,14 +310,13 @@ class NumPyroBound(NumPyroProgram):
                 sum_out(table["local"], plan, *found)
             return table
 
-        K, M = plan.K * v_local, plan.M * v_outer
         axes = {"local": 0, "outer": None, "states": 0, "particles": 0}
         inner = jax.vmap(run, in_axes=(None, 0, None, 0, None, 0), out_axes=axes, axis_name=DRAWS)
         if plan.chunk is not None and plan.chunk < plan.K:
             inner = _in_pieces(inner, plan.chunk * v_local)
         with contextlib.nullcontext() if training else evaluation():
             table = jax.vmap(inner, in_axes=(0, None, 0, 0, 0, 0))(
-                jnp.arange(M), jnp.arange(K), keys.outer, keys.local, given_outer, given_local
+                jnp.arange(M), jnp.arange(K), of_outer, of_local, given_outer, given_local
             )
         sites = {
             info.name: self._site(
@@ -633,7 +618,7 @@ class NumPyroBound(NumPyroProgram):
         self,
         params: Params,
         batch: Call,
-        key: Array | StepKeys,
+        key: Array,
         plan: Plan,
         objective: Objective,
         *,
@@ -712,12 +697,12 @@ def _in_pieces(inner: Callable[..., Any], size: int) -> Callable[..., Any]:
     """The same table from `size` entries of the draws axis at a time, computed anew for the gradient."""
 
     def run(
-        m: Array, k: Array, outer_key: Keys, draw_key: Keys, outer: dict[str, Array], local: dict[str, Array]
+        m: Array, k: Array, outer_key: Array, draw_key: Array, outer: dict[str, Array], local: dict[str, Array]
     ) -> dict[str, Any]:
         def cut(a: Array) -> Array:
             return a.reshape(len(a) // size, size, *a.shape[1:])
 
-        def piece(part: tuple[Array, Keys, dict[str, Array]]) -> dict[str, Any]:
+        def piece(part: tuple[Array, Array, dict[str, Array]]) -> dict[str, Any]:
             k, draw_key, local = part
             return inner(m, k, outer_key, draw_key, outer, local)
 
