@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ppl_lvm.backends import _numpyro_train
 from ppl_lvm.backends._jax_ahead import LARGEST, ahead
 
 TABLE = jnp.arange(6.0)
@@ -61,3 +62,15 @@ def test_no_more_is_found_first_than_is_allowed_for() -> None:
         assert sum(a.size for a in first(key)) <= max(most, 1)
         for found, known in zip(*map(jax.tree.leaves, (rest(first(key), given), f(key, given))), strict=True):
             np.testing.assert_array_equal(found, known)
+
+
+def test_sums_over_short_axes_are_compiled_as_they_are() -> None:
+    x = jax.ShapeDtypeStruct((64, 200, 3, 2), "float32")
+
+    def summed(x: jax.Array) -> jax.Array:
+        return (x * x).sum(-1)
+
+    def text(options: dict[str, object]) -> str:
+        return jax.jit(summed, compiler_options=options).lower(x).compile().as_text() or ""
+
+    assert "ynn" not in text(_numpyro_train._options())

@@ -564,7 +564,7 @@ def _compiled(graph: Any, leaves: list[Tensor]) -> Any:
             if not isinstance(getattr(error, "inner_exception", None), ImportError):
                 raise
             # A process that was killed while it compiled has left a part of a file, which torch takes for all of it.
-            with _inductor.utils.fresh_cache():
+            with _inductor.utils.fresh_inductor_cache():
                 return made()
 
 
