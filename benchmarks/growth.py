@@ -31,8 +31,6 @@ import speed
 BACKENDS = ("numpyro", "pyro")
 KINDS = ("growth", "restarts", "first")
 RESTARTS = 64
-MODE = {"pyro": "compiled"}
-"""How steps are compiled, where it is not "auto"."""
 
 
 class Case(NamedTuple):
@@ -92,7 +90,7 @@ AXES: dict[str, tuple[Sequence[int], Callable[[int], Case]]] = {
 }
 
 
-def blocks_of(case: Case, backend: str, rounds: int, **more: Any) -> tuple[list[float], float]:
+def blocks_of(case: Case, backend: str, mode: str, rounds: int, **more: Any) -> tuple[list[float], float]:
     """Seconds a step of every block after the first, and seconds until the first was over."""
     from ppl_lvm import fit
 
@@ -110,7 +108,7 @@ def blocks_of(case: Case, backend: str, rounds: int, **more: Any) -> tuple[list[
         case.program(),
         data=case.data,
         backend=backend,
-        compile=MODE.get(backend, "auto"),
+        compile=mode,
         steps=case.block * (rounds + 1),
         check_every=case.block,
         callbacks=[tick],
@@ -120,7 +118,7 @@ def blocks_of(case: Case, backend: str, rounds: int, **more: Any) -> tuple[list[
     return [t / case.block for t in took[1:]], took[0]
 
 
-def growth(backend: str, rounds: int, axes: Sequence[str]) -> list[dict[str, Any]]:
+def growth(backend: str, mode: str, rounds: int, axes: Sequence[str]) -> list[dict[str, Any]]:
     rows = []
     for axis in axes:
         sizes, make = AXES[axis]
@@ -129,7 +127,7 @@ def growth(backend: str, rounds: int, axes: Sequence[str]) -> list[dict[str, Any
         first: dict[int, float] = {}
         for turn in range(2):  # the second turn compiles nothing
             for size, case in cases.items():
-                found, begun = blocks_of(case, backend, rounds)
+                found, begun = blocks_of(case, backend, mode, rounds)
                 times[size] += found
                 if turn == 0:
                     first[size] = begun
@@ -142,22 +140,22 @@ def growth(backend: str, rounds: int, axes: Sequence[str]) -> list[dict[str, Any
     return rows
 
 
-def restarts(backend: str, rounds: int) -> list[dict[str, Any]]:
+def restarts(backend: str, mode: str, rounds: int) -> list[dict[str, Any]]:
     rows = []
     for name in ("two_site", "mixture", "eight_schools"):
         work = speed.WORKLOADS[name]
         case = Case(work.program, dict(work.data()), work.options, 200 if backend == "numpyro" else 20)
         one, many = [], []
         for _ in range(3):
-            one.append(median(blocks_of(case, backend, rounds)[0]))
-            many.append(median(blocks_of(case, backend, rounds, restarts=RESTARTS)[0]))
+            one.append(median(blocks_of(case, backend, mode, rounds)[0]))
+            many.append(median(blocks_of(case, backend, mode, rounds, restarts=RESTARTS)[0]))
         ratio = median(m / o for o, m in zip(one, many, strict=True))
         rows.append({"backend": backend, "workload": name, "one": median(one), "many": median(many), "ratio": ratio})
         print(f"| {backend} | {name} | {1e3 * median(one):.4f} | {1e3 * median(many):.4f} | {ratio:.2f} |", flush=True)
     return rows
 
 
-def first_step(name: str, backend: str) -> None:
+def first_step(name: str, backend: str, mode: str) -> None:
     """In a process of its own: seconds of the import, of the first step, and of that of a second fit, as JSON."""
     begin = time.perf_counter()
     from ppl_lvm import backends, fit
@@ -168,14 +166,13 @@ def first_step(name: str, backend: str) -> None:
     data = dict(work.data())
     for _ in range(2):
         begin = time.perf_counter()
-        mode = MODE.get(backend, "auto")
         common = {"backend": backend, "batch_size": work.batch, "compile": mode, "progress_bar": False}
         fit(work.program(), data=data, steps=1, **common, **work.options)
         found.append(time.perf_counter() - begin)
     print(json.dumps({"import": imported, "first": found[0], "second": found[1]}))
 
 
-def first(backend: str) -> list[dict[str, Any]]:
+def first(backend: str, mode: str) -> list[dict[str, Any]]:
     rows = []
     for name in ("two_site", "vae_1", "svae_lds"):
         row: dict[str, Any] = {"backend": backend, "workload": name}
@@ -186,7 +183,7 @@ def first(backend: str) -> list[dict[str, Any]]:
                 "TORCHINDUCTOR_CACHE_DIR": f"{cache}/torch",
             }
             for when in ("cold", "cached"):
-                asked = [sys.executable, __file__, "--process", name, "--backend", backend]
+                asked = [sys.executable, __file__, "--process", name, "--backend", backend, "--compile", mode]
                 done = subprocess.run(asked, env={**os.environ, **where}, check=True, capture_output=True, text=True)
                 row[when] = json.loads(done.stdout.splitlines()[-1])
         rows.append(row)
@@ -217,19 +214,19 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="a file for the numbers as JSON")
     parser.add_argument("--process", help=argparse.SUPPRESS)
     asked = parser.parse_args()
-    MODE["pyro"] = asked.compile
     if asked.process:
-        first_step(asked.process, asked.backend[0])
+        first_step(asked.process, asked.backend[0], asked.compile)
         return
     found: dict[str, Any] = {}
     for what in asked.what or KINDS:
         print(TITLES[what], flush=True)
         found[what] = []
         for backend in asked.backend or BACKENDS:
+            mode = asked.compile if backend == "pyro" else "auto"
             if what == "growth":
-                found[what] += growth(backend, asked.rounds, asked.axis or list(AXES))
+                found[what] += growth(backend, mode, asked.rounds, asked.axis or list(AXES))
             else:
-                found[what] += restarts(backend, asked.rounds) if what == "restarts" else first(backend)
+                found[what] += restarts(backend, mode, asked.rounds) if what == "restarts" else first(backend, mode)
         print()
     if asked.out:
         asked.out.write_text(json.dumps(found, indent=1))

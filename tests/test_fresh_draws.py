@@ -9,9 +9,25 @@ import numpyro.distributions as ndist
 import pyro.distributions as pdist
 import pytest
 import torch
+from harness import BACKENDS, Engine, assert_equal
 from numpyro.distributions import transforms as ntransforms
+from toys import GAUSSIANS2, GLOBAL_ROWS, MIXED_ZY, Array, Backend, Ppl, Toy
 
+from ppl_lvm.algorithm import Estimator, Objective
 from ppl_lvm.backends import _jax_dists, _torch_dists
+from ppl_lvm.backends.sites import is_fresh
+from ppl_lvm.data import read
+from ppl_lvm.estimators.dreg import dreg
+from ppl_lvm.estimators.pathwise import pathwise
+from ppl_lvm.estimators.stl import stl
+from ppl_lvm.estimators.vimco import vimco
+from ppl_lvm.objectives.elbo import elbo
+from ppl_lvm.objectives.iwae import iwae
+from ppl_lvm.objectives.log_variance import log_variance
+from ppl_lvm.objectives.rws import rws
+from ppl_lvm.objectives.tvo import tvo
+from ppl_lvm.objectives.vis import vis
+from ppl_lvm.program import Program
 
 LOC, RAW = np.array([[0.3], [-1.2]]), np.array([0.7, 1.9, 0.2])
 FACTOR = np.tril(np.random.default_rng(0).normal(size=(2, 3, 3)), -1) + np.diag([0.5, 1.5, 2.0])
@@ -135,11 +151,15 @@ def test_only_a_draw_as_it_was_drawn_has_the_density_of_its_noise() -> None:
     def nothing(name: str, event_dim: int) -> None:
         return None
 
+    def kept(site: Any, value: Any, fn: Any = None) -> bool:
+        return is_fresh({"fn": site._fn if fn is None else fn, "value": value, "fresh": site.fresh})
+
     on_jax = _jax_dists.GuideSite("z", ndist.Normal(0.0, 1.0), jax.random.key(0), nothing, None, True)
     drawn = on_jax.rsample()
-    assert on_jax.fresh_log_prob(drawn) is not None
-    assert on_jax.fresh_log_prob(jax.lax.stop_gradient(drawn) + 0.0) is None
-    assert on_jax.fresh_log_prob(on_jax.sample()) is None
+    assert kept(on_jax, drawn)
+    assert not kept(on_jax, jax.lax.stop_gradient(drawn) + 0.0)
+    assert not kept(on_jax, on_jax.sample())
+    assert not kept(on_jax, drawn, on_jax._fn.mask(jnp.asarray(True)))
 
     def site(stride: int) -> Any:
         fn = pdist.Normal(torch.zeros(4), 1.0)
@@ -147,8 +167,66 @@ def test_only_a_draw_as_it_was_drawn_has_the_density_of_its_noise() -> None:
 
     alone = site(1)
     drawn = alone.rsample()
-    assert alone.fresh_log_prob(drawn) is not None
-    assert alone.fresh_log_prob(drawn.detach()) is None
-    assert alone.fresh_log_prob(alone.sample()) is None
+    assert kept(alone, drawn)
+    assert not kept(alone, drawn.detach())
+    assert not kept(alone, alone.sample())
+    assert not kept(alone, drawn, alone._fn.mask(torch.tensor(True)))
     shared = site(2)
-    assert shared.fresh_log_prob(shared.rsample()) is None
+    assert not kept(shared, shared.rsample())
+
+
+CASES: list[tuple[Toy, Objective, dict[str, Estimator]]] = [
+    (GAUSSIANS2, elbo(draws=2), {"*": pathwise()}),
+    (GAUSSIANS2, elbo(), {"*": stl()}),
+    (GAUSSIANS2, iwae(draws=3), {"*": dreg()}),
+    (GAUSSIANS2, rws(draws=3), {"*": pathwise()}),
+    (GAUSSIANS2, vis(draws=3), {"*": pathwise()}),
+    (GAUSSIANS2, tvo(draws=3), {"*": pathwise()}),
+    (GAUSSIANS2, log_variance(draws=3), {"*": pathwise()}),
+    (GLOBAL_ROWS, iwae(draws=2, outer=2), {"*": pathwise()}),
+    (MIXED_ZY, iwae(draws=2), {"z": dreg(), "y": vimco()}),
+]
+
+
+def name_of(cell: object) -> str:
+    if isinstance(cell, dict):
+        return "-".join(type(estimator).__name__ for estimator in cell.values())
+    return str(getattr(cell, "name", type(cell).__name__))
+
+
+def check(engine: Engine, objective: Objective, estimators: dict[str, Estimator]) -> None:
+    found, table = engine.loss(objective, estimators, seed=3), engine.sites(objective, estimators, seed=3)
+    values = {n: table[n].value for n in engine.plan(objective, estimators).estimators}
+    again = engine.loss(objective, estimators, values=values)
+    assert_equal(found, float(again.value), again.gradient, 1e-11)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("toy", "objective", "estimators"), CASES, ids=name_of)
+def test_fresh_draws_have_the_loss_and_gradient_of_the_same_values_injected(
+    toy: Toy, objective: Objective, estimators: dict[str, Estimator], backend: Backend
+) -> None:
+    check(Engine.of(backend, toy), objective, estimators)
+
+
+def partly_model(ppl: Ppl, x: Array, y: Array) -> None:
+    with ppl.plate("data", len(x)):
+        y = ppl.sample("y", ppl.dist.Normal(ppl.param("c", 0.3), 1.3))
+        ppl.sample("x", ppl.dist.Normal(ppl.param("a", 0.8) * y, 1.0), obs=x)
+
+
+def partly_guide(ppl: Ppl, x: Array, y: Array) -> None:
+    with ppl.plate("data", len(x)):
+        ppl.sample("y", ppl.dist.Normal(ppl.param("g", 0.4) * x, ppl.param("s", 0.7)))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_draw_that_data_took_the_place_of_counts_nowhere(backend: Backend) -> None:
+    """A site that is partly observed: `log q` is that of the entries which were drawn."""
+    data = {"x": np.array([0.4, -0.9, 1.3]), "y": np.array([1.0, np.nan, 0.2])}
+    call = read(data, Program("toy", partly_model, partly_guide, portable=True), "mask")
+    engine = Engine(backend, partly_model, partly_guide, dict(call.kwargs), portable=True)
+    check(engine, iwae(draws=2), {"*": pathwise()})
+    table = engine.sites(iwae(draws=2), {"*": pathwise()}, seed=3)
+    log_q = table["y"].log_q
+    assert log_q is not None and (log_q[..., [0, 2]] == 0.0).all() and (log_q[..., 1] != 0.0).all()

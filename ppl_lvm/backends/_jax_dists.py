@@ -17,7 +17,7 @@ from numpyro.distributions.kl import kl_divergence
 from numpyro.distributions.util import validate_sample
 
 from ppl_lvm.backends import _jax_mixtures, _jax_structured
-from ppl_lvm.backends.sites import Chain, is_point, log_values, product_support, rebuild
+from ppl_lvm.backends.sites import Chain, Fresh, is_fresh, is_point, log_values, product_support, rebuild
 from ppl_lvm.backends.structure import check_injected, noise_name
 
 Array = jax.Array
@@ -301,8 +301,8 @@ def embed(fn: Any, weights: Array) -> Array:
 def site_log_prob(site: Message) -> Array:
     if "log_prob" in site:  # of a scan, taken step by step
         return site["log_prob"]
-    if site.get("log_q") is not None:
-        return site["log_q"]
+    if is_fresh(site):
+        return site["fresh"].log_prob
     if "of_classes" in site:
         return _log_prob_of_classes(site["fn"], site["value"], site["of_classes"])
     return site["fn"].log_prob(site["value"])
@@ -438,7 +438,8 @@ class GuideSite:
     ) -> None:
         self._name, self._fn, self._key, self._given, self._support = name, fn, key, given, support
         self._as_float, self._noisy = as_float, False
-        self._fresh: tuple[Array, Array] | None = None
+        self.fresh: Fresh | None = None
+        """What `rsample` drew, where its density is known from the noise."""
         self.own, self.rows = own or {}, rows
 
     @cached_property
@@ -459,12 +460,11 @@ class GuideSite:
     def rsample(self) -> Array:
         if self._injected is not None:
             return rebuild(self._fn, self._injected, _solve)
-        self._fresh = fresh(self._fn, self._key)
-        return self._fn.sample(self._key) if self._fresh is None else self._fresh[0]
-
-    def fresh_log_prob(self, value: Array) -> Array | None:
-        """The log density of a value that is the site's own draw as it was drawn, where it is known from its noise."""
-        return None if self._fresh is None or self._fresh[0] is not value else self._fresh[1]
+        drawn = fresh(self._fn, self._key)
+        if drawn is None:
+            return self._fn.sample(self._key)
+        self.fresh = Fresh(self._fn, *drawn)
+        return self.fresh.value
 
     def mean(self) -> Array:
         return self._fn.mean if self._injected is None else self._injected

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.distributions import kl_divergence
 
 from ppl_lvm import ops
-from ppl_lvm.backends.sites import Chain, is_point, log_values, product_support, rebuild
+from ppl_lvm.backends.sites import Chain, Fresh, is_fresh, is_point, log_values, product_support, rebuild
 from ppl_lvm.backends.structure import check_injected, noise_name
 
 HALF_LOG_2PI = 0.5 * math.log(2.0 * math.pi)
@@ -210,9 +210,7 @@ def _unexpanded(x: Tensor) -> Tensor:
 def site_log_prob(site: Message) -> Tensor:
     if "log_prob" in site:  # of a scan, taken step by step
         return site["log_prob"]
-    value = site.get("log_q")
-    if value is None:
-        value = log_prob(site["fn"], site["value"], site.get("of_classes"))
+    value = site["fresh"].log_prob if is_fresh(site) else log_prob(site["fn"], site["value"], site.get("of_classes"))
     mask = site["mask"]
     if mask is None or mask is True:
         return value
@@ -325,7 +323,8 @@ class GuideSite:
         self._name, self._fn, self._given, self._support = name, fn, given, support
         self._stride, self._dim, self._remember = stride, dim, remember
         self._noise: dict[tuple[int, int | None], Tensor] = {}
-        self._fresh: tuple[Tensor, Tensor] | None = None
+        self.fresh: Fresh | None = None
+        """What `rsample` drew, where its density is known from the noise."""
         self.own, self.rows = own or {}, rows
 
     @cached_property
@@ -361,12 +360,11 @@ class GuideSite:
 
     def _rsample(self) -> Tensor:
         # Entries that share a draw need not share its distribution, nor a run that takes over the draw of another.
-        self._fresh = fresh(self._fn) if self._stride == 1 else None
-        return self._share(self._fn.rsample()) if self._fresh is None else self._fresh[0]
-
-    def fresh_log_prob(self, value: Tensor) -> Tensor | None:
-        """The log density of a value that is the site's own draw as it was drawn, where it is known from its noise."""
-        return None if self._fresh is None or self._fresh[0] is not value else self._fresh[1]
+        drawn = fresh(self._fn) if self._stride == 1 else None
+        if drawn is None:
+            return self._share(self._fn.rsample())
+        self.fresh = Fresh(self._fn, *drawn)
+        return self.fresh.value
 
     def mean(self) -> Tensor:
         return self._fn.mean if self._injected is None else self._injected

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Hashable, Iterable, Mapping
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -61,9 +61,6 @@ from ppl_lvm.backends.structure import (
 from ppl_lvm.backends.training import Steps, rows_of
 from ppl_lvm.draws import Draws, Particles, Site
 from ppl_lvm.errors import BackendError, ProgramError
-
-if TYPE_CHECKING:
-    pass
 
 Array = jax.Array
 
@@ -201,7 +198,7 @@ class NumPyroBound(NumPyroProgram):
                     value = variant.value
                 else:
                     value = estimator.sample(site)
-                    msg["log_q"] = site.fresh_log_prob(value)
+                    msg["fresh"] = site.fresh
                 site.check_used()
                 return value
 

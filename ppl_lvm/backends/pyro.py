@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -69,10 +69,6 @@ from ppl_lvm.backends.training import rows_of
 from ppl_lvm.draws import Draws, Particles, Site
 from ppl_lvm.errors import BackendError, ProgramError
 from ppl_lvm.process import TURN
-
-if TYPE_CHECKING:
-    pass
-
 
 
 class PyroBound(PyroProgram):
@@ -356,7 +352,7 @@ class PyroBound(PyroProgram):
                 msg["value"] = variant.value
             else:
                 msg["value"] = estimator.sample(site)
-                msg["log_q"] = site.fresh_log_prob(msg["value"])
+                msg["fresh"] = site.fresh
             site.check_used()
 
         of_classes = {side: plan.of_classes(side) for side in ("guide", "model")}

@@ -114,6 +114,21 @@ def rebuild(fn: Any, value: Array, solve: Callable[[Array, Array], Array]) -> Ar
     )
 
 
+@dataclass(frozen=True)
+class Fresh:
+    """A draw of a distribution, and its log density in terms of the noise behind it."""
+
+    fn: Any
+    value: Array
+    log_prob: Array
+
+
+def is_fresh(site: Mapping[str, Any]) -> bool:
+    """Whether a site has its draw as it was drawn: not detached or changed by its estimator, nor replaced by data."""
+    drawn = site.get("fresh")
+    return drawn is not None and drawn.fn is site["fn"] and drawn.value is site["value"]
+
+
 def product_support(atoms: np.ndarray, event_shape: Sequence[int]) -> np.ndarray | None:
     """All values `[V, *event_shape]` of independent elements with the given atoms `[E, *atom_shape]`.
 
