@@ -73,6 +73,18 @@ def guide_of_three(ppl: Ppl, x: Array) -> None:
         ppl.sample("z", ppl.dist.Normal(ppl.param("q", 0.2) + ppl.xp.zeros(3), 0.8))
 
 
+def one_plate_of_two_sizes(ppl: Ppl, x: Array) -> None:
+    with ppl.plate("data", 2):
+        ppl.sample("z", ppl.dist.Normal(ppl.param("loc", 0.2), 0.8))
+    with ppl.plate("data", len(x)):
+        ppl.sample("x", ppl.dist.Normal(ppl.param("m", 0.2), 1.0), obs=x)
+
+
+def guide_of_two(ppl: Ppl, x: Array) -> None:
+    with ppl.plate("data", 2):
+        ppl.sample("z", ppl.dist.Normal(ppl.param("q", 0.2), 0.8))
+
+
 def seen_often(ppl: Ppl, x: Array) -> None:
     with ppl.plate("data", len(x)):
         z = ppl.sample("z", ppl.dist.Normal(ppl.param("loc", 0.2), 0.8))
@@ -131,6 +143,11 @@ BAD: dict[str, tuple[dict[str, Any], type[PplLvmError], str]] = {
     "text to start from": ({"start": {"loc": "a"}}, DataError, "start: 'loc' is 'a', of dtype <U1; give numbers"),
     "rows of no one length to start from": ({"start": {"loc": [[1], [1, 2]]}}, DataError, "start: 'loc' "),
     "a start beyond single precision": ({"start": {"loc": 1e300}}, DataError, "'loc' holds 1e.300.*of float32"),
+    "one plate of two sizes": (
+        {"model": toy(one_plate_of_two_sizes, guide_of_two)},
+        ProgramError,
+        "Plate 'data' has 2 rows where it is met first, and [0-9]+ later",
+    ),
     "a value for many": ({"model": toy(seen_often, without_g)}, ProgramError, "for 4 distributions along dimension -2"),
     "a number for a callback": ({"callbacks": [3]}, PplLvmError, "callbacks holds 3, which cannot be called"),
     "a callback alone": ({"callbacks": print}, PplLvmError, "give a list of functions"),

@@ -522,7 +522,7 @@ def test_a_guide_of_globals_takes_mini_batches_and_other_rows(name: str) -> None
 def test_a_guide_set_up_on_other_rows_is_refused() -> None:
     guide = AutoNormal(local_model)
     guide(torch.tensor(LOCAL_ROWS[:3]))
-    with pytest.raises(ProgramError, match="Plate 'rows' has 3 rows in the guide and 8 in the model"):
+    with pytest.raises(ProgramError, match="Plate 'rows' has 3 rows where it is met first, and 8 later"):
         fitted(Example(local_model, guide, LOCAL_ROWS), steps=1)
 
 

@@ -21,7 +21,7 @@ from ppl_lvm.backends._jax_dists import namespace, site_log_prob
 from ppl_lvm.backends._numpyro_scan import Scan, enter
 from ppl_lvm.backends._numpyro_state import containers, still, with_noise
 from ppl_lvm.backends.base import check_param
-from ppl_lvm.backends.sites import Chain
+from ppl_lvm.backends.sites import Chain, check_plate
 from ppl_lvm.errors import ProgramError
 from ppl_lvm.process import TURN
 
@@ -165,6 +165,7 @@ class Handler(Messenger):
         self.still, self._cast, self._noise = still, cast, site_key(key, f"${side}")
         self._scan_keys, self._replayed = scan_keys, scanned or {}
         self.found: dict[str, tuple[Any, Any]] = {}
+        self.plates: dict[str, int] = {}
         self.plates_of: dict[str, tuple[str, ...]] = {}
         """Plates around each parameter whose dimension they index."""
         self.initial_states: dict[str, Any] = {}
@@ -205,11 +206,8 @@ class Handler(Messenger):
             msg["value"] = still(value) if self.still else value
         elif kind == "mutable":
             self._state(msg)
-        elif kind == "plate" and msg["value"] is None:
-            if msg["name"] in self.subsamples:
-                msg["value"] = self.subsamples[msg["name"]]
-            else:
-                msg["kwargs"]["rng_key"] = site_key(self.key, msg["name"])
+        elif kind == "plate":
+            self._plate(msg)
         elif kind == "prng_key":
             key = self._next_noise()
             msg["kwargs"]["rng_key"] = key if self._step is None else jax.random.fold_in(key, self._step[0])
@@ -250,6 +248,16 @@ class Handler(Messenger):
     def _next_noise(self) -> Array:
         self._anonymous += 1
         return jax.random.fold_in(self._noise, self._anonymous)
+
+    def _plate(self, msg: Message) -> None:
+        name, size = msg["name"], msg["args"][0]
+        check_plate(name, self.plates.setdefault(name, size), size)
+        if msg["value"] is not None:
+            return
+        if name in self.subsamples:
+            msg["value"] = self.subsamples[name]
+        else:
+            msg["kwargs"]["rng_key"] = site_key(self.key, name)
 
     def _state(self, msg: Message) -> None:
         name = msg["name"]

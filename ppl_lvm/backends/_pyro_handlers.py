@@ -24,7 +24,7 @@ from ppl_lvm import nets, ops
 from ppl_lvm.backends import _torch_nets, _torch_structured
 from ppl_lvm.backends._torch_dists import site_log_prob
 from ppl_lvm.backends.base import check_param
-from ppl_lvm.backends.sites import Chain
+from ppl_lvm.backends.sites import Chain, check_plate
 from ppl_lvm.errors import ProgramError
 from ppl_lvm.process import TURN
 
@@ -279,12 +279,7 @@ class Handler(Messenger):
         if self.step is not None:
             msg["step"] = self.step
         if site_is_subsample(msg):
-            size = self.plates.setdefault(msg["name"], msg["fn"].size)
-            if msg["fn"].size != size:
-                raise ProgramError(
-                    f"Plate {msg['name']!r} has {size} rows in the guide and {msg['fn'].size} in the model. A guide "
-                    f"that was set up on other data (an autoguide keeps its plates) serves those only; make a new one."
-                )
+            check_plate(msg["name"], self.plates.setdefault(msg["name"], msg["fn"].size), msg["fn"].size)
             if msg["name"] in self.subsamples:
                 msg["value"], msg["done"] = self.subsamples[msg["name"]], True
             return

@@ -222,6 +222,16 @@ def is_chain_of_classes(fn: Any) -> bool:
     return isinstance(fn, Chain) and bool(fn.of.has_enumerate_support)
 
 
+def check_plate(name: str, known: int, size: int) -> None:
+    """Refuses a plate that is entered with another size than before, in the guide or in the model."""
+    if size != known:
+        raise ProgramError(
+            f"Plate {name!r} has {known} rows where it is met first, and {size} later; guide and model enter it with "
+            f"one size. Give other rows a plate of another name. A guide that was set up on other data (an autoguide "
+            f"keeps its plates) serves those only; make a new one."
+        )
+
+
 def undeclared(fn: Any, plates: Iterable[Any]) -> bool:
     """Whether a site has several elements along a batch dimension that is no plate's."""
     dims = {f.dim for f in plates}
