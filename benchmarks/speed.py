@@ -1,14 +1,16 @@
 """Time per step of `ppl_lvm.fit` against the same workload written by hand, and against the library's own SVI.
 
     python benchmarks/speed.py                             all workloads, both backends, on the CPU
-    python benchmarks/speed.py --workload vae_1 --device gpu
+    python benchmarks/speed.py --workload vae_1_wide --device gpu --share
     python benchmarks/speed.py --draw speed.jsonl speed.png        a picture of what --out has written
 
 Blocks of steps of a fit and of its peer take turns in one process: the fit hands over in a callback, where the peer
 makes as many steps. A ratio is the median over all pairs of blocks after the first three, of time per step (both wait
 for the last step of a block); below one ours is the faster. Beside it: seconds until the first block is over, with
 compiling. Peers for NumPyro: a jitted scan with optax, a jitted scan of SVI.update. For Pyro: a loop with
-torch.compile and fused Adam, the same uncompiled, and SVI.step.
+torch.compile and fused Adam, the same uncompiled, and SVI.step. With --share a row ends with the floating-point
+operations a second of our steps, those of matrix products alone, and their share of what the library reaches in a
+product of two large matrices on the same device.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ import json
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from importlib import import_module
 from pathlib import Path
 from statistics import median
@@ -285,6 +287,36 @@ PEERS = {
 """How ours is compiled, and with what it is compared."""
 
 
+def operations(work: Workload) -> int:
+    """Floating-point operations of a step's matrix products, forward and backward, as torch counts those by hand."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    loop = peers.TorchLoop(work.by_hand["pyro"](), work.params(), dict(work.data()), work.batch, False, "cpu")
+    with FlopCounterMode(display=False) as counter:
+        loop.run(1)
+    return int(counter.get_total_flops())
+
+
+@cache
+def reached(backend: str, device: str, size: int = 4096, times: int = 10) -> float:
+    """Operations a second in products of two matrices of single precision, the best of several."""
+    square = np.random.default_rng(0).normal(size=(size, size)).astype(np.float32)
+    if backend == "numpyro":
+        jax = import_module("jax")
+        a, product, wait = jax.device_put(square), jax.jit(lambda a: a @ a), jax.block_until_ready
+    else:
+        torch = import_module("torch")
+        a, product = torch.as_tensor(square, device=device), lambda a: a @ a
+        wait = (lambda _: None) if device == "cpu" else (lambda _: torch.cuda.synchronize())
+    wait(product(a))
+    took = []
+    for _ in range(times):
+        start = time.perf_counter()
+        wait(product(a))
+        took.append(time.perf_counter() - start)
+    return float(2 * size**3 / min(took))
+
+
 def measure(name: str, backend: str, mode: str, kind: str, pairs: int, device: str) -> dict[str, Any]:
     from ppl_lvm import fit
 
@@ -364,23 +396,33 @@ def main() -> None:
     parser.add_argument("--peer", action="append", help="only these, as the table names them")
     parser.add_argument("--device", default="cpu", choices=("cpu", "gpu"))
     parser.add_argument("--pairs", type=int, default=30)
+    parser.add_argument("--share", action="store_true", help="of what the library reaches in a large matrix product")
     parser.add_argument("--out", type=Path, help="a file for one JSON object a line")
     parser.add_argument("--draw", type=Path, nargs=2, metavar=("JSONL", "PNG"), help="draws what is there")
     asked = parser.parse_args()
     if asked.draw:
         draw(*asked.draw)
         return
-    print("| workload | backend | ours | peer | ms/step | peer's | ratio (10 %, 90 %) | first block, s | peer's |")
-    print("|---|---|---|---|---|---|---|---|---|")
+    more, rule = (" Tflop/s | share |", "---|---|") if asked.share else ("", "")
+    print(
+        f"| workload | backend | ours | peer | ms/step | peer's | ratio (10 %, 90 %) | first block, s | peer's |{more}"
+    )
+    print(f"|---|---|---|---|---|---|---|---|---|{rule}")
     for name in asked.workload or [n for n in WORKLOADS if asked.device == "gpu" or n != "vae_1_wide"]:
         for backend in asked.backend or PEERS:
             for mode, kind in PEERS[backend]:
                 if (asked.peer and kind not in asked.peer) or ("SVI" in kind and not WORKLOADS[name].svi):
                     continue
                 r = measure(name, backend, mode, kind, asked.pairs, asked.device)
+                end = ""
+                if asked.share:
+                    r["flops"] = operations(WORKLOADS[name]) / r["ms"] * 1e3
+                    r["share"] = r["flops"] / reached(backend, "cuda" if asked.device == "gpu" else "cpu")
+                    end = f" {r['flops'] / 1e12:.2f} | {r['share']:.2f} |"
                 print(
                     f"| {name} | {backend} | {mode} | {kind} | {r['ms']:.3f} | {r['peer_ms']:.3f} | "
-                    f"{r['ratio']:.2f} ({r['low']:.2f}, {r['high']:.2f}) | {r['first']:.1f} | {r['peer_first']:.1f} |",
+                    f"{r['ratio']:.2f} ({r['low']:.2f}, {r['high']:.2f}) | {r['first']:.1f} | "
+                    f"{r['peer_first']:.1f} |{end}",
                     flush=True,
                 )
                 if asked.out:
