@@ -2,7 +2,21 @@
 
 from __future__ import annotations
 
+import jax
+import pytest
+
 from ppl_lvm.backends import _jax_memory
 
 # Tests that count what is compiled must not meet the moment at which it is all let go.
 _jax_memory.MOST_LEFT = 10**9
+
+
+@pytest.fixture(autouse=True, scope="module")
+def compiling(request: pytest.FixtureRequest) -> None:
+    """XLA compiles with few optimisations, unless a module is marked `optimised`.
+
+    Compiling is most of the time of the suite. What is left out keeps values to rounding; where bits are compared, or
+    compiled steps with eager ones, it is as users compile.
+    """
+    few = request.node.get_closest_marker("optimised") is None
+    jax.config.update("jax_disable_most_optimizations", few)

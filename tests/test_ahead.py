@@ -5,9 +5,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from ppl_lvm.backends import _numpyro_train
 from ppl_lvm.backends._jax_ahead import LARGEST, ahead
+
+pytestmark = pytest.mark.optimised
 
 TABLE = jnp.arange(6.0)
 

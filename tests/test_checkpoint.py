@@ -31,6 +31,8 @@ from ppl_lvm.monitor import EarlyStopping, Moment, Run
 from ppl_lvm.pace import Pace
 from ppl_lvm.program import Program, program
 
+pytestmark = pytest.mark.optimised
+
 BACKENDS = ("pyro", "numpyro")
 on_both = pytest.mark.parametrize("backend", BACKENDS)
 slow_on_numpyro = pytest.mark.parametrize("backend", ["pyro", pytest.param("numpyro", marks=pytest.mark.slow)])

@@ -16,6 +16,8 @@ from ppl_lvm.backends import _numpyro_train, _pyro_train
 from ppl_lvm.errors import BackendError, DataError, LegalityError, PplLvmError, ProgramError, RecipeError, StorageError
 from ppl_lvm.pace import Order, Pace, most_steps
 
+pytestmark = pytest.mark.optimised
+
 BACKENDS = ("pyro", "numpyro")
 on_both = pytest.mark.parametrize("backend", BACKENDS)
 

@@ -20,6 +20,8 @@ from ppl_lvm.parameters import frozen, optimizer_of
 from ppl_lvm.program import Program, program
 from ppl_lvm.validation import HeldOut, split
 
+pytestmark = pytest.mark.optimised
+
 BACKENDS = ("pyro", "numpyro")
 on_both = pytest.mark.parametrize("backend", BACKENDS)
 X = ROWS.data["x"]

@@ -14,6 +14,8 @@ from ppl_lvm.monitor import restart_seeds
 from ppl_lvm.pace import Order
 from ppl_lvm.program import Program
 
+pytestmark = pytest.mark.optimised
+
 BAD, ROW, SIZE, SEED = 7.0, 13, 4, 3
 X = np.random.default_rng(0).normal(size=20)
 X[ROW] = BAD
