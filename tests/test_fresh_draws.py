@@ -175,6 +175,38 @@ def test_only_a_draw_as_it_was_drawn_has_the_density_of_its_noise() -> None:
     assert not kept(shared, shared.rsample())
 
 
+SHARES = [0.0, 0.3, 0.0, 0.4, 0.3, 0.0]
+"""Of which the logs, normalised, end below one in single precision."""
+
+
+@pytest.mark.parametrize(
+    "fn",
+    [
+        pdist.Categorical(probs=torch.tensor(SHARES)),
+        pdist.Categorical(logits=torch.tensor(SHARES).log() + 3.0, validate_args=False),
+        pdist.OneHotCategorical(probs=torch.tensor(SHARES, dtype=torch.float64)),
+        pdist.OneHotCategorical(logits=torch.tensor([SHARES, SHARES]).log(), validate_args=False).to_event(1),
+    ],
+    ids=["index", "index by logits", "one-hot", "one-hot by logits"],
+)
+def test_classes_are_drawn_as_often_as_they_are_probable(fn: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Uniforms on a grid fall into every class in proportion, into one of probability zero never, at the ends too."""
+    grid = (torch.arange(998) + 0.5) / 998
+    ends = [torch.zeros(1), torch.ones(1) - torch.finfo(torch.float32).eps / 2]
+
+    def uniform(shape: Any, dtype: Any, device: Any) -> Any:
+        found = torch.cat([ends[0], grid, ends[1]]).to(dtype)
+        return found.reshape(1000, *(1,) * (len(shape) - 1)).expand(shape)
+
+    monkeypatch.setattr(_torch_dists.torch, "rand", uniform)
+    wide = fn.expand((1000,))
+    drawn = _torch_dists.draw(wide)
+    assert (drawn.shape, drawn.dtype) == (wide.shape(), wide.sample().dtype)
+    counts = _torch_dists.classes_of(wide, drawn).reshape(1000, -1, 6).sum(0)
+    assert (counts - 1000 * torch.tensor(SHARES)).abs().max() <= 1
+    assert not counts[:, [0, 2, 5]].any()
+
+
 CASES: list[tuple[Toy, Objective, dict[str, Estimator]]] = [
     (GAUSSIANS2, elbo(draws=2), {"*": pathwise()}),
     (GAUSSIANS2, elbo(), {"*": stl()}),

@@ -102,13 +102,26 @@ def draw(fn: Any) -> Tensor:
     if isinstance(fn, torch.distributions.Independent | MaskedDistribution):
         return draw(fn.base_dist)
     if _one_hot(fn):
-        # torch's own sampler reads the value back to the host, which stalls a GPU and cannot be traced.
-        index = torch.multinomial(fn.probs.reshape(-1, fn.event_shape[0]), 1)
-        return ops.one_hot(index.reshape(fn.batch_shape), fn.event_shape[0]).to(fn.probs.dtype)
+        index = _drawn_class(fn._categorical)
+        return ops.one_hot(index, fn.event_shape[0]).to(fn._param.dtype)
+    if isinstance(fn, torch.distributions.Categorical):
+        return _drawn_class(fn)
     if isinstance(fn, torch.distributions.Bernoulli):
         # A compiler draws torch's own from single-precision uniforms, others than an uncompiled step has.
         return (torch.rand(fn.batch_shape, dtype=fn.probs.dtype, device=fn.probs.device) < fn.probs).to(fn.probs.dtype)
     return fn.sample()
+
+
+def _drawn_class(fn: Any) -> Tensor:
+    """A draw of a categorical, `[*batch]`: the class in whose part of the unit interval a uniform falls.
+
+    torch's own sampler takes an exponential for every class, a dozen nanoseconds each, and reads back to the host.
+    """
+    with torch.no_grad():
+        ends = (_unexpanded(fn.probs) if "probs" in vars(fn) else _unexpanded(fn.logits).exp()).cumsum(-1)
+        # By the last end, so that a class of probability zero is never drawn, as a uniform is below one.
+        uniform = torch.rand(fn.batch_shape, dtype=ends.dtype, device=ends.device)
+        return (uniform.unsqueeze(-1) >= ends[..., :-1] / ends[..., -1:]).sum(-1)
 
 
 def fresh(fn: Any) -> tuple[Tensor, Tensor] | None:
