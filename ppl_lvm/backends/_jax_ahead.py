@@ -8,6 +8,8 @@ from typing import Any
 import jax
 from jax.extend.core import ClosedJaxpr, Var, jaxpr_as_fun
 
+from ppl_lvm.backends._jax_together import Part, array, together
+
 LARGEST = 64
 """Entries of an array that is found ahead: of larger ones, the time is in the entries, however they are found."""
 
@@ -39,11 +41,26 @@ def ahead(
             break
         largest //= 2
     structure = jax.tree.structure(out)
+    layout: list[tuple[int, int | None]] = []
+
+    def at_once(*early: Any) -> list[Any]:
+        arrays: list[Any] = []
+        places: dict[int, int] = {}
+        for found in together(first, early):
+            held, at = found if isinstance(found, Part) else (found, None)
+            if id(held) not in places:
+                places[id(held)] = len(arrays)
+                arrays.append(held)
+            layout.append((places[id(held)], at))
+        return arrays
+
+    before = jax.make_jaxpr(at_once)(*jax.tree.leaves(early))
 
     def later(found: list[Any], late: Any) -> Any:
-        return jax.tree.unflatten(structure, jaxpr_as_fun(rest)(*found, *jax.tree.leaves(late)))
+        given = [found[i] if at is None else Part(found[i], at) for i, at in layout]
+        return jax.tree.unflatten(structure, map(array, together(rest, [*given, *jax.tree.leaves(late)])))
 
-    return (lambda early: jaxpr_as_fun(first)(*jax.tree.leaves(early))), later
+    return (lambda early: jaxpr_as_fun(before)(*jax.tree.leaves(early))), later
 
 
 def _halves(closed: ClosedJaxpr, n: int, largest: int) -> tuple[ClosedJaxpr, ClosedJaxpr, list[Var]]:
