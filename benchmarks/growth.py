@@ -119,12 +119,14 @@ def blocks_of(case: Case, backend: str, mode: str, rounds: int, **more: Any) -> 
     return [t / case.block for t in took[1:]], took[0]
 
 
-def growth(backend: str, mode: str, rounds: int, axes: Sequence[str]) -> list[dict[str, Any]]:
+def growth(
+    backend: str, mode: str, rounds: int, axes: Sequence[str], only: Sequence[int] | None
+) -> list[dict[str, Any]]:
     rows = []
     for axis in axes:
         sizes, make = AXES[axis]
-        cases = {size: make(size) for size in sizes}
-        times: dict[int, list[float]] = {size: [] for size in sizes}
+        cases = {size: make(size) for size in sizes if only is None or size in only}
+        times: dict[int, list[float]] = {size: [] for size in cases}
         first: dict[int, float] = {}
         for turn in range(2):  # the second turn compiles nothing
             for size, case in cases.items():
@@ -211,6 +213,7 @@ def main() -> None:
     parser.add_argument("--backend", choices=BACKENDS, action="append")
     parser.add_argument("--compile", default="compiled", help="how Pyro's steps are: compiled, graph, eager")
     parser.add_argument("--axis", choices=list(AXES), action="append")
+    parser.add_argument("--size", type=int, action="append", help="only these of the axes' sizes")
     parser.add_argument("--rounds", type=int, default=10, help="blocks of steps of every size")
     parser.add_argument("--out", type=Path, help="a file for the numbers as JSON")
     parser.add_argument("--process", help=argparse.SUPPRESS)
@@ -225,7 +228,7 @@ def main() -> None:
         for backend in asked.backend or BACKENDS:
             mode = asked.compile if backend == "pyro" else "auto"
             if what == "growth":
-                found[what] += growth(backend, mode, asked.rounds, asked.axis or list(AXES))
+                found[what] += growth(backend, mode, asked.rounds, asked.axis or list(AXES), asked.size)
             else:
                 found[what] += restarts(backend, mode, asked.rounds) if what == "restarts" else first(backend, mode)
         print()

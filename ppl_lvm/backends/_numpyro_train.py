@@ -456,8 +456,9 @@ def _descend(
         for unit, u in descent.units.items():
             place, names = u.place, u.names
             gradient = {n: gradients[n] for n in names}
-            # No sum of g**2, which Adam has as well: the compiler would write it to memory for both.
-            square = sum((jnp.vdot(g, g) for g in jax.tree.leaves(gradient)), jnp.zeros(()))
+            # Adam has g**2 as well: behind a barrier, or the compiler would write it to memory for both.
+            apart = jax.lax.optimization_barrier(jax.tree.leaves(gradient))
+            square = sum((jnp.sum(jnp.square(g)) for g in apart), jnp.zeros(()))
             norm = jnp.sqrt(square)
             if f"{place}.clip" in numbers:
                 factor = jnp.minimum(1.0, numbers[f"{place}.clip"] / norm)
