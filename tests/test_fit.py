@@ -277,6 +277,23 @@ def test_auto_compiles_only_where_it_pays(monkeypatch: pytest.MonkeyPatch) -> No
     assert_close(some, short("vae", "pyro", steps=5), 1e-12)
 
 
+@pytest.mark.parametrize("constant", ["COMPILE_SECONDS", "COMPILE_SECONDS_PER_NODE", "COMPILE_SECONDS_PER_CALL"])
+def test_auto_counts_what_compiling_costs(constant: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each part of the cost decides alone: without any of them five steps pay."""
+    monkeypatch.setattr(_pyro_train, "FEWEST_TRACED", 2)
+    monkeypatch.setattr(_pyro_train, "_compiler", lambda: False)
+    for name in ("COMPILE_SECONDS", "COMPILE_SECONDS_PER_NODE", "COMPILE_SECONDS_PER_CALL"):
+        monkeypatch.setattr(_pyro_train, name, 0.0)
+
+    def said(word: str) -> bool:
+        monkeypatch.setattr(_pyro_train, "STEPS", _pyro_train.Steps())  # where nothing has been decided yet
+        return any(word in message for message in short("vae", "pyro", compile="auto", steps=5).messages)
+
+    assert said("no C++ compiler")
+    monkeypatch.setattr(_pyro_train, constant, 1e3)
+    assert said("less than")
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_loss_that_is_not_finite_stops_and_names_the_site(backend: str) -> None:
     with pytest.raises(PplLvmError, match=r"At step \d+, the loss is (nan|inf).*z"):

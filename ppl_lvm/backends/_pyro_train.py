@@ -57,8 +57,17 @@ STEPS = Steps()
 
 FEWEST_TRACED = 300
 SAVED_PER_NODE, SAVED_PER_ELEMENT = 2e-6, 4e-10
-COMPILE_SECONDS, COMPILE_SECONDS_PER_NODE = 5.0, 0.02
+COMPILE_SECONDS, COMPILE_SECONDS_PER_NODE, COMPILE_SECONDS_PER_CALL = 5.0, 0.005, 0.15
 """Rough figures of a two-core machine, in seconds: what compiling a traced graph saves in a step, and costs."""
+
+_ATEN = torch.ops.aten
+CALLED = frozenset(
+    {
+        *(_ATEN.mm, _ATEN.addmm, _ATEN.bmm, _ATEN.baddbmm, _ATEN.convolution, _ATEN.convolution_backward),
+        *(_ATEN.linalg_cholesky_ex, _ATEN.linalg_solve_triangular),
+    }
+)
+"""Operations that a compiled graph calls. They cut what is around them into kernels, each of which is compiled."""
 
 OPTIONS = {"fallback_random": True, "cpp.enable_loop_tail_vec": False}
 """Of Inductor. Where it makes one masked vector of a loop that is shorter than a vector, it takes the loops around a
@@ -269,8 +278,9 @@ class Trainer:
             if isinstance(value, Tensor)
         )
         nodes = len(graph.graph.nodes)
+        calls = sum(getattr(node.target, "overloadpacket", None) in CALLED for node in graph.graph.nodes)
         saved = self._steps * (SAVED_PER_NODE * nodes + SAVED_PER_ELEMENT * elements)
-        cost = COMPILE_SECONDS + COMPILE_SECONDS_PER_NODE * nodes
+        cost = COMPILE_SECONDS + COMPILE_SECONDS_PER_NODE * nodes + COMPILE_SECONDS_PER_CALL * calls
         relation = "more" if saved > cost else "less"
         return saved > cost, (
             f"as {self._steps} steps would save about {saved:.0f} s, {relation} than the {cost:.0f} s of compiling"
