@@ -7,6 +7,8 @@ growth    milliseconds a step while one size grows: rows of data N at one batch 
           batch, latent sites of a program, steps of a sequence T. Sizes take turns in blocks of steps, in several
           rounds; a time is the median over blocks after the first.
 restarts  a step of 64 restarts at once over a step of one, in turns.
+fits      seconds of a whole fit of 5,000 steps as it is called, with compiling, in a process of its own where nothing
+          was compiled before: one, and 64 restarts at once.
 first     seconds to the first step: of a new process whose compiled work nobody has cached, of the next one, which
           finds it on the disk, and of a second fit in one process.
 """
@@ -29,8 +31,12 @@ import numpy as np
 import speed
 
 BACKENDS = ("numpyro", "pyro")
-KINDS = ("growth", "restarts", "first")
+KINDS = ("growth", "restarts", "fits", "first")
 RESTARTS = 64
+SMALL = {"two_site": 10_000, "mixture": 500, "eight_schools": 5_000}
+"""Small models, and steps of a turn on NumPyro: a look at 64 restarts costs as much as hundreds of steps."""
+WHOLE = 5000
+"""Steps of a whole fit."""
 
 
 class Case(NamedTuple):
@@ -145,9 +151,9 @@ def growth(
 
 def restarts(backend: str, mode: str, rounds: int) -> list[dict[str, Any]]:
     rows = []
-    for name in ("two_site", "mixture", "eight_schools"):
+    for name, block in SMALL.items():
         work = speed.WORKLOADS[name]
-        case = Case(work.program(), dict(work.data()), work.options, 200 if backend == "numpyro" else 20)
+        case = Case(work.program(), dict(work.data()), work.options, block if backend == "numpyro" else 20)
         one, many = [], []
         for _ in range(3):
             one.append(median(blocks_of(case, backend, mode, rounds)[0]))
@@ -175,20 +181,52 @@ def first_step(name: str, backend: str, mode: str) -> None:
     print(json.dumps({"import": imported, "first": found[0], "second": found[1]}))
 
 
+def whole_fit(name: str, backend: str, mode: str, restarts: int) -> None:
+    """In a process of its own, after the imports: seconds of a fit, as JSON."""
+    from ppl_lvm import backends, fit
+
+    backends.load(backend)
+    work = speed.WORKLOADS[name]
+    data = dict(work.data())
+    common = {"backend": backend, "batch_size": work.batch, "compile": mode, "progress_bar": False}
+    begin = time.perf_counter()
+    fit(work.program(), data=data, steps=WHOLE, restarts=restarts, **common, **work.options)
+    print(json.dumps(time.perf_counter() - begin))
+
+
+def own_process(cache: str, *asked: str) -> Any:
+    """What a process prints whose compiled work is in a folder."""
+    where = {
+        "JAX_COMPILATION_CACHE_DIR": f"{cache}/jax",
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "TORCHINDUCTOR_CACHE_DIR": f"{cache}/torch",
+    }
+    command = [sys.executable, __file__, "--process", *asked]
+    done = subprocess.run(command, env={**os.environ, **where}, check=True, capture_output=True, text=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def fits(backend: str, mode: str) -> list[dict[str, Any]]:
+    rows = []
+    for name in SMALL:
+        row: dict[str, Any] = {"backend": backend, "workload": name}
+        for key, restarts in (("one", 1), ("many", RESTARTS)):
+            with tempfile.TemporaryDirectory() as cache:
+                asked = (name, "--backend", backend, "--compile", mode, "--restarts", str(restarts))
+                row[key] = own_process(cache, *asked)
+        rows.append(row)
+        one, many = row["one"], row["many"]
+        print(f"| {backend} | {name} | {one:.1f} | {many:.1f} | {many / one:.2f} |", flush=True)
+    return rows
+
+
 def first(backend: str, mode: str) -> list[dict[str, Any]]:
     rows = []
     for name in ("two_site", "vae_1", "svae_lds"):
         row: dict[str, Any] = {"backend": backend, "workload": name}
         with tempfile.TemporaryDirectory() as cache:
-            where = {
-                "JAX_COMPILATION_CACHE_DIR": f"{cache}/jax",
-                "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-                "TORCHINDUCTOR_CACHE_DIR": f"{cache}/torch",
-            }
             for when in ("cold", "cached"):
-                asked = [sys.executable, __file__, "--process", name, "--backend", backend, "--compile", mode]
-                done = subprocess.run(asked, env={**os.environ, **where}, check=True, capture_output=True, text=True)
-                row[when] = json.loads(done.stdout.splitlines()[-1])
+                row[when] = own_process(cache, name, "--backend", backend, "--compile", mode)
         rows.append(row)
         cold, cached = row["cold"], row["cached"]
         print(
@@ -202,6 +240,7 @@ def first(backend: str, mode: str) -> list[dict[str, Any]]:
 TITLES = {
     "growth": "| backend | what grows | size: ms a step | | | |\n|---|---|---|---|---|---|",
     "restarts": f"| backend | workload | one, ms a step | {RESTARTS}, ms a step | ratio |\n|---|---|---|---|---|",
+    "fits": f"| backend | workload | one, s | {RESTARTS}, s | ratio |\n|---|---|---|---|---|",
     "first": "| backend | workload | import, s | first step, s | cached on disk, s | second fit, s |\n"
     "|---|---|---|---|---|---|",
 }
@@ -217,7 +256,11 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=10, help="blocks of steps of every size")
     parser.add_argument("--out", type=Path, help="a file for the numbers as JSON")
     parser.add_argument("--process", help=argparse.SUPPRESS)
+    parser.add_argument("--restarts", type=int, help=argparse.SUPPRESS)
     asked = parser.parse_args()
+    if asked.process and asked.restarts:
+        whole_fit(asked.process, asked.backend[0], asked.compile, asked.restarts)
+        return
     if asked.process:
         first_step(asked.process, asked.backend[0], asked.compile)
         return
@@ -229,8 +272,10 @@ def main() -> None:
             mode = asked.compile if backend == "pyro" else "auto"
             if what == "growth":
                 found[what] += growth(backend, mode, asked.rounds, asked.axis or list(AXES), asked.size)
+            elif what == "restarts":
+                found[what] += restarts(backend, mode, asked.rounds)
             else:
-                found[what] += restarts(backend, mode, asked.rounds) if what == "restarts" else first(backend, mode)
+                found[what] += {"fits": fits, "first": first}[what](backend, mode)
         print()
     if asked.out:
         asked.out.write_text(json.dumps(found, indent=1))
