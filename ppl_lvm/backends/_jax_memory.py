@@ -65,7 +65,7 @@ def _peak(jaxpr: Jaxpr) -> int:
     last |= {v: len(jaxpr.eqns) for v in jaxpr.outvars if not isinstance(v, Literal)}
     made, alive, most = set[Any](), 0, 0
     for i, equation in enumerate(jaxpr.eqns):
-        inside = max((_peak(inner) for inner in _inner(equation.params)), default=0)
+        inside = max((_peak(inner) for inner in inner(equation.params)), default=0)
         out = sum(_size(v) for v in equation.outvars)
         most = max(most, alive + max(inside, out))
         for v in equation.outvars:
@@ -78,7 +78,7 @@ def _peak(jaxpr: Jaxpr) -> int:
     return max(most, alive)
 
 
-def _inner(params: dict[str, Any]) -> list[Jaxpr]:
+def inner(params: dict[str, Any]) -> list[Jaxpr]:
     """Computations inside an operation: branches, bodies of loops, functions of their own."""
     found: list[Jaxpr] = []
     for value in params.values():

@@ -13,6 +13,7 @@ from numpyro.distributions import constraints
 
 from ppl_lvm import ops
 from ppl_lvm.backends import _jax_mixtures
+from ppl_lvm.backends._jax_waiting import without_waiting
 from ppl_lvm.structured import gaussian_chain as gaussian
 from ppl_lvm.structured import markov_chain as markov
 from ppl_lvm.structured import slds, tucker
@@ -39,10 +40,10 @@ jax.tree_util.register_dataclass(
 
 
 # Outside of a compiled function JAX would compile every operation of a chain by itself.
-_sample = jax.jit(lambda chain, noise: chain.sample(noise))
-_log_prob = jax.jit(lambda chain, value: chain.log_prob(value))
-_moments = jax.jit(lambda chain: chain.moments())
-_kl = jax.jit(lambda q, p: q.kl(p))
+_sample = jax.jit(without_waiting(lambda chain, noise: chain.sample(noise)))
+_log_prob = jax.jit(without_waiting(lambda chain, value: chain.log_prob(value)))
+_moments = jax.jit(without_waiting(lambda chain: chain.moments()))
+_kl = jax.jit(without_waiting(lambda q, p: q.kl(p)))
 
 
 class _Structured(dist.Distribution):

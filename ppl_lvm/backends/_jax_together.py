@@ -52,12 +52,12 @@ def together(closed: ClosedJaxpr, arguments: Sequence[Found]) -> list[Found]:
         if len(eqns) == 1:
             (eqn,) = eqns
             seen = list(dict.fromkeys(v for v in eqn.invars if isinstance(v, Var)))
-            made = _run(closed, eqn, seen, [array(values[v]) for v in seen])
+            made = run_equation(closed, eqn, seen, [array(values[v]) for v in seen])
             values |= zip(eqn.outvars, made, strict=True)
             continue
         stacked = [_stacked(of_all, values) for of_all in zip(*(eqn.invars for eqn in eqns), strict=True)]
         given, eqn = _of_own(eqns[0])
-        one = partial(_run, closed, eqn, given)
+        one = partial(run_equation, closed, eqn, given)
         if all(axis is None for _, axis in stacked):
             made = one([a for a, _ in stacked])
             for eqn in eqns:
@@ -122,7 +122,7 @@ def _of_own(eqn: JaxprEqn) -> tuple[Sequence[Var], JaxprEqn]:
     return given, eqn.replace(invars=given)
 
 
-def _run(closed: ClosedJaxpr, eqn: JaxprEqn, given: Sequence[Var], values: Sequence[Any]) -> list[jax.Array]:
+def run_equation(closed: ClosedJaxpr, eqn: JaxprEqn, given: Sequence[Var], values: Sequence[Any]) -> list[jax.Array]:
     """What one equation makes of the values of variables."""
     names = closed.jaxpr.debug_info.with_unknown_names()
     one = closed.jaxpr.replace(

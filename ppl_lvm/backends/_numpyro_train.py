@@ -15,6 +15,7 @@ import optax
 from ppl_lvm.algorithm import Algorithm, Objective
 from ppl_lvm.backends import _jax_memory, _jax_natural
 from ppl_lvm.backends._jax_ahead import ahead
+from ppl_lvm.backends._jax_waiting import without_waiting
 from ppl_lvm.backends._numpyro_handlers import owned, precision, site_key
 from ppl_lvm.backends._numpyro_state import is_key
 from ppl_lvm.backends.base import Call, Gradients, losses
@@ -158,7 +159,7 @@ class Trainer:
         if self.mode == "compiled":
             options = _options() if self._several else {}
             what = (*self._cached, self._several)
-            self._chunk = STEPS.get(what, lambda: jax.jit(_chunk(body), compiler_options=options))
+            self._chunk = STEPS.get(what, lambda: jax.jit(without_waiting(_chunk(body)), compiler_options=options))
         else:
             self._chunk = _one_by_one(body)
 
@@ -340,7 +341,7 @@ class Trainer:
             f = all_runs
             if self.mode == "compiled":
                 what = (*self._cached, static_key(objective, plan), "loss", shapes, rows is None, self._several)
-                f = STEPS.get(what, lambda: jax.jit(all_runs))
+                f = STEPS.get(what, lambda: jax.jit(without_waiting(all_runs)))
             scalars = {name: jnp.asarray(v, float) for name, v in numbers.items()}
             total = None if rows is None else jnp.asarray(rows, float)
             needed = {name: tree[name] for name in ("params", "own", "states", "mutable")}
@@ -361,7 +362,7 @@ class Trainer:
             key = jax.random.fold_in(self._key[run] if self._several else self._key, step)
             batch = data if index is None else data.map(lambda a: jnp.take(a, index[run, i], axis=0))
             if self._again is None:
-                self._again = jax.jit(self._once)
+                self._again = jax.jit(without_waiting(self._once))
             batch, table, gradient = self._again(one, batch.args, dict(batch.kwargs), key, now)
         flat = {n: np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(g)]) for n, g in gradient.items()}
         return Again(Call(*batch), table, flat)

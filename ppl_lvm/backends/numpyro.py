@@ -22,6 +22,7 @@ from ppl_lvm.backends._jax_dists import (
     support_value,
 )
 from ppl_lvm.backends._jax_ops import stopped_once
+from ppl_lvm.backends._jax_waiting import without_waiting
 from ppl_lvm.backends._numpyro_handlers import (
     Handler,
     Message,
@@ -606,7 +607,7 @@ class NumPyroBound(NumPyroProgram):
         fixed = (static, self.program, self.dtype, self.asked_plate, self.constants)
         what = (run.__qualname__, *fixed, shapes, names, given)
         with precision(self.dtype):
-            step = EVALUATIONS.get(what, lambda: jax.jit(flat))
+            step = EVALUATIONS.get(what, lambda: jax.jit(without_waiting(flat)))
             return step(dict(params), batch.args, dict(batch.kwargs), key, values)
 
     # Gradients.
