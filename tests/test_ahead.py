@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from ppl_lvm.backends import _numpyro_train
-from ppl_lvm.backends._jax_ahead import LARGEST, ahead
+from ppl_lvm.backends._jax_ahead import ahead
+from ppl_lvm.backends._jax_together import SMALL
 
 pytestmark = pytest.mark.optimised
 
@@ -21,7 +22,7 @@ def f(key: Any, given: Any) -> Any:
     small, large, other = jax.random.split(key, 3)
     noise = jax.random.normal(small, (3,))
     weights = jax.nn.softmax(noise) + TABLE[:3]
-    many = jax.random.normal(large, (LARGEST + 1,))
+    many = jax.random.normal(large, (SMALL + 1,))
     _, walked = jax.lax.scan(lambda c, e: (c + e * scale, c), 0.0, noise)
     chosen = jax.lax.cond(jax.random.bernoulli(other), lambda a: a, lambda a: -a, x)
     return {"sum": (weights * x).sum() + many.sum(), "walked": walked, "chosen": chosen, "noise": noise}
@@ -48,7 +49,7 @@ def test_small_noise_and_what_follows_from_it_alone_are_found_first_and_large_ar
     key, given = jax.random.key(5), (jnp.arange(3.0), jnp.asarray(0.3))
     first, rest = ahead(f, key, given, 1000)
     found = first(key)
-    assert max(a.size for a in found) <= LARGEST
+    assert max(a.size for a in found) <= SMALL
     assert any(np.array_equal(a, f(key, given)["noise"]) for a in found if a.dtype == jnp.float32)
 
     def small(key: Any, x: Any) -> Any:

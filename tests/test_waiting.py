@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from ppl_lvm import fit, program
-from ppl_lvm.backends import _jax_waiting, _numpyro_train
+from ppl_lvm.backends import _jax_waiting, _numpyro_train, numpyro
+from ppl_lvm.backends._jax_equations import inner
 from ppl_lvm.backends._jax_waiting import in_pieces, threads
 from ppl_lvm.backends.training import Steps
 
@@ -20,7 +21,7 @@ STACK = jnp.asarray(np.random.default_rng(0).normal(size=(7, 5, 3, 3)), jnp.floa
 
 
 def loss(x: Any) -> Any:
-    """Factors and solves in the open, in a loop, in a branch, under vmap, and of one matrix alone."""
+    """Factors and solves in the open, in a loop, in a branch, under vmap, computed anew, and of one matrix alone."""
     cov = x @ x.mT + jnp.eye(3)
     lower = jnp.linalg.cholesky(cov)
     solved = jax.scipy.linalg.solve_triangular(lower, x, lower=True)
@@ -34,8 +35,9 @@ def loss(x: Any) -> Any:
     branch = jax.lax.cond(x[0, 0, 0, 0] > 0, jnp.linalg.cholesky, lambda a: a, cov[1])
     mapped = jax.vmap(jnp.linalg.cholesky)(cov)
     mapped = mapped + x[jnp.arange(7), jnp.argsort(x[:, 0, 0, 0]) % 5][:, None]
+    anew = jax.lax.map(jax.checkpoint(lambda a: jnp.cos(jnp.linalg.cholesky(a))), cov)
     alone = jnp.linalg.cholesky(cov[0, 0])
-    return sum((a**2 * jnp.cos(a)).sum() for a in (lower, solved, back, walked, branch, mapped, alone))
+    return sum((a**2 * jnp.cos(a)).sum() for a in (lower, solved, back, walked, branch, mapped, anew, alone))
 
 
 def left(f: Any) -> list[int]:
@@ -46,7 +48,7 @@ def left(f: Any) -> list[int]:
         for eqn in eqns:
             if eqn.primitive.name in _jax_waiting.OPERATIONS:
                 found.append(_jax_waiting._stack(eqn))
-            for part in _jax_waiting.inner(eqn.params):
+            for part in inner(eqn.params):
                 look(part.eqns)
 
     look(f.jaxpr.eqns)
@@ -82,29 +84,46 @@ def test_versions_and_threads(version: str, given: str, found: int, monkeypatch:
     assert threads() == (found if jax.default_backend() == "cpu" else 1)
 
 
-def test_a_fit_in_pieces_is_the_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_fit_and_its_evaluation_in_pieces_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[Any] = []
+
+    def counted(closed: Any) -> Any:
+        taken.append(found := in_pieces(closed))
+        return found
+
+    def largest() -> list[int]:
+        of_each = [max(left(closed), default=0) for closed in taken]
+        taken.clear()
+        return of_each
+
     options: dict[str, Any] = {"recipe": "elbo", "steps": 3, "backend": "numpyro", "progress_bar": False}
     make = program("lds").example
     assert make is not None
     data = make(np.random.default_rng(0))
     whole = fit(program("lds"), data=data, **options)
+    likely = whole.log_likelihood(data, draws=2)
     monkeypatch.setattr(_jax_waiting, "WORK", 100)
     monkeypatch.setattr(_jax_waiting, "threads", lambda: 2)
+    monkeypatch.setattr(_jax_waiting, "in_pieces", counted)
     steps = Steps()
     monkeypatch.setattr(_numpyro_train, "STEPS", steps)
+    monkeypatch.setattr(numpyro, "EVALUATIONS", Steps())
     pieces = fit(program("lds"), data=data, **options)
     assert steps.traces == 1
+    assert largest()[-1] > 0
     np.testing.assert_allclose(pieces.history["loss"], whole.history["loss"], rtol=1e-5)
+    np.testing.assert_allclose(pieces.log_likelihood(data, draws=2).values, likely.values, rtol=1e-4)
+    assert largest()
 
 
-STANDS_STILL = """
+TWO_THREADS = """
 import jax, jax.numpy as jnp, numpy as np
 from ppl_lvm.backends._jax_waiting import without_waiting
 def f(x):
     a = [jnp.linalg.cholesky((i + 1.0) * x @ x.mT + jnp.eye(4)) for i in range(8)]
     return sum(jax.scipy.linalg.solve_triangular(l, x, lower=True) for l in a).sum()
 x = jnp.asarray(np.random.default_rng(0).normal(size=(20_000, 4, 4)), jnp.float32)
-slope = jax.jit(CHANGED(jax.grad(f)))
+slope = jax.jit(without_waiting(jax.grad(f)))
 for _ in range(20):
     slope(x).block_until_ready()
 print("over")
@@ -114,6 +133,6 @@ print("over")
 def test_two_threads_come_to_an_end() -> None:
     """Without pieces this stands still, on jaxlib 0.10."""
     environment = os.environ | {"NPROC": "2", "JAX_PLATFORMS": "cpu"}
-    command = [sys.executable, "-c", STANDS_STILL.replace("CHANGED", "without_waiting")]
+    command = [sys.executable, "-c", TWO_THREADS]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.stdout == "over\n", done.stderr

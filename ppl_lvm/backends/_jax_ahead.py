@@ -8,10 +8,7 @@ from typing import Any
 import jax
 from jax.extend.core import ClosedJaxpr, Var, jaxpr_as_fun
 
-from ppl_lvm.backends._jax_together import Part, array, together
-
-LARGEST = 64
-"""Entries of an array that is found ahead: of larger ones, the time is in the entries, however they are found."""
+from ppl_lvm.backends._jax_together import SMALL, Part, array, together
 
 
 def ahead(
@@ -20,7 +17,7 @@ def ahead(
     """Two functions `first` and `rest` such that `rest(first(early), late)` is `f(early, late)`.
 
     As much as can be of what depends on `early` alone is in the first, in arrays of few entries, all together at most
-    `most`. Both arguments may be shapes.
+    `most`. Both arguments may be shapes. Few are `SMALL`, and fewer where there are too many arrays.
 
     A random key makes noise of a few numbers, at the price of as many calls as a step of a small model has in all, and
     a compiler that fuses these into what reads the noise computes it anew for every entry there.
@@ -34,7 +31,7 @@ def ahead(
         True
     """
     closed, out = jax.make_jaxpr(f, return_shape=True)(early, late)
-    largest = LARGEST
+    largest = SMALL
     while True:
         first, rest, between = _halves(closed, len(jax.tree.leaves(early)), largest)
         if not largest or sum(map(_size, between)) <= most:

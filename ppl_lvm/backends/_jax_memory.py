@@ -8,7 +8,9 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
+from jax.extend.core import Jaxpr, Literal
+
+from ppl_lvm.backends._jax_equations import inner
 
 MOST_LEFT = 500
 """Compiled computations that may gather before they are let go, some 2 MB each."""
@@ -76,15 +78,3 @@ def _peak(jaxpr: Jaxpr) -> int:
             if v in made and last[v] == i:
                 alive -= _size(v)
     return max(most, alive)
-
-
-def inner(params: dict[str, Any]) -> list[Jaxpr]:
-    """Computations inside an operation: branches, bodies of loops, functions of their own."""
-    found: list[Jaxpr] = []
-    for value in params.values():
-        for part in value if isinstance(value, tuple | list) else (value,):
-            if isinstance(part, ClosedJaxpr):
-                found.append(part.jaxpr)
-            elif isinstance(part, Jaxpr):
-                found.append(part)
-    return found

@@ -137,7 +137,13 @@ def _traced(tree: Any) -> bool:
 
 
 def steps_are_dear(like: Array) -> bool:
-    return jax.default_backend() != "cpu"
+    return platform() != "cpu"
+
+
+def platform() -> str:
+    """Where what is made here goes: "cpu", "gpu", "tpu". `jax.default_backend()` overlooks `jax.default_device`."""
+    device = getattr(jax.config, "jax_default_device", None)
+    return str(getattr(device, "platform", device) or jax.default_backend())
 
 
 def concrete(x: Array) -> np.ndarray | None:

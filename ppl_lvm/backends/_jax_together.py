@@ -10,7 +10,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend.core import ClosedJaxpr, JaxprEqn, Literal, Var, jaxpr_as_fun
+from jax.extend.core import ClosedJaxpr, JaxprEqn, Literal, Var
+
+from ppl_lvm.backends._jax_equations import run_equation
 
 SMALL = 64
 """Entries of an array up to which the time is in the number of operations, not in the entries."""
@@ -120,15 +122,6 @@ def _of_own(eqn: JaxprEqn) -> tuple[Sequence[Var], JaxprEqn]:
     avals: list[Any] = [v.aval for v in eqn.invars]
     given = jax.make_jaxpr(lambda *a: a)(*(jax.ShapeDtypeStruct(a.shape, a.dtype) for a in avals)).jaxpr.invars
     return given, eqn.replace(invars=given)
-
-
-def run_equation(closed: ClosedJaxpr, eqn: JaxprEqn, given: Sequence[Var], values: Sequence[Any]) -> list[jax.Array]:
-    """What one equation makes of the values of variables."""
-    names = closed.jaxpr.debug_info.with_unknown_names()
-    one = closed.jaxpr.replace(
-        constvars=[], invars=list(given), outvars=eqn.outvars, eqns=[eqn], effects=eqn.effects, debug_info=names
-    )
-    return jaxpr_as_fun(ClosedJaxpr(one, []))(*values)
 
 
 def _number(literal: Any) -> np.ndarray:

@@ -11,10 +11,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import jaxlib
-from jax.extend.core import ClosedJaxpr, JaxprEqn, Literal, Var, jaxpr_as_fun
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var, jaxpr_as_fun
 
-from ppl_lvm.backends._jax_memory import inner
-from ppl_lvm.backends._jax_together import run_equation
+from ppl_lvm.backends._jax_equations import inner, run_equation
+from ppl_lvm.backends._jax_ops import platform
 
 WORK = 200_000
 """Multiplications from which on jaxlib shares a stack of matrices among its threads."""
@@ -26,7 +26,7 @@ OPERATIONS = ("cholesky", "triangular_solve")
 def threads() -> int:
     """Threads of jaxlib that may wait for one another; 1 where none does."""
     version = tuple(int(part) for part in jaxlib.__version__.split(".")[:3] if part.isdigit())
-    if not (0, 10) <= version < (0, 11, 2) or jax.default_backend() != "cpu":
+    if not (0, 10) <= version < (0, 11, 2) or platform() != "cpu":
         return 1
     given = os.environ.get("NPROC", "")
     if given.isdigit():
@@ -121,6 +121,10 @@ def _with_pieces_inside(closed: ClosedJaxpr, eqn: JaxprEqn, seen: Sequence[Var],
     def replaced(value: Any) -> Any:
         if type(value) in (tuple, list):  # the branches of a choice; other parameters are tuples with names
             return type(value)(map(replaced, value))
+        if isinstance(value, Jaxpr):  # of `jax.checkpoint`, which has no constants
+            closed = in_pieces(ClosedJaxpr(value, []))
+            assert not closed.consts
+            return closed.jaxpr
         return in_pieces(value) if isinstance(value, ClosedJaxpr) else value
 
     changed = eqn.replace(params={name: replaced(value) for name, value in eqn.params.items()})
