@@ -287,10 +287,12 @@ PEERS = {
 """How ours is compiled, and with what it is compared."""
 
 
-def operations(work: Workload) -> int:
+@cache
+def operations(name: str) -> int:
     """Floating-point operations of a step's matrix products, forward and backward, as torch counts those by hand."""
     from torch.utils.flop_counter import FlopCounterMode
 
+    work = WORKLOADS[name]
     loop = peers.TorchLoop(work.by_hand["pyro"](), work.params(), dict(work.data()), work.batch, False, "cpu")
     with FlopCounterMode(display=False) as counter:
         loop.run(1)
@@ -416,7 +418,7 @@ def main() -> None:
                 r = measure(name, backend, mode, kind, asked.pairs, asked.device)
                 end = ""
                 if asked.share:
-                    r["flops"] = operations(WORKLOADS[name]) / r["ms"] * 1e3
+                    r["flops"] = operations(name) / r["ms"] * 1e3
                     r["share"] = r["flops"] / reached(backend, "cuda" if asked.device == "gpu" else "cpu")
                     end = f" {r['flops'] / 1e12:.2f} | {r['share']:.2f} |"
                 print(
